@@ -1,0 +1,228 @@
+// SIMD by the compiler's vector types: one source, compiled once per instruction set (CMakeLists.txt), becomes AVX-512, AVX2
+// or portable code. A Vec<T> holds as many numbers of the accumulator type T (float or double) as one register does;
+// load() and store() convert from and to the element types on the way. The tail of a row is a load or store of n numbers.
+//
+// This header includes as little as possible: an inline function of another header, compiled here for AVX-512, could be
+// the copy that the linker keeps for everybody.
+#pragma once
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "kernel.h"
+
+namespace fastprimer {
+inline namespace FASTPRIMER_ISA {
+
+#if defined(__AVX512F__)
+constexpr int REGISTER_BYTES = 64;
+#elif defined(__AVX2__)
+constexpr int REGISTER_BYTES = 32;
+#else
+constexpr int REGISTER_BYTES = 16;
+#endif
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+template <class T>
+struct VecOf {
+  typedef T type __attribute__((vector_size(REGISTER_BYTES)));
+  static constexpr int size = REGISTER_BYTES / sizeof(T);
+};
+template <class T>
+using Vec = typename VecOf<T>::type;
+
+// Unaligned, and allowed to alias whatever lies there.
+template <class T>
+struct Unaligned {
+  typedef T type __attribute__((vector_size(REGISTER_BYTES), aligned(1), may_alias));
+};
+
+constexpr int LANES = VecOf<float>::size;
+typedef uint16_t Half __attribute__((vector_size(REGISTER_BYTES / 2)));  // LANES numbers of 16 bits
+typedef uint16_t UnalignedHalf __attribute__((vector_size(REGISTER_BYTES / 2), aligned(1), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(REGISTER_BYTES)));
+
+template <class T>
+inline Vec<T> fill(T value) {
+  return value - Vec<T>{};
+}
+
+inline float to_wide(float v) { return v; }
+inline double to_wide(double v) { return v; }
+inline float to_wide(bfloat16 v) { return __builtin_bit_cast(float, uint32_t(v.bits) << 16); }
+inline float to_wide(float16 v) {
+#if defined(__F16C__)
+  return _cvtsh_ss(v.bits);
+#else
+  // The exponent is re-biased by a multiplication, which also makes subnormals right; infinity and NaN keep theirs.
+  const uint32_t magnitude = v.bits & 0x7FFFu, sign = uint32_t(v.bits & 0x8000u) << 16;
+  if (magnitude >= 0x7C00u) return __builtin_bit_cast(float, sign | 0x7F800000u | (magnitude & 0x3FFu) << 13);
+  return __builtin_bit_cast(float, sign | __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, magnitude << 13) * 0x1p112f));
+#endif
+}
+
+template <class T>
+inline T from_wide(double v) {
+  return T(v);
+}
+template <>
+inline bfloat16 from_wide(double v) {  // to nearest, ties to even; NaN stays NaN
+  const uint32_t u = __builtin_bit_cast(uint32_t, float(v));
+  return {v != v ? uint16_t(0x7FC0) : uint16_t((u + 0x7FFFu + ((u >> 16) & 1)) >> 16)};
+}
+template <>
+inline float16 from_wide(double v) {
+#if defined(__F16C__)
+  return {_cvtss_sh(float(v), 0)};
+#else
+  // Adding and subtracting a power of two that is 2^13 float ulps above v rounds it to half's 10 bits, subnormals included.
+  const uint32_t u = __builtin_bit_cast(uint32_t, float(v)), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7FFFFFFFu;
+  if (magnitude > 0x7F800000u) return {uint16_t(sign | 0x7E00u)};
+  if (magnitude >= 0x477FF000u) return {uint16_t(sign | 0x7C00u)};  // rounds to 65536 or more
+  const uint32_t exponent = (magnitude & 0x7F800000u) < 0x38800000u ? 0x38800000u : magnitude & 0x7F800000u;
+  const float step = __builtin_bit_cast(float, exponent + (13u << 23));
+  const float rounded = (__builtin_bit_cast(float, magnitude) + step) - step;
+  return {uint16_t(sign | __builtin_bit_cast(uint32_t, rounded * 0x1p-112f) >> 13)};
+#endif
+}
+
+inline Vec<float> load(const float* p) { return *reinterpret_cast<const Unaligned<float>::type*>(p); }
+inline Vec<double> load(const double* p) { return *reinterpret_cast<const Unaligned<double>::type*>(p); }
+inline Vec<float> load(const bfloat16* p) {
+  const Half half = *reinterpret_cast<const UnalignedHalf*>(p);
+  return reinterpret_cast<Vec<float>>(__builtin_convertvector(half, Bits) << 16);
+}
+inline Vec<float> load(const float16* p) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec<float>>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__F16C__)
+  return reinterpret_cast<Vec<float>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  Vec<float> v;
+  for (int i = 0; i < LANES; i++) v[i] = to_wide(p[i]);
+  return v;
+#endif
+}
+
+inline void store(float* p, Vec<float> v) { *reinterpret_cast<Unaligned<float>::type*>(p) = v; }
+inline void store(double* p, Vec<double> v) { *reinterpret_cast<Unaligned<double>::type*>(p) = v; }
+inline void store(bfloat16* p, Vec<float> v) {
+#if defined(__AVX512BF16__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v))));
+#else
+  const Bits u = reinterpret_cast<Bits>(v);
+  Bits rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
+  rounded = v == v ? rounded : Bits{} + 0x7FC0u;
+  *reinterpret_cast<UnalignedHalf*>(p) = __builtin_convertvector(rounded, Half);
+#endif
+}
+inline void store(float16* p, Vec<float> v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(reinterpret_cast<__m512>(v), 0));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(reinterpret_cast<__m256>(v), 0));
+#else
+  for (int i = 0; i < LANES; i++) p[i] = from_wide<float16>(v[i]);
+#endif
+}
+
+// The accumulator type of an element type, and how many numbers one step handles.
+template <class T>
+struct WideOf {
+  using type = float;
+};
+template <>
+struct WideOf<double> {
+  using type = double;
+};
+template <class T>
+using Wide = typename WideOf<T>::type;
+
+// The first n < size numbers, zeros behind them.
+template <class T>
+inline Vec<Wide<T>> load(const T* p, int64_t n) {
+  Vec<Wide<T>> v{};
+  for (int64_t i = 0; i < n; i++) v[i] = to_wide(p[i]);
+  return v;
+}
+template <class T>
+inline void store(T* p, Vec<Wide<T>> v, int64_t n) {
+  for (int64_t i = 0; i < n; i++) p[i] = from_wide<T>(v[i]);
+}
+
+// The columns begin..end-1 in steps of one register: body(c, n, i), where n is All or the length of the tail, and i = 0..3
+// counts round, so that four sums can run side by side.
+struct All {};
+template <class T>
+inline Vec<Wide<T>> load(const T* p, All) {
+  return load(p);
+}
+template <class T>
+inline void store(T* p, Vec<Wide<T>> v, All) {
+  store(p, v);
+}
+template <class T, class Body>
+inline __attribute__((always_inline)) void for_columns(int64_t begin, int64_t end, const Body& body) {
+  constexpr int64_t size = VecOf<T>::size;
+  int64_t c = begin;
+  for (; c + 4 * size <= end; c += 4 * size) {
+    body(c, All{}, 0);
+    body(c + size, All{}, 1);
+    body(c + 2 * size, All{}, 2);
+    body(c + 3 * size, All{}, 3);
+  }
+  for (; c + size <= end; c += size) body(c, All{}, 0);
+  if (c < end) body(c, end - c, 0);
+}
+
+// What reading back a stored number gives.
+template <class T>
+inline Vec<Wide<T>> rounded(Vec<Wide<T>> v) {
+  T stored[VecOf<Wide<T>>::size];
+  store(stored, v);
+  return load(stored);
+}
+template <>
+inline Vec<float> rounded<float>(Vec<float> v) {
+  return v;
+}
+template <>
+inline Vec<double> rounded<double>(Vec<double> v) {
+  return v;
+}
+
+// The sum of the lanes, by halves: a fixed order for a given instruction set.
+template <class T>
+inline T sum(Vec<T> v) {
+  T lanes[VecOf<T>::size];
+  store(lanes, v);
+  for (int n = VecOf<T>::size / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; i++) lanes[i] += lanes[i + n];
+  return lanes[0];
+}
+
+// The sum over columns 0..C-1 of term(c, n), a register of terms: four running sums, flushed every block so that the
+// rounding error of a wide row grows with the square root of its blocks and not of its columns.
+template <class T, class Term>
+inline __attribute__((always_inline)) T sum_columns(int64_t C, const Term& term) {
+  constexpr int64_t block = 4096;
+  T total = 0;
+  for (int64_t begin = 0; begin < C; begin += block) {
+    Vec<T> sums[4] = {};
+    for_columns<T>(begin, C - begin < block ? C : begin + block, [&](int64_t c, auto n, int i) { sums[i] += term(c, n); });
+    total += sum<T>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  }
+  return total;
+}
+
+inline float square_root(float v) { return __builtin_sqrtf(v); }
+inline double square_root(double v) { return __builtin_sqrt(v); }
+
+}  // namespace FASTPRIMER_ISA
+}  // namespace fastprimer

@@ -1,0 +1,84 @@
+// RMSNorm: tensors in, tensors out. Allocates the outputs, folds strides, and calls the kernels of the tensors' device.
+#include "rms_norm.h"
+
+#include <tuple>
+
+#include "tensor.h"
+
+namespace fastprimer {
+namespace {
+
+template <class Device>
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_, std::optional<Tensor> weight_, double eps, std::optional<Tensor> residual_,
+                                           double weight_offset) {
+  const On<Device> on(x_);
+  Rows x(x_);
+  const auto residual = rows_or_none(residual_);
+  const auto weight = rows_or_none(weight_);
+  Tensor y = torch::stable::new_empty(x_, x_.sizes());
+  Tensor h = residual ? torch::stable::new_empty(x_, x_.sizes()) : torch::stable::new_empty(x_, {0});
+  Tensor rstd = torch::stable::new_empty(x_, x_.sizes().slice(0, x_.dim() - 1), wide(x_));
+  if (x.N > 0) {
+    check(rms_norm_forward(on.device, {.x = x.data(),
+                                       .stride_x_row = x.stride_row,
+                                       .residual = data_or_null(residual),
+                                       .stride_residual_row = stride_or_zero(residual),
+                                       .weight = data_or_null(weight),
+                                       .y = y.mutable_data_ptr(),
+                                       .h = h.mutable_data_ptr(),
+                                       .rstd = rstd.mutable_data_ptr(),
+                                       .N = x.N,
+                                       .C = x.C,
+                                       .dtype = dtype_of(x_),
+                                       .weight_dtype = weight ? dtype_of(*weight_) : dtype_of(x_),
+                                       .eps = eps,
+                                       .weight_offset = weight_offset}),
+          "rms_norm_forward");
+  }
+  return {y, h, rstd};
+}
+
+template <class Device>
+std::tuple<Tensor, Tensor> backward(const Tensor& dy_, std::optional<Tensor> dh_, const Tensor& h_, std::optional<Tensor> weight_,
+                                    const Tensor& rstd_, double weight_offset) {
+  const On<Device> on(h_);
+  Rows dy(dy_), h(h_);
+  const auto dh = rows_or_none(dh_);
+  const auto weight = rows_or_none(weight_);
+  const Tensor rstd = torch::stable::contiguous(rstd_);
+  const int64_t partials = weight ? rms_norm_partials(on.device, h.N, h.C) : 0;
+  Tensor dx = torch::stable::new_empty(h_, h_.sizes());
+  Tensor partial = torch::stable::new_empty(h_, {partials, h.C}, wide(h_));
+  Tensor dweight = weight ? torch::stable::new_empty(*weight_, {h.C}) : torch::stable::new_empty(h_, {0});
+  if (h.N == 0) {
+    torch::stable::zero_(dweight);
+  } else {
+    check(rms_norm_backward(on.device, {.dy = dy.data(),
+                                        .stride_dy_row = dy.stride_row,
+                                        .dh = data_or_null(dh),
+                                        .stride_dh_row = stride_or_zero(dh),
+                                        .h = h.data(),
+                                        .stride_h_row = h.stride_row,
+                                        .weight = data_or_null(weight),
+                                        .rstd = rstd.const_data_ptr(),
+                                        .dx = dx.mutable_data_ptr(),
+                                        .dweight = dweight.mutable_data_ptr(),
+                                        .partial = partial.mutable_data_ptr(),
+                                        .partials = partials,
+                                        .N = h.N,
+                                        .C = h.C,
+                                        .dtype = dtype_of(h_),
+                                        .weight_dtype = weight ? dtype_of(*weight_) : dtype_of(h_),
+                                        .weight_offset = weight_offset}),
+          "rms_norm_backward");
+  }
+  return {dx, dweight};
+}
+
+}  // namespace
+}  // namespace fastprimer
+
+FASTPRIMER_IMPL(Device, m) {
+  m.impl("rms_norm_forward", TORCH_BOX(&fastprimer::forward<Device>));
+  m.impl("rms_norm_backward", TORCH_BOX(&fastprimer::backward<Device>));
+}

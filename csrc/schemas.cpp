@@ -1,0 +1,16 @@
+// Every native operation's signature: the table of contents of csrc/. The same functions, with the same names and
+// arguments, stand in the chapters of fastprimer/ops/ (a test compares the two).
+#include <torch/csrc/stable/library.h>
+
+// The emulated CUDA kernels are a library of their own, so that both can be loaded at once.
+#ifndef FASTPRIMER_NAMESPACE
+#define FASTPRIMER_NAMESPACE fastprimer
+#endif
+
+STABLE_TORCH_LIBRARY(FASTPRIMER_NAMESPACE, m) {
+  m.def("rms_norm_forward(Tensor x, Tensor? weight, float eps, Tensor? residual, float weight_offset) -> (Tensor, Tensor, Tensor)");
+  m.def("rms_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor? weight, Tensor rstd, float weight_offset) -> (Tensor, Tensor)");
+#ifndef FASTPRIMER_EMULATED
+  m.def("limit_cpu_instruction_set(int limit) -> int");  // for tests: csrc/cpu/dispatch.cpp
+#endif
+}

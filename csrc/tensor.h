@@ -1,0 +1,151 @@
+// From torch tensors (libtorch's stable ABI) to what a kernel takes: element types, rows, devices and streams.
+#pragma once
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+
+#include "kernel.h"
+
+#ifndef FASTPRIMER_NAMESPACE
+#define FASTPRIMER_NAMESPACE fastprimer
+#endif
+
+namespace fastprimer {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline Dtype dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::float32;
+    case ScalarType::BFloat16:
+      return Dtype::bfloat16;
+    case ScalarType::Half:
+      return Dtype::float16;
+    case ScalarType::Double:
+      return Dtype::float64;
+    default:
+      STD_TORCH_CHECK(false, "fastprimer: no kernel for dtype ", torch::headeronly::toString(t.scalar_type()));
+  }
+  return Dtype::float32;
+}
+
+// The type of statistics and accumulators.
+inline ScalarType wide(const Tensor& t) { return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+
+// A tensor (..., C) seen as N rows of C adjacent numbers. Views whose leading dimensions fold into one stride are read in
+// place; any other is copied once.
+struct Rows {
+  Tensor tensor;
+  int64_t N, C, stride_row;
+
+  explicit Rows(const Tensor& t) : tensor(t), N(1), C(t.size(t.dim() - 1)), stride_row(C) {
+    for (int64_t d = 0; d + 1 < t.dim(); d++) N *= t.size(d);
+    if (!fold()) {
+      tensor = torch::stable::contiguous(t);
+      stride_row = C;
+    }
+  }
+
+  const void* data() const { return tensor.const_data_ptr(); }
+
+ private:
+  bool fold() {
+    if (N == 0 || C == 0) return true;
+    if (C > 1 && tensor.stride(tensor.dim() - 1) != 1) return false;
+    int64_t inner = 0;  // how far apart the rows of the folded dimensions are; 0 while there is at most one row
+    int64_t count = 1;
+    for (int64_t d = tensor.dim() - 2; d >= 0; d--) {
+      if (tensor.size(d) == 1) continue;
+      if (inner == 0) {
+        inner = tensor.stride(d);
+      } else if (tensor.stride(d) != inner * count) {
+        return false;
+      }
+      count *= tensor.size(d);
+    }
+    if (inner < 0) return false;
+    if (count > 1) stride_row = inner;
+    return true;
+  }
+};
+
+inline const void* data_or_null(const std::optional<Rows>& rows) { return rows ? rows->data() : nullptr; }
+inline int64_t stride_or_zero(const std::optional<Rows>& rows) { return rows ? rows->stride_row : 0; }
+
+inline std::optional<Rows> rows_or_none(const std::optional<Tensor>& t) {
+  if (!t) return std::nullopt;
+  return Rows(*t);
+}
+
+inline void check(Error error, const char* op) { STD_TORCH_CHECK(error == nullptr, "fastprimer: ", op, ": ", error); }
+
+// Where a binding runs its kernels: makes the tensor's device current and finds its stream.
+template <class Device>
+struct On;
+
+template <>
+struct On<Cpu> {
+  Cpu device;
+  explicit On(const Tensor&) {}
+};
+
+#ifdef FASTPRIMER_EMULATED
+template <>
+struct On<Cuda> {
+  Cuda device{nullptr};
+  explicit On(const Tensor&) {}
+};
+#else
+template <>
+struct On<Cuda> {
+  torch::stable::accelerator::DeviceGuard guard;
+  Cuda device;
+  explicit On(const Tensor& t) : guard(t.get_device_index()), device{current_stream(t.get_device_index())} {}
+
+ private:
+  // libtorch_cuda.so alone exports this. It is looked up at run time so that one library loads beside a CPU-only torch too.
+  static void* current_stream(int32_t device_index) {
+    using Function = int32_t (*)(int32_t, void**);
+    static const Function function = [] {
+      void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+      return torch_cuda ? reinterpret_cast<Function>(dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream")) : nullptr;
+    }();
+    STD_TORCH_CHECK(function != nullptr, "fastprimer: this torch has no CUDA");
+    void* stream = nullptr;
+    STD_TORCH_CHECK(function(device_index, &stream) == 0, "fastprimer: no current CUDA stream on device ", device_index);
+    return stream;
+  }
+};
+#endif
+
+}  // namespace fastprimer
+
+// Registers a binding, written once as a template on its device, for every dispatch key that this library serves:
+//
+//   the native library           CPU tensors -> Cpu, CUDA tensors -> Cuda (where it was built with CUDA)
+//   the library of the emulator  CPU tensors -> Cuda: the CUDA kernels, compiled for and run on the CPU
+#define FASTPRIMER_IMPL_KEY(key, type) \
+  STABLE_TORCH_LIBRARY_IMPL(FASTPRIMER_NAMESPACE, key, m) { register_kernels<type>(m); }
+
+#if defined(FASTPRIMER_EMULATED)
+#define FASTPRIMER_IMPL_KEYS FASTPRIMER_IMPL_KEY(CPU, fastprimer::Cuda)
+#elif defined(FASTPRIMER_CUDA)
+#define FASTPRIMER_IMPL_KEYS FASTPRIMER_IMPL_KEY(CPU, fastprimer::Cpu) FASTPRIMER_IMPL_KEY(CUDA, fastprimer::Cuda)
+#else
+#define FASTPRIMER_IMPL_KEYS FASTPRIMER_IMPL_KEY(CPU, fastprimer::Cpu)
+#endif
+
+#define FASTPRIMER_IMPL(Device, m)                                       \
+  template <class Device>                                                \
+  static void register_kernels(torch::stable::detail::StableLibrary& m); \
+  FASTPRIMER_IMPL_KEYS                                                   \
+  template <class Device>                                                \
+  static void register_kernels(torch::stable::detail::StableLibrary& m)
