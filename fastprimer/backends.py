@@ -1,0 +1,347 @@
+"""Who computes an operation: what is available, what is preferred, and the reason for every refusal.
+
+A backend offers `<op>_forward` and `<op>_backward` with the signatures of the operation's own chapter:
+
+    reference   the chapter itself, plain torch: always there
+    cpu, cuda   the native library (torch.ops.fastprimer), where the tensor's device picks the kernel
+    triton      fastprimer.kernels.<op>, registered as torch.ops.fastprimer_triton
+
+Native and Triton functions are registered operators whose fake is the chapter's function, so torch.compile sees through
+them. Without a GPU, CPU tensors may run the Triton kernels in Triton's interpreter (TRITON_INTERPRET=1) and the CUDA
+kernels in the emulator (`load_emulator`); neither is ever chosen automatically.
+
+The choice in force is one module global, for it is the one kind of state that torch.compile guards on: a compiled
+function recompiles when the backend changes. It therefore holds for the whole process, not for one thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+"""Automatic choice by device type; any other device has the reference."""
+
+VARIABLE = "FASTPRIMER_BACKEND"
+PACKAGE = Path(__file__).parent
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for by name and cannot serve the call."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend a call would use (None: the call would raise), and why not the others."""
+
+    op: str
+    backend: str | None
+    refusals: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.op}: {self.backend or 'no backend: the call would raise'}"]
+        return "\n".join(lines + [f"  not {backend}: {reason}" for backend, reason in self.refusals.items()])
+
+
+class _Explained(Exception):
+    pass
+
+
+def _valid(name: str, source: str) -> str:
+    if name not in BACKENDS + ("auto",):
+        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS + ('auto',))}, got {name!r}")
+    return name
+
+
+_requested = _valid(os.environ.get(VARIABLE) or "auto", VARIABLE)
+_missing = "raise"
+_explaining = False
+_chapters: dict[str, object] = {}
+_functions: dict[tuple[str, str], SimpleNamespace] = {}
+_unavailable: dict[tuple[str, str, str], str] = {}
+_emulated = False
+
+
+def register(chapter) -> None:
+    """Make a chapter's operations known. It offers LIMITS = {op: {backend: function of the forward's arguments -> reason}}."""
+    for op in chapter.LIMITS:
+        _chapters[op] = chapter
+        names = [name for name in (f"{op}_forward", f"{op}_backward") if hasattr(chapter, name)]
+        _functions[op, "reference"] = SimpleNamespace(**{name: _outside_autocast(getattr(chapter, name)) for name in names})
+
+
+def _outside_autocast(function):
+    """The chapters choose every dtype themselves; autocast, which would recast their matrix products, has no say there."""
+
+    @functools.wraps(function)
+    def call(x, *args):
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return function(x, *args)
+        return function(x, *args)
+
+    return call
+
+
+@contextlib.contextmanager
+def use_backend(name: str, *, missing: str = "raise"):
+    """Within the block, every operation runs on the backend `name`, or raises BackendError with the reason it cannot.
+
+    Args:
+        name: "reference", "cpu", "triton", "cuda", or "auto" (the default: the fastest that can serve the call).
+        missing: what an operation does that has no such kernel at all: "raise", or "auto" to choose automatically.
+
+    The choice holds for the whole process (see the head of this file); blocks nest.
+    """
+    global _requested, _missing
+    _valid(name, "use_backend: name")
+    if missing not in ("raise", "auto"):
+        raise ValueError(f"use_backend: missing: expected 'raise' or 'auto', got {missing!r}")
+    before = _requested, _missing
+    _requested, _missing = name, missing
+    try:
+        yield
+    finally:
+        _requested, _missing = before
+
+
+def choose(op: str, *args) -> str:
+    """The backend that serves this call of op; args are the arguments of op's forward, the first one a tensor."""
+    if _explaining:
+        raise _Explained(_explain(op, args))
+    device = args[0].device.type
+    if _requested != "auto":
+        if _missing == "raise" or _requested in _chapters[op].LIMITS[op] or _requested == "reference":
+            reason = refusal(op, _requested, device, args)
+            if reason:
+                raise BackendError(f"{op}: backend {_requested!r} was asked for, but {reason}")
+            return _requested
+    for backend in PREFERENCE.get(device, ("reference",)):
+        if not refusal(op, backend, device, args):
+            return backend
+    raise AssertionError("the reference serves every call")
+
+
+def refusal(op: str, backend: str, device: str, args: tuple) -> str:
+    """Why this backend cannot serve this call, or ""."""
+    if backend == "reference":
+        return ""
+    return unavailable(op, backend, device) or _chapters[op].LIMITS[op][backend](*args)
+
+
+def implementation(op: str, backend: str):
+    """The object that offers <op>_forward and <op>_backward for a backend that `choose` has named."""
+    return _functions[op, backend]
+
+
+@torch.compiler.assume_constant_result
+def unavailable(op: str, backend: str, device: str) -> str:
+    """Why this backend cannot serve op on this type of device at all, or "". Loads the backend's functions."""
+    key = op, backend, device
+    if key not in _unavailable:
+        _unavailable[key] = _look(*key)
+    return _unavailable[key]
+
+
+def _look(op: str, backend: str, device: str) -> str:
+    if backend == "reference":
+        return ""
+    if backend not in _chapters[op].LIMITS[op]:
+        return f"{op} has no {backend} kernel yet"
+    if device not in ("cpu", "cuda"):
+        return f"there are no kernels for {device} tensors"
+    reason = {"cpu": _no_cpu, "triton": _no_triton, "cuda": _no_cuda}[backend](device)
+    if not reason:
+        _functions[op, backend] = _load(op, backend, device)
+    return reason
+
+
+def _no_cpu(device: str) -> str:
+    return native_reason() if device == "cpu" else f"the tensors are on {device}"
+
+
+def _no_triton(device: str) -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if device == "cpu" and not interpreting():
+        return "Triton kernels run on CPU tensors only in Triton's interpreter: set TRITON_INTERPRET=1 before Triton is imported"
+    return ""
+
+
+def _no_cuda(device: str) -> str:
+    if device == "cpu":
+        return "" if _emulated else "CUDA kernels run on CPU tensors only in the emulator, which is not loaded"
+    if native_reason():
+        return native_reason()
+    return "" if build_info().get("cuda_architectures") else "the native library was built without CUDA (no nvcc was found)"
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter in this process."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def build_info() -> dict:
+    """What the build wrote down: compiler, architectures, or why there is no native library."""
+    try:
+        from fastprimer import _build
+    except ImportError:
+        return {}
+    return _build.info()
+
+
+@functools.cache
+def native_reason() -> str:
+    """Why the native library is not usable, or "". Loads it."""
+    library = PACKAGE / "_native.so"
+    if not library.exists():
+        record = PACKAGE / "_native.json"
+        if record.exists():
+            return json.loads(record.read_text())["reason"]
+        return "the native library was not built (see `fastprimer doctor`)"
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        return f"the native library does not load: {str(error).splitlines()[0]}"
+    return ""
+
+
+def emulator_reason() -> str:
+    """Why the CUDA kernels cannot be emulated here, or ""."""
+    if (PACKAGE / "_emulated.so").exists():
+        return ""
+    return "the emulated CUDA kernels were not built (they come with an editable install from the source tree)"
+
+
+def load_emulator() -> None:
+    """Let the backend "cuda" serve CPU tensors, by running the CUDA kernels on the CPU (slow; for tests)."""
+    global _emulated
+    if emulator_reason():
+        raise BackendError(emulator_reason())
+    torch.ops.load_library(str(PACKAGE / "_emulated.so"))
+    _emulated = True
+    _unavailable.clear()
+
+
+def _load(op: str, backend: str, device: str) -> SimpleNamespace:
+    """The backend's functions for op as operators with fakes, called without the overload look-up."""
+    chapter = _chapters[op]
+    names = [f"{op}_forward", f"{op}_backward"]
+    if backend == "triton":
+        space = "fastprimer_triton"
+        _register_triton(chapter, names)
+    else:
+        space = "fastprimer_emulated" if backend == "cuda" and device == "cpu" else "fastprimer"
+    for name in names:
+        _register_fake(f"{space}::{name}", getattr(chapter, name))
+    return SimpleNamespace(**{name: getattr(getattr(torch.ops, space), name).default for name in names})
+
+
+def schema(function) -> str:
+    """The operator schema of a chapter's function, read off its annotations."""
+    return torch.library.infer_schema(function, mutates_args=())
+
+
+def _register_triton(chapter, names: list[str]) -> None:
+    stem = chapter.__name__.rpartition(".")[2]
+    kernels = importlib.import_module(f"fastprimer.kernels.{stem}")
+    library = _library("fastprimer_triton")
+    for name in names:
+        if not hasattr(torch.ops.fastprimer_triton, name):
+            library.define(name + schema(getattr(chapter, name)))
+            library.impl(name, getattr(kernels, name), "CompositeExplicitAutograd")
+
+
+@functools.cache
+def _library(space: str) -> torch.library.Library:
+    return torch.library.Library(space, "FRAGMENT")
+
+
+@functools.cache
+def _register_fake(name: str, function) -> None:
+    torch.library.register_fake(name, function)
+
+
+def dtype_limit(x: Tensor, weight: Tensor | None, names: str) -> str:
+    """Why a kernel for x's dtype in `names`, and weight in x's dtype or float32, cannot take these, or ""."""
+    dtype = str(x.dtype).removeprefix("torch.")
+    if dtype not in names.split():
+        return f"its kernel takes {names.replace(' ', ', ')}, not {dtype}"
+    if weight is not None and weight.dtype not in (x.dtype, torch.float32):
+        return f"its kernel takes a weight of {dtype} or float32, not {str(weight.dtype).removeprefix('torch.')}"
+    return ""
+
+
+def operations() -> list[str]:
+    """Every operation that dispatches, in the order of the chapters."""
+    return list(_chapters)
+
+
+def declared(op: str) -> list[str]:
+    """The backends that have a kernel for op, the reference included."""
+    return ["reference"] + [backend for backend in BACKENDS if backend in _chapters[op].LIMITS[op]]
+
+
+def backends() -> dict[str, dict[str, str]]:
+    """{op: {backend: "" or the reason it is unavailable on this machine}}."""
+    device = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda", "reference": "cpu"}
+    if not torch.cuda.is_available():
+        return {op: {b: _without_gpu(op, b) for b in BACKENDS} for op in _chapters}
+    return {op: {b: unavailable(op, b, device[b]) for b in BACKENDS} for op in _chapters}
+
+
+def _without_gpu(op: str, backend: str) -> str:
+    reason = unavailable(op, backend, "cpu")
+    if reason and backend in ("triton", "cuda") and backend in _chapters[op].LIMITS[op]:
+        return "this torch sees no CUDA device"
+    return reason
+
+
+def explain(op, *args, **kwargs) -> Explanation:
+    """Which backend this very call of `op` (its name or the function) would use, and why not the others."""
+    global _explaining
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    if name not in _chapters:
+        raise ValueError(f"explain: op: expected one of {', '.join(_chapters)}, got {name!r}")
+    _explaining = True
+    try:
+        getattr(_chapters[name], name)(*args, **kwargs)
+    except _Explained as answer:
+        return answer.args[0]
+    finally:
+        _explaining = False
+    raise AssertionError(f"{name} never chose a backend")
+
+
+def _explain(op: str, args: tuple) -> Explanation:
+    device = args[0].device.type
+    refusals = {backend: refusal(op, backend, device, args) for backend in BACKENDS}
+    if _requested != "auto" and (_missing == "raise" or _requested in declared(op)):
+        chosen = None if refusals[_requested] else _requested
+    else:
+        chosen = next(b for b in PREFERENCE.get(device, ("reference",)) if not refusals[b])
+    reasons = {b: reason or _reason_not_preferred(device, chosen) for b, reason in refusals.items() if b != chosen}
+    return Explanation(op, chosen, reasons)
+
+
+def _reason_not_preferred(device: str, chosen: str | None) -> str:
+    if _requested != "auto":
+        return f"{_requested!r} was asked for by name"
+    return f"{chosen!r} is preferred for {device} tensors"

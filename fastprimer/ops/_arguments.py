@@ -1,0 +1,65 @@
+"""Checks and conversions that every chapter shares: errors that name the argument, and what autocast asks for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+INTEGERS = (torch.int32, torch.int64)
+
+
+def check(condition: bool, name: str, expected: str, got: object) -> None:
+    """Raise ValueError("<op>: <argument>: expected ..., got ...") unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, got {got}")
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple, letters: str) -> None:
+    if tuple(tensor.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected shape {letters} = {tuple(shape)}, got {tuple(tensor.shape)}")
+
+
+def check_floating(name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+
+
+def check_integer(name: str, tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in INTEGERS:
+        raise TypeError(f"{name}: expected int32 or int64, got {tensor.dtype}")
+
+
+def check_like(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
+    """The two must agree in dtype and device (shape is each operation's own business)."""
+    if tensor.dtype != like.dtype:
+        raise TypeError(f"{name}: expected {like_name}'s dtype {like.dtype}, got {tensor.dtype}")
+    if tensor.device != like.device:
+        raise ValueError(f"{name}: expected {like_name}'s device {like.device}, got {tensor.device}")
+
+
+def check_device(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
+    if tensor.device != like.device:
+        raise ValueError(f"{name}: expected {like_name}'s device {like.device}, got {tensor.device}")
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics and accumulators: float32, or float64 for float64 inputs."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd would record a call on these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def autocast(*tensors: Tensor | None) -> tuple:
+    """What torch.matmul does under autocast: cast floating-point operands to the autocast dtype (others pass through)."""
+    device = next(t for t in tensors if t is not None).device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t is not None and t.dtype in (torch.float32, torch.float16, torch.bfloat16) else t for t in tensors)

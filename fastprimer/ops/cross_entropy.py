@@ -1,0 +1,270 @@
+r"""Cross-entropy, plain and fused with the projection onto the vocabulary.
+
+The surprise −log p of the right token. Sources: label smoothing, Szegedy et al. (2016), section 7; z-loss, Chowdhery et al.
+("PaLM", 2022), section 5; soft-capped logits, Gemma 2 (2024), section 2.
+
+**Forward.** For one token with logits l_v (v = 1..V) and target t; z_v = l_v, or c · tanh(l_v / c) with a softcap c:
+
+    lse  = log Σ_v exp z_v
+    loss = lse − (1 − ε) z_t − (ε / V) Σ_v z_v + ζ lse²
+
+with label smoothing ε and z-loss coefficient ζ; ε = ζ = 0 leaves lse − z_t = −log softmax(z)_t. A token whose target is
+ignore_index has loss 0. The mean divides by the number of the other tokens.
+
+**Backward.** With p_v = exp(z_v − lse) = ∂lse/∂z_v and dloss the token's upstream gradient,
+
+    dz_v = dloss · ((1 + 2 ζ lse) p_v − (1 − ε) [v = t] − ε / V)
+    dl_v = dz_v · (1 − (z_v / c)²)                                (softcap only: tanh' = 1 − tanh²)
+
+and 0 for ignored tokens. With logits L = X Wᵀ + bias (N x V) and dL as above,
+
+    dX = dL W,    dW = dLᵀ X,    dbias = Σ_n dL_n
+
+Only lse is saved besides the inputs. Each token's loss is a separate output of the operation, so `reduction` is plain
+torch outside it and per-token gradients are right by construction. This reference holds N x V numbers; a backend of
+linear_cross_entropy never does.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from fastprimer.backends import choose, implementation
+from fastprimer.ops import _arguments as arguments
+
+
+def cross_entropy_forward(
+    logits: Tensor, target: Tensor, ignore_index: int, label_smoothing: float, z_loss: float, softcap: Optional[float]
+) -> tuple[Tensor, Tensor]:
+    """logits (N, V), target (N,) -> loss (N,), lse (N,), both float32 (float64 for float64)."""
+    z = _capped(logits, softcap)
+    valid = target != ignore_index
+    lse = torch.logsumexp(z, -1)
+    z_target = z.gather(-1, torch.where(valid, target, 0).long().unsqueeze(-1)).squeeze(-1)
+    loss = lse - (1 - label_smoothing) * z_target + z_loss * lse.square()
+    if label_smoothing != 0:
+        loss = loss - label_smoothing * z.mean(-1)
+    return torch.where(valid, loss, 0.0), lse
+
+
+def cross_entropy_backward(
+    dloss: Tensor,
+    logits: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: Optional[float],
+) -> Tensor:
+    """dloss (N,), logits (N, V), target (N,), lse (N,) -> dlogits (N, V)."""
+    return _dlogits(dloss, logits, target, lse, ignore_index, label_smoothing, z_loss, softcap).to(logits.dtype)
+
+
+def linear_cross_entropy_forward(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Optional[Tensor],
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: Optional[float],
+) -> tuple[Tensor, Tensor]:
+    """x (N, C), weight (V, C), target (N,), bias (V,) or None -> loss (N,), lse (N,)."""
+    return cross_entropy_forward(_logits(x, weight, bias), target, ignore_index, label_smoothing, z_loss, softcap)
+
+
+def linear_cross_entropy_backward(
+    dloss: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    bias: Optional[Tensor],
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: Optional[float],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """-> dx (N, C), dweight (V, C), dbias (V,) or (0,) without bias."""
+    dlogits = _dlogits(dloss, _logits(x, weight, bias), target, lse, ignore_index, label_smoothing, z_loss, softcap)
+    dx = dlogits @ weight.to(dlogits.dtype)
+    dweight = dlogits.t() @ x.to(dlogits.dtype)
+    dbias = x.new_empty(0) if bias is None else dlogits.sum(0).to(bias.dtype)
+    return dx.to(x.dtype), dweight.to(weight.dtype), dbias
+
+
+def _capped(logits: Tensor, softcap: Optional[float]) -> Tensor:
+    z = logits.to(arguments.wide(logits.dtype))
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
+
+
+def _logits(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    dtype = arguments.wide(x.dtype)
+    logits = x.to(dtype) @ weight.to(dtype).t()
+    return logits if bias is None else logits + bias.to(dtype)
+
+
+def _dlogits(dloss, logits, target, lse, ignore_index, label_smoothing, z_loss, softcap):
+    z = _capped(logits, softcap)
+    V = z.shape[-1]
+    valid = target != ignore_index
+    is_target = torch.arange(V, device=z.device) == target.unsqueeze(-1)
+    p = torch.exp(z - lse.unsqueeze(-1))
+    dz = (1 + 2 * z_loss * lse).unsqueeze(-1) * p - (1 - label_smoothing) * is_target.to(z.dtype) - label_smoothing / V
+    if softcap is not None:
+        dz = dz * (1 - (z / softcap).square())
+    # The mean over no token at all has an infinite dloss: an ignored token's gradient is 0 whatever dloss is.
+    return torch.where(valid, dloss, 0.0).unsqueeze(-1) * torch.where(valid.unsqueeze(-1), dz, 0.0)
+
+
+LIMITS = {"cross_entropy": {}, "linear_cross_entropy": {}}
+
+
+class CrossEntropy(torch.autograd.Function):
+    """Per-token losses of logits, or of x weightᵀ + bias where weight is given."""
+
+    @staticmethod
+    def forward(ctx, backend, x, weight, bias, target, options):
+        ctx.backend, ctx.options = backend, options
+        if weight is None:
+            loss, lse = implementation("cross_entropy", backend).cross_entropy_forward(x, target, *options)
+        else:
+            functions = implementation("linear_cross_entropy", backend)
+            loss, lse = functions.linear_cross_entropy_forward(x, weight, target, bias, *options)
+        ctx.save_for_backward(x, weight, bias, target, lse)
+        return loss
+
+    @staticmethod
+    def backward(ctx, dloss):
+        x, weight, bias, target, lse = ctx.saved_tensors
+        options, backend = ctx.options, ctx.backend
+        if torch.is_grad_enabled():  # A second derivative is wanted: recompute lse within the graph, in plain torch.
+            backend = "reference"
+            logits = x if weight is None else _logits(x, weight, bias)
+            lse = cross_entropy_forward(logits, target, *options)[1]
+        if weight is None:
+            dx = implementation("cross_entropy", backend).cross_entropy_backward(dloss, x, target, lse, *options)
+            return None, dx, None, None, None, None
+        functions = implementation("linear_cross_entropy", backend)
+        dx, dweight, dbias = functions.linear_cross_entropy_backward(dloss, x, weight, target, lse, bias, *options)
+        return None, dx, dweight, dbias if bias is not None else None, None, None
+
+
+def cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: Optional[float] = None,
+) -> Tensor:
+    """Cross-entropy of logits with target token numbers.
+
+    Args:
+        logits: (..., V), floating point.
+        target: int (...), each in 0..V-1 or ignore_index.
+        ignore_index: tokens with this target have loss 0 and no gradient.
+        reduction: "mean" over the tokens not ignored (nan if there is none, as in torch), "sum", or "none".
+        label_smoothing: ε in 0..1, spread evenly over the vocabulary.
+        z_loss: coefficient of lse², added to each token's loss.
+        softcap: c > 0 replaces logits by c tanh(logits / c).
+
+    Returns:
+        float32 (float64 for float64 logits): a scalar, or (...) for reduction "none".
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it. Targets out of range raise ValueError on
+        the CPU; on a GPU they are not checked, for that would wait for the device.
+
+    Sources: at the head of fastprimer/ops/cross_entropy.py.
+    """
+    arguments.check_floating("cross_entropy: logits", logits)
+    arguments.check(logits.dim() >= 1 and logits.shape[-1] > 0, "cross_entropy: logits", "shape (..., V), V >= 1", tuple(logits.shape))
+    options = _options("cross_entropy", ignore_index, reduction, label_smoothing, z_loss, softcap)
+    _check_target("cross_entropy", target, logits, logits.shape[-1], ignore_index)
+    rows, flat = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
+    backend = choose("cross_entropy", rows, flat, *options)
+    if arguments.needs_gradient(logits):
+        loss = CrossEntropy.apply(backend, rows, None, None, flat, options)
+    else:
+        loss = implementation("cross_entropy", backend).cross_entropy_forward(rows, flat, *options)[0]
+    return _reduce(loss, target, ignore_index, reduction)
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Optional[Tensor] = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: Optional[float] = None,
+) -> Tensor:
+    """cross_entropy(x @ weight.T + bias, target) without ever forming the logits (on a backend other than reference).
+
+    Args:
+        x: (..., C), the last hidden state.
+        weight: (V, C), the output projection, like x; bias: (V,) or None. Under autocast they are cast as by a linear layer.
+        target and the others: as for `cross_entropy`.
+
+    Raises: as `cross_entropy`; ValueError too for an empty weight (a parameter sharded by ZeRO-3 must be gathered first).
+    """
+    name = "linear_cross_entropy"
+    for label, tensor in (("x", x), ("weight", weight)) + ((("bias", bias),) if bias is not None else ()):
+        arguments.check_floating(f"{name}: {label}", tensor)
+    options = _options(name, ignore_index, reduction, label_smoothing, z_loss, softcap)
+    x, weight, bias = arguments.autocast(x, weight, bias)
+    if weight.numel() == 0 or weight.dim() != 2:
+        raise ValueError(
+            f"{name}: weight: expected shape (V, C), not empty, got {tuple(weight.shape)}; a parameter that is sharded or "
+            "flattened (ZeRO-3, FSDP) must be gathered before it is used here"
+        )
+    arguments.check(x.dim() >= 1 and x.shape[-1] == weight.shape[1], f"{name}: x", f"shape (..., C = {weight.shape[1]})", tuple(x.shape))
+    arguments.check_like(f"{name}: weight", weight, x, "x")
+    if bias is not None:
+        arguments.check_shape(f"{name}: bias", bias, weight.shape[:1], "(V,)")
+        arguments.check_device(f"{name}: bias", bias, x, "x")
+    _check_target(name, target, x, weight.shape[0], ignore_index)
+    rows, flat = x.reshape(-1, x.shape[-1]), target.reshape(-1)
+    backend = choose(name, rows, weight, flat, bias, *options)
+    if arguments.needs_gradient(x, weight, bias):
+        loss = CrossEntropy.apply(backend, rows, weight, bias, flat, options)
+    else:
+        loss = implementation(name, backend).linear_cross_entropy_forward(rows, weight, flat, bias, *options)[0]
+    return _reduce(loss, target, ignore_index, reduction)
+
+
+def _options(name, ignore_index, reduction, label_smoothing, z_loss, softcap):
+    """The checked options, in the order in which every backend takes them."""
+    arguments.check(reduction in ("mean", "sum", "none"), f"{name}: reduction", "'mean', 'sum' or 'none'", repr(reduction))
+    arguments.check(0 <= label_smoothing <= 1, f"{name}: label_smoothing", "a number in 0..1", label_smoothing)
+    arguments.check(softcap is None or softcap > 0, f"{name}: softcap", "None or a number > 0", softcap)
+    return int(ignore_index), float(label_smoothing), float(z_loss), None if softcap is None else float(softcap)
+
+
+def _check_target(name: str, target: Tensor, x: Tensor, V: int, ignore_index: int) -> None:
+    arguments.check_integer(f"{name}: target", target)
+    arguments.check_shape(f"{name}: target", target, x.shape[:-1], "of the tokens")
+    arguments.check_device(f"{name}: target", target, x, "the logits")
+    if target.device.type == "cpu" and not torch.compiler.is_compiling():
+        wrong = (target != ignore_index) & ((target < 0) | (target >= V))
+        if bool(wrong.any()):
+            raise ValueError(
+                f"{name}: target: expected numbers in 0..{V - 1} or ignore_index={ignore_index}, got {target[wrong][0].item()}"
+            )
+
+
+def _reduce(loss: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
+    if reduction == "none":
+        return loss.reshape(target.shape)
+    return loss.sum() if reduction == "sum" else loss.sum() / (target != ignore_index).sum()

@@ -1,0 +1,150 @@
+r"""Decoding: attention of a few new tokens to a cache of keys and values, contiguous or in pages.
+
+The mathematics is that of the chapter on attention, with S <= 16 queries at the end of each sequence of the batch; the
+sequences have different lengths, and the new keys and values are first appended to the cache (the one in-place operation
+of this package). No gradient: decoding is not trained through.
+
+Source of the paged cache: Kwon et al. ("PagedAttention", 2023), section 4.1.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from fastprimer.backends import choose, implementation
+from fastprimer.ops import _arguments as arguments
+from fastprimer.ops._attention_arguments import check_heads, check_scores, normalise_window
+from fastprimer.ops.attention import attend
+
+MAX_QUERIES = 16
+
+
+def attention_with_kv_cache_forward(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    k: Optional[Tensor],
+    v: Optional[Tensor],
+    block_table: Optional[Tensor],
+    sinks: Optional[Tensor],
+    scale: float,
+    left: Optional[int],
+    right: Optional[int],
+    softcap: Optional[float],
+) -> tuple[Tensor, Tensor]:
+    """q (B, S, H, D) -> o (B, S, H, Dv), lse (B, H, S); writes k and v into the caches at cache_seqlens."""
+    B, S = q.shape[:2]
+    lengths = cache_seqlens.long()
+    if k is not None:
+        position = lengths.unsqueeze(1) + torch.arange(k.shape[1], device=q.device)  # (B, S)
+        if block_table is None:
+            place = torch.arange(B, device=q.device).unsqueeze(1), position
+        else:
+            size = k_cache.shape[1]
+            place = block_table.long().gather(1, position // size), position % size
+        k_cache[place], v_cache[place] = k, v
+        lengths = lengths + k.shape[1]
+    if block_table is not None:
+        k_cache, v_cache = (cache[block_table.long()].flatten(1, 2) for cache in (k_cache, v_cache))
+    j = torch.arange(k_cache.shape[1], device=q.device)
+    i = lengths[:, None, None] - S + torch.arange(S, device=q.device)[:, None]  # (B, S, 1): each query's own position
+    visible = j < lengths[:, None, None]
+    if left is not None:
+        visible = visible & (j >= i - left)
+    if right is not None:
+        visible = visible & (j <= i + right)
+    # What lies behind a sequence's end may be anything: 0 · nan is nan, so it must not reach the sums.
+    beyond = (j >= lengths[:, None])[..., None, None]
+    k_cache, v_cache = k_cache.masked_fill(beyond, 0), v_cache.masked_fill(beyond, 0)
+    return attend(q, k_cache, v_cache, visible[:, None, None], sinks, scale, softcap)
+
+
+LIMITS = {"attention_with_kv_cache": {}}
+
+
+def attention_with_kv_cache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Tensor,
+    *,
+    k: Optional[Tensor] = None,
+    v: Optional[Tensor] = None,
+    block_table: Optional[Tensor] = None,
+    causal: bool = True,
+    window: Optional[tuple] = None,
+    scale: Optional[float] = None,
+    softcap: Optional[float] = None,
+    sinks: Optional[Tensor] = None,
+    return_lse: bool = False,
+):
+    """Attention of S new queries per sequence to its cached keys and values; appends k and v to the cache in place first.
+
+    Args:
+        q: (B, S, H, D), 1 <= S <= 16: the queries of each sequence's last S tokens.
+        k_cache, v_cache: (B, T, Hk, D), (B, T, Hk, Dv), or pages (pages, page_size, Hk, D) with block_table.
+        cache_seqlens: int (B,), how many tokens each sequence has in the cache, before k and v are appended.
+        k, v: (B, S, Hk, D), (B, S, Hk, Dv), the new tokens' keys and values, both or neither.
+        block_table: int (B, n), the pages of each sequence in order.
+        causal: query i sees keys up to its own position (the default here: these are a sequence's last tokens).
+        window, scale, softcap, sinks, return_lse: as for `attention`.
+
+    Returns:
+        o (B, S, H, Dv), and lse (B, H, S) with return_lse.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit (a cache too short included, on the CPU); nothing is written then.
+        RuntimeError: a gradient was asked for.
+    """
+    name = "attention_with_kv_cache"
+    _check(name, q, k_cache, v_cache, cache_seqlens, k, v, block_table)
+    check_scores(name, q, scale, softcap, sinks)
+    if arguments.needs_gradient(q, k_cache, v_cache, k, v, sinks):
+        raise RuntimeError(f"{name}: decoding has no backward: call it under torch.no_grad(), or train with fastprimer.attention")
+    left, right = normalise_window(name, window, causal)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    call = q, k_cache, v_cache, cache_seqlens, k, v, block_table, sinks, scale, left, right, softcap
+    o, lse = implementation(name, choose(name, *call)).attention_with_kv_cache_forward(*call)
+    return (o, lse) if return_lse else o
+
+
+def _check(name, q, k_cache, v_cache, cache_seqlens, k, v, block_table) -> None:
+    arguments.check_floating(f"{name}: q", q)
+    arguments.check(q.dim() == 4 and 1 <= q.shape[1] <= MAX_QUERIES, f"{name}: q", f"shape (B, S <= {MAX_QUERIES}, H, D)", tuple(q.shape))
+    B, S, _, D = q.shape
+    leading = (B,) if block_table is None else k_cache.shape[:1]
+    letters = "(B, T, Hk, D)" if block_table is None else "(pages, page_size, Hk, D)"
+    fits = k_cache.dim() == 4 and k_cache.shape[:1] == leading and k_cache.shape[-1] == D
+    arguments.check(fits, f"{name}: k_cache", f"shape {letters} with B = {B}, D = {D}", tuple(k_cache.shape))
+    fits = v_cache.dim() == 4 and v_cache.shape[:-1] == k_cache.shape[:-1]
+    arguments.check(fits, f"{name}: v_cache", f"k_cache's shape {tuple(k_cache.shape[:-1])} + (Dv,)", tuple(v_cache.shape))
+    check_heads(name, q, k_cache)
+    arguments.check((k is None) == (v is None), f"{name}: v", "both k and v or neither", "one of them")
+    tensors = [("k_cache", k_cache), ("v_cache", v_cache)]
+    if k is not None:
+        arguments.check_shape(f"{name}: k", k, (B, S, *k_cache.shape[2:]), "(B, S, Hk, D)")
+        arguments.check_shape(f"{name}: v", v, (B, S, *v_cache.shape[2:]), "(B, S, Hk, Dv)")
+        tensors += [("k", k), ("v", v)]
+    for label, t in tensors:
+        arguments.check_like(f"{name}: {label}", t, q, "q")
+    arguments.check_integer(f"{name}: cache_seqlens", cache_seqlens)
+    arguments.check_shape(f"{name}: cache_seqlens", cache_seqlens, (B,), "(B,)")
+    arguments.check_device(f"{name}: cache_seqlens", cache_seqlens, q, "q")
+    room = k_cache.shape[1]
+    if block_table is not None:
+        arguments.check_integer(f"{name}: block_table", block_table)
+        arguments.check(
+            block_table.dim() == 2 and block_table.shape[0] == B, f"{name}: block_table", f"shape (B = {B}, n)", tuple(block_table.shape)
+        )
+        arguments.check_device(f"{name}: block_table", block_table, q, "q")
+        room = room * block_table.shape[1]
+    if B and cache_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = int(cache_seqlens.min()), int(cache_seqlens.max()) + (0 if k is None else S)
+        arguments.check(low >= 0 and high <= room, f"{name}: cache_seqlens", f"0..{room} tokens, the new ones included", (low, high))
+        if block_table is not None:
+            wrong = bool(((block_table < 0) | (block_table >= k_cache.shape[0])).any())
+            arguments.check(not wrong, f"{name}: block_table", f"pages in 0..{k_cache.shape[0] - 1}", block_table.tolist())

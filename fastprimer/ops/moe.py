@@ -1,0 +1,137 @@
+r"""Top-k mixture of experts: a router picks K of E feed-forward networks for every token and weighs their outputs.
+
+The chapter on routing is fastprimer/ops/routing.py. Source: Shazeer et al. (2017), section 2; Jiang et al. ("Mixtral",
+2024), section 2.1.
+
+**Forward.** Token n goes to experts e = experts[n, k] with weights w = weights[n, k]:
+
+    [a; b] = gate_up[e] x_n        the pre-activation, hidden[n, k]: two halves of F numbers
+    u      = silu(a) · b
+    y_n    = Σ_k weights[n, k] · down[e] u
+
+No token is dropped, an expert may be empty.
+
+**Backward.** With dy_n and, for every pair (n, k), the gradient d = down[e]ᵀ dy_n of the unweighted u:
+
+    dweights[n, k] = dy_n · (down[e] u) = d · u            (so y need not be stored per expert)
+    ddown[e]       = Σ_(n, k): experts = e  dy_n (w u)ᵀ
+    du             = w d
+    [da; db]       = [du · b · σ(a) (1 + a (1 − σ(a))); du · silu(a)]           (the chapter on SwiGLU)
+    dgate_up[e]    = Σ_(n, k): experts = e  [da; db] x_nᵀ
+    dx_n           = Σ_k gate_up[e]ᵀ [da; db]
+
+Saved: x, the routing and hidden (rounded to x's dtype, in forward and backward alike). This reference sends every token
+through every expert and masks, which costs E / K times the work and needs no index arithmetic at all; an empty expert's
+gradient is exactly 0.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastprimer.backends import choose, implementation
+from fastprimer.ops import _arguments as arguments
+from fastprimer.ops.swiglu import swiglu_backward, swiglu_forward
+
+
+def moe_forward(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
+    """x (N, C), gate_up (E, 2F, C), down (E, C, F), weights, experts (N, K) -> y (N, C), hidden (N, K, 2F)."""
+    x_wide, gate_up_wide, down_wide, w = _widened(x, gate_up, down, weights)
+    chosen = _chosen(experts, gate_up.shape[0])
+    hidden = sum(c * (x_wide @ m.t()).unsqueeze(1) for c, m in zip(chosen, gate_up_wide.unbind(), strict=True)).to(x.dtype)
+    u = w * swiglu_forward(*hidden.to(w.dtype).chunk(2, -1))
+    y = sum((c * u).sum(1) @ m.t() for c, m in zip(chosen, down_wide.unbind(), strict=True))
+    return y.to(x.dtype).contiguous(), hidden.contiguous()
+
+
+def moe_backward(
+    dy: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor, hidden: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> dx (N, C), dgate_up (E, 2F, C), ddown (E, C, F), dweights (N, K)."""
+    x_wide, gate_up_wide, down_wide, w = _widened(x, gate_up, down, weights)
+    dy, hidden = dy.to(x_wide.dtype), hidden.to(x_wide.dtype)
+    chosen = _chosen(experts, gate_up.shape[0])
+    a, b = hidden.chunk(2, -1)
+    u = swiglu_forward(a, b)
+    d = sum(c * (dy @ m).unsqueeze(1) for c, m in zip(chosen, down_wide.unbind(), strict=True))
+    dweights = (d * u).sum(-1)
+    ddown = torch.stack([dy.t() @ (c * w * u).sum(1) for c in chosen])
+    dhidden = torch.cat(swiglu_backward(w * d, a, b), -1)
+    routed = [(c * dhidden).sum(1) for c in chosen]  # (N, 2F) for each expert
+    dgate_up = torch.stack([r.t() @ x_wide for r in routed])
+    dx = sum(r @ m for r, m in zip(routed, gate_up_wide.unbind(), strict=True))
+    return dx.to(x.dtype), dgate_up.to(gate_up.dtype), ddown.to(down.dtype), dweights.to(weights.dtype)
+
+
+def _widened(x, gate_up, down, weights):
+    dtype = arguments.wide(x.dtype)
+    return x.to(dtype), gate_up.to(dtype), down.to(dtype), weights.to(dtype).unsqueeze(-1)
+
+
+def _chosen(experts: Tensor, E: int) -> list[Tensor]:
+    """For each expert, (N, K, 1): whether that choice is this expert."""
+    return [(experts == e).unsqueeze(-1) for e in range(E)]
+
+
+LIMITS = {"moe": {}}
+
+
+class MoE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, backend, x, gate_up, down, weights, experts):
+        y, hidden = implementation("moe", backend).moe_forward(x, gate_up, down, weights, experts)
+        ctx.save_for_backward(x, gate_up, down, weights, experts, hidden)
+        ctx.backend = backend
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, gate_up, down, weights, experts, hidden = ctx.saved_tensors
+        backend = ctx.backend
+        if torch.is_grad_enabled():  # A second derivative is wanted: recompute hidden within the graph, in plain torch.
+            backend = "reference"
+            hidden = moe_forward(x, gate_up, down, weights, experts)[1]
+        grads = implementation("moe", backend).moe_backward(dy, x, gate_up, down, weights, experts, hidden)
+        return None, *grads, None
+
+
+def moe(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+    """The weighted sum of K experts' SwiGLU networks for every token; no token is dropped.
+
+    Args:
+        x: (N, C).
+        gate_up: (E, 2F, C), each expert's two input projections, gate first; down: (E, C, F); both like x (autocast casts).
+        weights: (N, K), floating point (float32 from `route`); experts: int (N, K), in 0..E-1, distinct within a row.
+
+    Returns:
+        (N, C) in x's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it. Expert numbers are checked on the CPU only.
+
+    Source: Jiang et al. (2024), section 2.1.
+    """
+    x, gate_up, down = arguments.autocast(x, gate_up, down)
+    for label, t in (("x", x), ("gate_up", gate_up), ("down", down), ("weights", weights)):
+        arguments.check_floating(f"moe: {label}", t)
+    arguments.check(x.dim() == 2, "moe: x", "shape (N, C)", tuple(x.shape))
+    N, C = x.shape
+    fits = gate_up.dim() == 3 and gate_up.shape[0] > 0 and gate_up.shape[1] % 2 == 0 and gate_up.shape[2] == C
+    arguments.check(fits, "moe: gate_up", f"shape (E, 2F, C = {C})", tuple(gate_up.shape))
+    E, F = gate_up.shape[0], gate_up.shape[1] // 2
+    arguments.check_shape("moe: down", down, (E, C, F), "(E, C, F)")
+    arguments.check(weights.dim() == 2 and weights.shape[0] == N, "moe: weights", f"shape (N = {N}, K)", tuple(weights.shape))
+    arguments.check_integer("moe: experts", experts)
+    arguments.check_shape("moe: experts", experts, weights.shape, "of weights")
+    arguments.check_like("moe: gate_up", gate_up, x, "x")
+    arguments.check_like("moe: down", down, x, "x")
+    arguments.check_device("moe: weights", weights, x, "x")
+    arguments.check_device("moe: experts", experts, x, "x")
+    if experts.numel() and experts.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = int(experts.min()), int(experts.max())
+        arguments.check(0 <= low and high < E, "moe: experts", f"numbers in 0..{E - 1}", (low, high))
+    backend = choose("moe", x, gate_up, down, weights, experts)
+    if arguments.needs_gradient(x, gate_up, down, weights):
+        return MoE.apply(backend, x, gate_up, down, weights, experts)
+    return implementation("moe", backend).moe_forward(x, gate_up, down, weights, experts)[0]

@@ -1,0 +1,134 @@
+r"""RoPE, rotary position embedding: rotate pairs of features by angles proportional to the token's position.
+
+Source: Su et al., "RoFormer" (2021), section 3.2.2, equation 15. The pairing of LLaMA / Hugging Face ("half-split")
+differs from the paper's ("interleaved") by a fixed permutation of the features.
+
+**Forward.** The first R of the D features form R/2 pairs (a, b): features (i, i + R/2), or (2i, 2i + 1) interleaved. With
+the cosine c and sine s of the angle of pair i at the token's position,
+
+    a' = a c − b s
+    b' = a s + b c
+
+and features R..D−1 pass through. A rotation preserves lengths, and the score of a rotated query at position m with a
+rotated key at position n depends on m − n alone: R(m)ᵀ R(n) = R(n − m).
+
+**The two pairings.** Let π be the permutation that lists the even features first, then the odd ones. Then
+half_split(π x) = π interleaved(x): a model's query and key projections, permuted row-wise by π per head, give under one
+pairing the very scores that the unpermuted ones give under the other.
+
+**Backward.** The map is linear and orthogonal, so its transpose is the rotation by the opposite angle:
+
+    da = da' c + db' s
+    db = db' c − da' s
+
+which is the forward map with s replaced by −s. Nothing but cos, sin and positions is saved; cos and sin are constants.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from fastprimer.backends import choose, implementation
+from fastprimer.ops import _arguments as arguments
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Optional[Tensor], interleaved: bool) -> Tensor:
+    """x (B, S, H, D) or (N, H, D); the rotation itself is computed in float32 (float64 for float64)."""
+    dtype = arguments.wide(x.dtype)
+    half = cos.shape[-1]
+    rows = slice(0, x.shape[-3]) if positions is None else positions
+    c, s = cos[rows].to(dtype).unsqueeze(-2), sin[rows].to(dtype).unsqueeze(-2)  # (..., S, 1, R/2): shared by the heads
+    rotary, rest = x[..., : 2 * half].to(dtype), x[..., 2 * half :]
+    if interleaved:
+        a, b = rotary[..., 0::2], rotary[..., 1::2]
+        rotated = torch.stack((a * c - b * s, a * s + b * c), dim=-1).flatten(-2)
+    else:
+        a, b = rotary[..., :half], rotary[..., half:]
+        rotated = torch.cat((a * c - b * s, a * s + b * c), dim=-1)
+    return torch.cat((rotated.to(x.dtype), rest), dim=-1)
+
+
+def rope_forward(
+    q: Tensor, k: Optional[Tensor], cos: Tensor, sin: Tensor, positions: Optional[Tensor], interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    """q (..., H, D), k (..., Hk, D) or None -> both rotated; (0,) in place of an absent k."""
+    k_rotated = q.new_empty(0) if k is None else _rotate(k, cos, sin, positions, interleaved)
+    return _rotate(q, cos, sin, positions, interleaved), k_rotated
+
+
+def rope_backward(
+    dq: Tensor, dk: Optional[Tensor], cos: Tensor, sin: Tensor, positions: Optional[Tensor], interleaved: bool
+) -> tuple[Tensor, Tensor]:
+    """The same rotation by the opposite angle."""
+    return rope_forward(dq, dk, cos, -sin, positions, interleaved)
+
+
+LIMITS = {"rope": {}}
+
+
+class RoPE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, backend, q, k, cos, sin, positions, interleaved):
+        ctx.save_for_backward(cos, sin, positions)
+        ctx.backend, ctx.interleaved, ctx.has_k = backend, interleaved, k is not None
+        q, k = implementation("rope", backend).rope_forward(q, k, cos, sin, positions, interleaved)
+        return (q, k) if ctx.has_k else q
+
+    @staticmethod
+    def backward(ctx, dq, dk=None):
+        cos, sin, positions = ctx.saved_tensors
+        backend = "reference" if torch.is_grad_enabled() else ctx.backend
+        dq, dk = implementation("rope", backend).rope_backward(dq, dk, cos, sin, positions, ctx.interleaved)
+        return None, dq, dk if ctx.has_k else None, None, None, None, None
+
+
+def rope(
+    q: Tensor, k: Optional[Tensor], cos: Tensor, sin: Tensor, *, positions: Optional[Tensor] = None, interleaved: bool = False
+) -> tuple[Tensor, Optional[Tensor]]:
+    """Rotate queries and keys by their positions; returns new tensors (q, k).
+
+    Args:
+        q: (B, S, H, D), or packed (N, H, D).
+        k: likewise with Hk heads, or None (then None is returned for it).
+        cos, sin: (P, R/2), R <= D: cosine and sine of the angle of each pair at positions 0..P-1; constants.
+        positions: int (B, S), or packed (N,): each token's row of cos and sin; by default 0..S-1 (packed: 0..N-1).
+        interleaved: pair features (2i, 2i + 1) as in the paper, instead of (i, i + R/2) as in LLaMA.
+
+    Raises:
+        TypeError, ValueError: an argument's dtype, shape or device does not fit; the message names it.
+        IndexError: a position outside 0..P-1 (on the CPU; on a GPU the launch fails instead, as in torch).
+
+    Source: Su et al. (2021), section 3.2.2.
+    """
+    arguments.check_floating("rope: q", q)
+    arguments.check(q.dim() in (3, 4), "rope: q", "shape (B, S, H, D) or (N, H, D)", tuple(q.shape))
+    D = q.shape[-1]
+    if k is not None:
+        arguments.check_floating("rope: k", k)
+        arguments.check_like("rope: k", k, q, "q")
+        expected = (*q.shape[:-2], k.shape[-2] if k.dim() == q.dim() else "Hk", D)
+        arguments.check(tuple(k.shape) == expected, "rope: k", f"shape (..., Hk, D) = {expected}", tuple(k.shape))
+    for name, table in (("cos", cos), ("sin", sin)):
+        arguments.check_floating(f"rope: {name}", table)
+        arguments.check_device(f"rope: {name}", table, q, "q")
+        fits = table.dim() == 2 and 0 < 2 * table.shape[1] <= D
+        arguments.check(fits, f"rope: {name}", f"shape (P, R/2) with 0 < R <= D = {D}", tuple(table.shape))
+        arguments.check(
+            not (torch.is_grad_enabled() and table.requires_grad), f"rope: {name}", "a constant", "one that requires a gradient"
+        )
+    arguments.check_shape("rope: sin", sin, cos.shape, "of cos")
+    if positions is None:
+        arguments.check(q.shape[-3] <= cos.shape[0], "rope: cos", f"at least {q.shape[-3]} rows, one per position", cos.shape[0])
+    else:
+        arguments.check_integer("rope: positions", positions)
+        arguments.check_shape("rope: positions", positions, q.shape[:-2], "(B, S) or (N,)")
+        arguments.check_device("rope: positions", positions, q, "q")
+    backend = choose("rope", q, k, cos, sin, positions, interleaved)
+    if arguments.needs_gradient(q, k):
+        rotated = RoPE.apply(backend, q, k, cos, sin, positions, interleaved)
+        return rotated if k is not None else (rotated, None)
+    q, rotated_k = implementation("rope", backend).rope_forward(q, k, cos, sin, positions, interleaved)
+    return q, rotated_k if k is not None else None

@@ -1,0 +1,215 @@
+r"""Routing: which experts a token goes to, with what weights, and the losses that keep the choice balanced.
+
+Sources: softmax then top-k, Shazeer et al. (2017), section 2.1; K = 1, Fedus et al. ("Switch", 2021), section 2; top-k then
+softmax, Jiang et al. ("Mixtral", 2024), section 2.1; sigmoid with a selection bias and groups, DeepSeek-V3 (2024), section
+2.1.2; group-limited choice, DeepSeek-V2 (2024), section 2.1.2.
+
+**Forward.** For one token with logits l_e, e = 1..E:
+
+    s_e      = softmax(l)_e     ("softmax", "softmax_topk")     or σ(l_e)     ("sigmoid")
+    choice_e = s_e + bias_e     ("softmax_topk": l_e + bias_e; the bias steers the choice and nothing else)
+    chosen   = the K largest choice_e, a tie going to the lower e; with groups, only from the top_groups best of the
+               equal groups, a group being worth its largest choice (sigmoid: the sum of its two largest)
+    w_k      = scale · s_k                             without renormalisation
+    w_k      = scale · s_k / Σ_j∈chosen s_j            with it
+
+A renormalised softmax is the softmax over the chosen logits alone, for the common denominator cancels: so "softmax"
+renormalised and "softmax_topk" give the same weights. Switch is K = 1 with renormalize=False: w is the probability, which
+is what gives its router a gradient.
+
+**Backward.** The choice is piecewise constant. With r_k = w_k / scale and dr_k = scale · dw_k,
+
+    softmax over the chosen:      dl_k = r_k (dr_k − Σ_j r_j dr_j)
+    softmax over all:             dl_e = s_e (ds_e − Σ_k s_k ds_k), where ds_k = dr_k for the chosen, else 0
+    sigmoid:                      dl_k = ds_k s_k (1 − s_k), where ds_k = dr_k, or renormalised
+                                  ds_k = (dr_k − Σ_j r_j dr_j) / Σ_j s_j
+
+**Losses**, over N tokens with p = softmax(l): balance (Switch, section 2.2, equation 4) and z (Zoph et al., "ST-MoE", 2022,
+equation 5). In plain torch, differentiated by autograd, for they are small:
+
+    balance = E Σ_e f_e P_e,    f_e = (1/N) · number of choices of e,    P_e = (1/N) Σ_n p_ne
+    z       = (1/N) Σ_n (log Σ_e exp l_ne)²
+
+f is a count without gradient, so ∂balance/∂P_e = E f_e: crowded experts are pushed down. For K > 1 f sums to K, as in
+transformers: a perfectly even router has balance K.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from fastprimer.backends import choose, implementation
+from fastprimer.ops import _arguments as arguments
+
+SCORES = ("softmax", "softmax_topk", "sigmoid")
+
+
+def route_forward(
+    logits: Tensor,
+    k: int,
+    score: str,
+    renormalize: bool,
+    bias: Optional[Tensor],
+    groups: Optional[int],
+    top_groups: Optional[int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """logits (N, E) -> weights (N, K) float32 (float64 for float64), experts (N, K) int64, best first."""
+    l = logits.to(arguments.wide(logits.dtype))
+    choice = {"softmax": lambda: torch.softmax(l, -1), "softmax_topk": lambda: l, "sigmoid": lambda: torch.sigmoid(l)}[score]()
+    choice = choice.detach() if bias is None else (choice + bias.to(l.dtype)).detach()
+    if groups is not None and top_groups is not None:
+        choice = _only_best_groups(choice, groups, top_groups, 2 if score == "sigmoid" else 1)
+    experts = _top(choice, k)
+    return _weights(l, experts, score, renormalize, scale).contiguous(), experts
+
+
+def route_backward(dweights: Tensor, logits: Tensor, experts: Tensor, score: str, renormalize: bool, scale: float) -> Tensor:
+    """dweights (N, K), logits (N, E), experts (N, K) -> dlogits (N, E)."""
+    l = logits.to(arguments.wide(logits.dtype))
+    dr = scale * dweights
+    if score == "sigmoid":
+        s = torch.sigmoid(l.gather(-1, experts))
+        ds = dr
+        if renormalize:
+            total = s.sum(-1, keepdim=True)
+            ds = (dr - (s / total * dr).sum(-1, keepdim=True)) / total
+        dchosen = ds * s * (1 - s)
+    elif renormalize or score == "softmax_topk":
+        r = torch.softmax(l.gather(-1, experts), -1)
+        dchosen = r * (dr - (r * dr).sum(-1, keepdim=True))
+    else:
+        s = torch.softmax(l, -1)
+        ds = torch.zeros_like(l).scatter(-1, experts, dr)
+        return (s * (ds - (s * ds).sum(-1, keepdim=True))).to(logits.dtype)
+    return torch.zeros_like(l).scatter(-1, experts, dchosen).to(logits.dtype)
+
+
+def _top(values: Tensor, k: int) -> Tensor:
+    """The k largest of each row, largest first; among equals the lower index first (torch.topk does not promise it)."""
+    return torch.sort(values, dim=-1, descending=True, stable=True).indices[..., :k].contiguous()
+
+
+def _only_best_groups(choice: Tensor, groups: int, top_groups: int, best: int) -> Tensor:
+    """choice (N, E) with −∞ outside the top_groups best groups."""
+    by_group = choice.unflatten(-1, (groups, -1))  # (N, groups, E / groups)
+    worth = by_group.topk(min(best, by_group.shape[-1]), -1).values.sum(-1)
+    keep = torch.zeros_like(worth, dtype=torch.bool).scatter(-1, _top(worth, top_groups), True)
+    return by_group.masked_fill(~keep.unsqueeze(-1), -torch.inf).flatten(-2)
+
+
+def _weights(l: Tensor, experts: Tensor, score: str, renormalize: bool, scale: float) -> Tensor:
+    chosen = l.gather(-1, experts)
+    if score == "sigmoid":
+        r = torch.sigmoid(chosen)
+        r = r / r.sum(-1, keepdim=True) if renormalize else r
+    elif renormalize or score == "softmax_topk":
+        r = torch.softmax(chosen, -1)
+    else:
+        r = torch.softmax(l, -1).gather(-1, experts)
+    return scale * r
+
+
+LIMITS = {"route": {}}
+
+
+class Route(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, backend, logits, k, score, renormalize, bias, groups, top_groups, scale):
+        functions = implementation("route", backend)
+        weights, experts = functions.route_forward(logits, k, score, renormalize, bias, groups, top_groups, scale)
+        ctx.save_for_backward(logits, experts)
+        ctx.mark_non_differentiable(experts)
+        ctx.backend, ctx.options = backend, (score, renormalize, scale)
+        return weights, experts
+
+    @staticmethod
+    def backward(ctx, dweights, _):
+        backend = "reference" if torch.is_grad_enabled() else ctx.backend
+        dlogits = implementation("route", backend).route_backward(dweights, *ctx.saved_tensors, *ctx.options)
+        return None, dlogits, *([None] * 7)
+
+
+def route(
+    logits: Tensor,
+    k: int,
+    *,
+    score: str = "softmax",
+    renormalize: bool = True,
+    bias: Optional[Tensor] = None,
+    groups: Optional[int] = None,
+    top_groups: Optional[int] = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Choose K experts for every token.
+
+    Args:
+        logits: (N, E), the router's output, floating point.
+        k: experts per token, 1 <= k <= E; 1 with renormalize=False is Switch.
+        score: "softmax" over all experts, then top-k; "softmax_topk": top-k, then softmax; "sigmoid".
+        renormalize: divide the chosen scores by their sum ("softmax_topk" always sums to 1).
+        bias: (E,), added for the choice only; it has no gradient (DeepSeek-V3 adjusts it by counting).
+        groups, top_groups: choose only among the experts of the top_groups best of `groups` equal groups; both or neither.
+        scale: multiplies the weights.
+
+    Returns:
+        weights (N, K), float32 (float64 for float64 logits), and experts (N, K), int64; the best expert first, and of two
+        equal ones the lower number first.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+
+    Sources: at the head of fastprimer/ops/routing.py.
+    """
+    arguments.check_floating("route: logits", logits)
+    arguments.check(logits.dim() == 2 and logits.shape[1] > 0, "route: logits", "shape (N, E)", tuple(logits.shape))
+    E = logits.shape[1]
+    arguments.check(isinstance(k, int) and 1 <= k <= E, "route: k", f"a number in 1..E = {E}", k)
+    arguments.check(score in SCORES, "route: score", f"one of {', '.join(SCORES)}", repr(score))
+    if bias is not None:
+        arguments.check_floating("route: bias", bias)
+        arguments.check_shape("route: bias", bias, (E,), "(E,)")
+        arguments.check_device("route: bias", bias, logits, "logits")
+    arguments.check((groups is None) == (top_groups is None), "route: top_groups", "both groups and top_groups, or neither", top_groups)
+    if groups is not None:
+        arguments.check(groups > 0 and E % groups == 0, "route: groups", f"a divisor of E = {E}", groups)
+        arguments.check(1 <= top_groups <= groups, "route: top_groups", f"a number in 1..groups = {groups}", top_groups)
+        room = top_groups * (E // groups)
+        arguments.check(k <= room, "route: k", f"at most {room}, the experts in top_groups groups", k)
+    call = logits, k, score, bool(renormalize), bias, groups, top_groups, float(scale)
+    backend = choose("route", *call)
+    if arguments.needs_gradient(logits):
+        return Route.apply(backend, *call)
+    return implementation("route", backend).route_forward(*call)
+
+
+def load_balancing_loss(logits: Tensor, experts: Tensor) -> Tensor:
+    """Switch's balance loss of a router: E Σ_e f_e P_e (see the head of this file).
+
+    Args:
+        logits: (N, E); experts: int (N, K), the choice that `route` made.
+
+    Returns:
+        A scalar, float32 (float64 for float64); K for a perfectly even router; 0 for no token.
+    """
+    arguments.check_floating("load_balancing_loss: logits", logits)
+    arguments.check(logits.dim() == 2, "load_balancing_loss: logits", "shape (N, E)", tuple(logits.shape))
+    arguments.check_integer("load_balancing_loss: experts", experts)
+    fits = experts.dim() == 2 and experts.shape[0] == logits.shape[0]
+    arguments.check(fits, "load_balancing_loss: experts", f"shape (N = {logits.shape[0]}, K)", tuple(experts.shape))
+    N, E = logits.shape
+    p = torch.softmax(logits.to(arguments.wide(logits.dtype)), -1)
+    chosen = experts.reshape(-1).long()
+    counts = torch.zeros(E, dtype=p.dtype, device=p.device).scatter_add(0, chosen, torch.ones_like(chosen, dtype=p.dtype))
+    return E * (counts * p.sum(0)).sum() / max(N, 1) ** 2
+
+
+def router_z_loss(logits: Tensor) -> Tensor:
+    """ST-MoE's router z-loss: the mean over tokens of (log Σ_e exp l_e)², which keeps logits (N, E) small; 0 for no token."""
+    arguments.check_floating("router_z_loss: logits", logits)
+    arguments.check(logits.dim() == 2, "router_z_loss: logits", "shape (N, E)", tuple(logits.shape))
+    lse = torch.logsumexp(logits.to(arguments.wide(logits.dtype)), -1)
+    return lse.square().sum() / max(logits.shape[0], 1)
