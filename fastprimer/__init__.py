@@ -1,6 +1,9 @@
 """fastprimer: every building block of a modern LLM, once as readable mathematics and once at the speed of the hardware."""
 
+from fastprimer import layers, reference
 from fastprimer.backends import BackendError, backends, explain, use_backend
+from fastprimer.config import Config
+from fastprimer.model import Model
 from fastprimer.ops import (
     attention,
     attention_with_kv_cache,
@@ -18,14 +21,18 @@ from fastprimer.ops import (
 __version__ = "0.1.0"
 __all__ = [
     "BackendError",
+    "Config",
+    "Model",
     "attention",
     "attention_with_kv_cache",
     "backends",
     "cross_entropy",
     "explain",
+    "layers",
     "linear_cross_entropy",
     "load_balancing_loss",
     "moe",
+    "reference",
     "rms_norm",
     "rope",
     "route",

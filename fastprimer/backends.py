@@ -146,13 +146,17 @@ def implementation(op: str, backend: str):
     return _functions[op, backend]
 
 
-@torch.compiler.assume_constant_result
 def unavailable(op: str, backend: str, device: str) -> str:
     """Why this backend cannot serve op on this type of device at all, or "". Loads the backend's functions."""
     key = op, backend, device
     if key not in _unavailable:
         _unavailable[key] = _look(*key)
     return _unavailable[key]
+
+
+# What torch.compiler.assume_constant_result marks; that decorator imports torch._dynamo and Triton at once, which takes
+# seconds and leaves no time to ask for Triton's interpreter.
+unavailable._dynamo_marked_constant = True
 
 
 def _look(op: str, backend: str, device: str) -> str:

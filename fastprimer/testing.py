@@ -101,8 +101,10 @@ def share_of_budget(got: Tensor, truth: Tensor, yardstick: Tensor, factor: float
     return max(math.inf if math.isnan(s) else s for s in shares)
 
 
-def compare(case: Case, dtype: torch.dtype, backend: str, *, device: str = "cpu", seed: int = 0) -> list[Row]:
-    """Run the case on a backend and hold every output and gradient against its budget."""
+def compare(
+    case: Case, dtype: torch.dtype, backend: str, *, device: str = "cpu", seed: int = 0, function: Callable | None = None
+) -> list[Row]:
+    """Run the case on a backend and hold every output and gradient against its budget; `function`: a wrapped public function."""
     public = getattr(fastprimer, case.op)
     judge = ORACLES[case.op] if backend == "reference" else public
     sampled = torch.float32 if dtype == torch.float64 else dtype
@@ -110,7 +112,7 @@ def compare(case: Case, dtype: torch.dtype, backend: str, *, device: str = "cpu"
         truth = run(case, torch.float64, judge, device=device, seed=seed, like=sampled)
         yardstick = run(case, sampled, judge, device=device, seed=seed)
     with use_backend(backend), poisoned_empty():
-        got = run(case, dtype, public, device=device, seed=seed, like=sampled)
+        got = run(case, dtype, function or public, device=device, seed=seed, like=sampled)
     rows = []
     for name in truth:
         problem, share = "", 0.0

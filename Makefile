@@ -1,0 +1,57 @@
+# Everything a newcomer or CI needs; each target does its own set-up.
+#   make demo      the main job: what is installed, proof, a benchmark, the calculator trained and asked
+#   make test      the whole test suite          make check     its fast part (< 2 minutes)
+#   make lint      ruff and clang-format         make format    the same, mending
+#   make sanitize  the long form of the sanitizer and emulator-seed runs
+#   make bench     every benchmark of this machine, into benchmarks/results/
+#   make gpu       on a machine with a GPU, with its own python: build, probe, test, benchmark
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SOURCES := $(wildcard setup.py pyproject.toml CMakeLists.txt constraints.txt csrc/*.* csrc/*/*.* tests/emulator/*.*)
+
+.PHONY: demo test check lint format sanitize bench gpu wheel clean
+
+demo: $(READY)
+	$(BIN)/fastprimer doctor
+	$(BIN)/fastprimer verify
+	$(BIN)/fastprimer bench --quick
+	$(BIN)/fastprimer train calculator --out runs/demo
+	$(BIN)/fastprimer generate --model runs/demo "two plus three equals"
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	git ls-files 'csrc/*' 'tests/emulator/*' | grep -E '\.(h|cpp|cu|cuh)$$' | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files 'csrc/*' 'tests/emulator/*' | grep -E '\.(h|cpp|cu|cuh)$$' | xargs $(BIN)/clang-format -i
+
+sanitize: $(READY)
+	$(BIN)/python -m pytest tests/test_emulator.py --seeds 20
+
+bench: $(READY)
+	$(BIN)/fastprimer bench --out benchmarks/results/cpu.json
+
+# The machine's own python has torch with CUDA; nothing is downloaded.
+gpu:
+	WHAT="$(WHAT)" sh benchmarks/gpu.sh
+
+$(READY): $(SOURCES)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch numpy "setuptools>=77" "cmake>=3.24" ninja pybind11
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf build dist $(VENV) fastprimer/*.so fastprimer/_native.json

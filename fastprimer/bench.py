@@ -1,0 +1,205 @@
+"""`fastprimer bench`: ours against eager torch and torch.compile, and against the machine's own roof, in one run.
+
+No time is shown for a wrong result. All contestants are measured in turn, round after round, so that a noisy machine is
+noisy for all of them; medians are compared. The roof is the copy bandwidth (bytes read plus bytes written) of an array
+larger than the last-level cache, measured between the rounds; `of roof` is the share of it that the operation's least
+traffic (cases.py) reaches. Outputs are freshly allocated, as they are in use. On a GPU the L2 cache is cleared before
+every measurement, and events time the device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import fastprimer
+from fastprimer.backends import PREFERENCE, declared, unavailable, use_backend
+from fastprimer.cases import CASES, Case, Inputs
+from fastprimer.testing import compare
+
+PASSES = ("forward", "forward+backward")
+COPY_BYTES = 1 << 28
+"""Of the array that is copied to measure the roof: well beyond any last-level cache."""
+
+
+def _rms_norm(x, weight=None, eps=1e-6, *, residual=None, weight_offset=0.0):
+    h = x if residual is None else x + residual
+    y = F.rms_norm(h, h.shape[-1:], weight if weight is None or weight_offset == 0 else weight + weight_offset, eps)
+    return y if residual is None else (y, h)
+
+
+EAGER: dict[str, Callable] = {"rms_norm": _rms_norm}
+"""What a user without fastprimer would write. The same function, compiled, is the second peer."""
+
+
+@dataclass
+class Result:
+    """Median milliseconds of one case, and the ratios that matter."""
+
+    op: str
+    case: str
+    dtype: str
+    measured: str
+    backend: str
+    ok: bool
+    ours_ms: float = 0.0
+    ours_low_ms: float = 0.0
+    ours_high_ms: float = 0.0
+    eager_ms: float | None = None
+    compiled_ms: float | None = None
+    of_roof: float | None = None
+    roof_gb_per_s: float | None = None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--op", choices=sorted(EAGER), action="append", help="only this operation (repeat for more)")
+    parser.add_argument("--backend", action="append", help="measure this backend (repeat for more); default: every fast one on this device")
+    parser.add_argument("--quick", action="store_true", help="the first case of each operation, few rounds")
+    parser.add_argument("--rounds", type=int, help="measurements of each contestant (default 21, quick 7)")
+    parser.add_argument("--threads", type=int, help="torch's CPU threads (default: as torch chooses)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random inputs (default 0)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object: machine, versions, results")
+    parser.add_argument("--out", type=Path, help="also write that JSON object to this file")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.rounds is not None and args.rounds < 1:
+        print(f"fastprimer bench: --rounds: expected a number >= 1, got {args.rounds}", file=sys.stderr)
+        return 2
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rounds = args.rounds or (7 if args.quick else 21)
+    jobs = [job for op in args.op or EAGER for job in _jobs(op, device, args)]
+    console = Console(stderr=args.json)
+    results = []
+    with Progress(TextColumn("measuring {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console) as bar:
+        task = bar.add_task("", total=len(jobs))
+        for case, dtype, measured, backend in jobs:
+            bar.update(task, description=f"{case} {measured}")
+            results.append(measure(case, dtype, measured, backend, device, rounds, args.seed))
+            bar.advance(task)
+    record = {"machine": machine(device), "results": [asdict(r) for r in results]}
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+    if args.json:
+        print(json.dumps(record))
+    else:
+        console.print(table(results))
+    return 0 if all(r.ok for r in results) else 1
+
+
+def _jobs(op: str, device: str, args) -> list[tuple]:
+    backends = args.backend or [b for b in PREFERENCE[device] if b != "reference" and b in declared(op) and not unavailable(op, b, device)]
+    cases = [case for case in CASES if case.op == op and case.bench]
+    cases = cases[:1] if args.quick else cases
+    dtypes = (torch.float32, torch.bfloat16)
+    return [(case, dtype, measured, b) for b in backends for case in cases for dtype in dtypes for measured in PASSES]
+
+
+def measure(case: Case, dtype: torch.dtype, measured: str, backend: str, device: str, rounds: int, seed: int) -> Result:
+    """Check one case, then time it against its peers."""
+    result = Result(case.op, case.name, str(dtype).removeprefix("torch."), measured, backend, True)
+    if not all(row.ok for row in compare(case, dtype, backend, device=device, seed=seed)):
+        result.ok = False
+        return result
+    arguments = case.arguments(Inputs(dtype, device, seed))
+    torch.compiler.reset()
+    contestants = {"ours": getattr(fastprimer, case.op), "eager": EAGER[case.op], "compiled": torch.compile(EAGER[case.op])}
+    with use_backend(backend):
+        calls = {name: _call(function, arguments, measured) for name, function in contestants.items()}
+        source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
+        target = torch.ones_like(source)
+        calls["copy"] = lambda: target.copy_(source)
+        times = interleaved(calls, device, rounds)
+    medians = {name: statistics.median(t) for name, t in times.items()}
+    ours = sorted(times["ours"])
+    result.ours_ms, result.eager_ms, result.compiled_ms = medians["ours"], medians["eager"], medians["compiled"]
+    result.ours_low_ms, result.ours_high_ms = ours[len(ours) // 4], ours[-1 - len(ours) // 4]
+    work = case.work(arguments)
+    moved = work.bytes_forward + (work.bytes_backward if measured == PASSES[1] else 0)
+    result.roof_gb_per_s = 2 * COPY_BYTES / medians["copy"] / 1e6
+    result.of_roof = moved / medians["ours"] / 1e6 / result.roof_gb_per_s
+    return result
+
+
+def _call(function: Callable, arguments: dict, measured: str) -> Callable[[], object]:
+    if measured == "forward":
+        arguments = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+        return lambda: function(**arguments)
+    leaves = [v for v in arguments.values() if isinstance(v, torch.Tensor) and v.requires_grad]
+    outputs = function(**arguments)
+    upstream = [torch.randn_like(o) for o in (outputs if isinstance(outputs, tuple) else (outputs,))]
+    return lambda: torch.autograd.grad(function(**arguments), leaves, upstream)
+
+
+def interleaved(calls: dict[str, Callable], device: str, rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of each call, one of each in every round, after two rounds of warm-up."""
+    clock = _gpu_milliseconds if device == "cuda" else _cpu_milliseconds
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(rounds + 2):
+        for name, call in calls.items():
+            elapsed = clock(call)
+            if i >= 2:
+                times[name].append(elapsed)
+    return times
+
+
+def _cpu_milliseconds(call: Callable) -> float:
+    begin = time.perf_counter()
+    call()
+    return (time.perf_counter() - begin) * 1e3
+
+
+def _gpu_milliseconds(call: Callable) -> float:
+    torch.empty(1 << 28, dtype=torch.uint8, device="cuda").zero_()  # a cold L2 cache
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def machine(device: str) -> dict:
+    """Where and with what a result was measured."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "fastprimer": fastprimer.__version__,
+        "commit": commit.stdout.strip() if commit.returncode == 0 else "",
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def table(results: list[Result]) -> Table:
+    roof = statistics.median([r.roof_gb_per_s for r in results if r.roof_gb_per_s] or [0])
+    title = f"median times; the roof, a copy in the same run, is {roof:.0f} GB/s"
+    shown = Table("case", "dtype", "pass", "backend", title=title, title_justify="left")
+    for heading in ("ours ms", "eager ms", "compiled ms", "vs eager", "vs compiled", "of roof"):
+        shown.add_column(heading, justify="right")
+    for r in results:
+        head = r.case.removeprefix("bench-"), r.dtype, r.measured, r.backend
+        if not r.ok:
+            shown.add_row(f"{r.op} {head[0]}", *head[1:], "[red]WRONG[/red]")
+            continue
+        ratios = f"{r.eager_ms / r.ours_ms:.1f}x", f"{r.compiled_ms / r.ours_ms:.2f}x", f"{r.of_roof:.0%}"
+        shown.add_row(f"{r.op} {head[0]}", *head[1:], *(f"{ms:.2f}" for ms in (r.ours_ms, r.eager_ms, r.compiled_ms)), *ratios)
+    return shown

@@ -1,0 +1,49 @@
+"""The command line: fastprimer doctor | verify | bench | train | generate."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+
+COMMANDS = {
+    "doctor": ("what this installation can do, and why not the rest", "fastprimer doctor"),
+    "verify": ("every operation on every backend: its error against its budget", "fastprimer verify --op rms_norm"),
+    "bench": ("ours against eager torch, torch.compile and the machine's own roof", "fastprimer bench --quick"),
+    "train": ("train a model: the calculator", "fastprimer train calculator --seed 1 --out runs/calculator"),
+    "generate": ("ask a trained model", 'fastprimer generate --model runs/calculator "two plus three equals"'),
+}
+"""Each command is the module of its name, with add_arguments(parser) and run(args) -> exit status."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(prog="fastprimer", description="Kernels for modern LLMs, proven and measured.")
+    parser.add_argument("--version", action="store_true", help="print the version and stop")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    # Only the chosen command's module is imported: some of them take seconds.
+    chosen = next((word for word in argv if word in COMMANDS), None)
+    for name, (what, example) in COMMANDS.items():
+        command = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".", epilog=f"Example: {example}")
+        if name == chosen:
+            module = importlib.import_module(f"fastprimer.{name}")
+            module.add_arguments(command)
+            command.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    if args.version:
+        from fastprimer import __version__
+
+        print(__version__)
+        return 0
+    if args.command is None:
+        parser.print_help()
+        return 2
+    try:
+        return args.run(args)
+    except BrokenPipeError:  # the reader went away, as `| head` does
+        sys.stderr.close()
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,179 @@
+"""`fastprimer verify`: every operation on every backend, forward and backward, its error held against its budget.
+
+Each backend is a process of its own, for Triton decides when it is imported whether it interprets. Without a GPU the Triton
+kernels run in the strict interpreter and the CUDA kernels in the emulator, on small cases; with one, on the device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from fastprimer.backends import BACKENDS, declared, emulator_reason, load_emulator, native_reason, operations, unavailable
+from fastprimer.testing import CASES, DTYPES, compare
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--op", choices=operations(), action="append", help="only this operation (repeat for more)")
+    parser.add_argument("--backend", choices=BACKENDS, action="append", help="only this backend (repeat for more)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random inputs and gradients (default 0)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line: every compared tensor")
+
+
+@dataclass
+class Cell:
+    """One operation on one backend: the worst share of the error budget, and what went wrong."""
+
+    op: str
+    backend: str
+    device: str
+    compared: int = 0
+    forward: float = 0.0
+    backward: float | None = None
+    failures: list[str] | None = None
+    refused: str = ""
+
+    def add(self, row: dict) -> None:
+        self.compared += 1
+        if row["gradient"]:
+            self.backward = max(self.backward or 0.0, row["share"])
+        else:
+            self.forward = max(self.forward, row["share"])
+        if not row["ok"]:
+            self.failures = (self.failures or []) + [row["text"]]
+
+
+def device_of(backend: str) -> str:
+    """Where verify runs a backend: its kernels' own device if there is one, else the CPU."""
+    return "cuda" if backend in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
+
+
+def how(backend: str, device: str) -> str:
+    stand_in = {"triton": "triton (interpreted)", "cuda": "cuda (emulated)"}
+    return stand_in.get(backend, backend) if device == "cpu" else f"{backend} (on the GPU)"
+
+
+def dtypes_of(backend: str) -> tuple[torch.dtype, ...]:
+    return DTYPES if backend in ("reference", "cpu") else tuple(d for d in DTYPES if d != torch.float64)
+
+
+def work_of(op: str, backend: str) -> list[tuple]:
+    return [(case, dtype) for case in CASES if case.op == op and not case.bench for dtype in dtypes_of(backend)]
+
+
+def results(op: str, backend: str, device: str, seed: int) -> Iterator[dict]:
+    """In a worker: one object for every compared tensor of op on a backend."""
+    for case, dtype in work_of(op, backend):
+        for row in compare(case, dtype, backend, device=device, seed=seed):
+            yield {
+                "op": op,
+                "backend": backend,
+                "device": device,
+                "case": case.name,
+                "dtype": str(dtype).removeprefix("torch."),
+                "tensor": row.tensor,
+                "gradient": row.gradient,
+                "share": row.share,
+                "ok": row.ok,
+                "text": str(row),
+            }
+        yield {"done": 1}
+
+
+def worker(backend: str, device: str, seed: int, ops: list[str]) -> None:
+    if backend == "cuda" and device == "cpu":
+        load_emulator()
+    for op in ops:
+        reason = unavailable(op, backend, device)
+        if reason:
+            print(json.dumps({"op": op, "refused": reason, "done": len(work_of(op, backend))}), flush=True)
+            continue
+        for result in results(op, backend, device, seed):
+            print(json.dumps(result), flush=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    ops = args.op or operations()
+    names = args.backend or BACKENDS
+    cells = {(op, b): Cell(op, b, device_of(b)) for b in names for op in ops if b in declared(op)}
+    total = sum(len(work_of(op, b)) for op, b in cells)
+    console = Console(stderr=args.json)
+    columns = TextColumn("verifying {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True) as progress, ThreadPoolExecutor(2) as pool:
+        task = progress.add_task(" ", total=total)
+        list(pool.map(lambda b: _drive(b, [op for op, of in cells if of == b], args, cells, progress, task), names))
+    if not args.json:
+        console.print(_table(cells))
+        for cell in cells.values():
+            for failure in (cell.failures or [])[:10]:
+                console.print(f"[red]{failure}[/red]")
+            if cell.refused:
+                console.print(f"{cell.op} on {cell.backend}: {cell.refused}")
+    return 1 if any(cell.failures for cell in cells.values()) else 0
+
+
+def stream(backend: str, ops: list[str], seed: int) -> Iterator[dict]:
+    """Run a backend's worker; yields its `results`, or {"op", "refused", "done"} for what is not available here.
+
+    Raises RuntimeError if the worker did not end well.
+    """
+    device = device_of(backend)
+    reason = emulator_reason() if backend == "cuda" and device == "cpu" else native_reason() if backend == "cpu" else ""
+    if reason:
+        for op in ops:
+            yield {"op": op, "refused": reason, "done": len(work_of(op, backend))}
+        return
+    environment = os.environ | ({"TRITON_INTERPRET": "1"} if backend == "triton" and device == "cpu" else {})
+    command = [sys.executable, "-m", "fastprimer.verify", backend, device, str(seed), *ops]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            yield json.loads(line)
+    if process.returncode != 0:
+        raise RuntimeError(f"verifying {backend} ended with exit status {process.returncode}; its error is printed above")
+
+
+def _drive(backend: str, ops: list[str], args, cells, progress, task) -> None:
+    """Take in what a backend's worker finds."""
+    try:
+        for result in stream(backend, ops, args.seed) if ops else ():
+            if "refused" in result:
+                cells[result["op"], backend].refused = result["refused"]
+            elif "share" in result:
+                cells[result["op"], backend].add(result)
+                if args.json:
+                    print(json.dumps(result))
+            progress.update(task, advance=result.get("done", 0), description=backend)
+    except RuntimeError as error:
+        for op in ops:
+            cells[op, backend].failures = (cells[op, backend].failures or []) + [str(error)]
+
+
+def _table(cells: dict[tuple[str, str], Cell]) -> Table:
+    title = "error / budget, the worst of all cases, dtypes and tensors (at most 1 is within budget)"
+    table = Table("operation", "backend", title=title, title_justify="left")
+    for heading in ("compared", "forward", "backward"):
+        table.add_column(heading, justify="right")
+    table.add_column("")
+    for (op, backend), cell in sorted(cells.items(), key=lambda item: operations().index(item[0][0])):
+        if cell.refused:
+            table.add_row(op, how(backend, cell.device), "", "", "", "[yellow]not here[/yellow]")
+            continue
+        verdict = "[red]WRONG[/red]" if cell.failures else "[green]ok[/green]"
+        backward = "-" if cell.backward is None else f"{cell.backward:.2f}"
+        table.add_row(op, how(backend, cell.device), str(cell.compared), f"{cell.forward:.2f}", backward, verdict)
+    return table
+
+
+if __name__ == "__main__":
+    worker(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4:])
