@@ -1,0 +1,156 @@
+"""Files that are either whole or absent: atomic writes, training checkpoints, and model folders as Hugging Face keeps them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+FORMAT = "fastprimer training checkpoint 1"
+
+Tensors = dict[str, Tensor]
+
+
+class CheckpointError(ValueError):
+    """A file or folder that cannot be used; the message says which and why."""
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that a crash at any moment leaves either the old file or the new one."""
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename durable (where the system lets a folder be opened)."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_checkpoint(path: Path, tensors: Tensors, record: dict) -> None:
+    """Tensors, and a record that json can hold, in one file."""
+    metadata = {"format": FORMAT, "record": json.dumps(record)}
+    write_atomically(path, safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata))
+
+
+def load_checkpoint(path: Path) -> tuple[Tensors, dict]:
+    """What save_checkpoint has written."""
+    if not path.exists():
+        raise CheckpointError(f"there is no checkpoint {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise CheckpointError(f"{path} is not a checkpoint of `fastprimer train`")
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["record"])  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"cannot read the checkpoint {path}: {_first_line(error)}") from error
+
+
+def read_weights(folder: Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Tensors:
+    """All tensors of a model folder, in one file or in shards with an index, under the names that the models have."""
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no model folder {folder}")
+    tensors: Tensors = {}
+    for path in _weight_files(folder):
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                for name in file.keys():  # noqa: SIM118
+                    tensor = file.get_tensor(name)
+                    tensors[name] = tensor if dtype is None else tensor.to(dtype)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"cannot read the weights {path}: {_first_line(error)}") from error
+    return stack_experts(tensors)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / INDEX_FILE
+    if index.exists():
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"cannot read the index {index}: {_first_line(error)}") from error
+        files = [folder / Path(name).name for name in sorted(names)]
+    else:
+        files = [folder / WEIGHTS_FILE] if (folder / WEIGHTS_FILE).exists() else sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder} holds no weights (*.safetensors)")
+    for path in files:
+        if not path.exists():
+            raise CheckpointError(f"the weights {path} are missing")
+    return files
+
+
+def stack_experts(tensors: Tensors) -> Tensors:
+    """From Mixtral's names on disk, one tensor per expert, to one tensor for all experts.
+
+    block_sparse_moe.gate.weight            -> mlp.gate.weight
+    block_sparse_moe.experts.N.{w1, w3, w2} -> mlp.experts.gate_up_proj (E, 2F, C), mlp.experts.down_proj (E, C, F)
+    """
+    single = {name for name in tensors if ".block_sparse_moe.experts." in name}
+    result = {name.replace(".block_sparse_moe.gate.", ".mlp.gate."): t for name, t in tensors.items() if name not in single}
+    layers = {name.partition(".block_sparse_moe.experts.")[0] for name in single}
+    for layer in layers:
+        start = f"{layer}.block_sparse_moe.experts."
+        count = 1 + max(int(name.removeprefix(start).partition(".")[0]) for name in tensors if name.startswith(start))
+        try:
+            w1, w2, w3 = ([tensors[f"{start}{n}.{w}.weight"] for n in range(count)] for w in ("w1", "w2", "w3"))
+        except KeyError as error:
+            raise CheckpointError(f"the weights lack {error.args[0]}") from error
+        gate_up = [torch.cat(pair) for pair in zip(w1, w3, strict=True)]
+        result[f"{layer}.mlp.experts.gate_up_proj"] = torch.stack(gate_up)
+        result[f"{layer}.mlp.experts.down_proj"] = torch.stack(w2)
+    return result
+
+
+def split_experts(tensors: Tensors) -> Tensors:
+    """The inverse of stack_experts."""
+    result: Tensors = {}
+    for name, tensor in tensors.items():
+        layer, _, part = name.partition(".mlp.experts.")
+        start = f"{layer}.block_sparse_moe.experts."
+        if part == "gate_up_proj":
+            for n, gate_up in enumerate(tensor):
+                gate, up = gate_up.chunk(2)
+                result[f"{start}{n}.w1.weight"], result[f"{start}{n}.w3.weight"] = gate.clone(), up.clone()
+        elif part == "down_proj":
+            result.update({f"{start}{n}.w2.weight": down.clone() for n, down in enumerate(tensor)})
+        else:
+            result[name.replace(".mlp.gate.weight", ".block_sparse_moe.gate.weight")] = tensor
+    return result
+
+
+def write_weights(folder: Path, tensors: Tensors) -> None:
+    """A model folder's weights in one file, as Hugging Face's libraries read them."""
+    on_disk = {name: tensor.detach().cpu().contiguous() for name, tensor in split_experts(tensors).items()}
+    write_atomically(folder / WEIGHTS_FILE, safetensors.torch.save(on_disk, {"format": "pt"}))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,160 @@
+"""Words in, words out: the vocabulary, decoding with or without a cache, and `fastprimer generate`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fastprimer.backends import BackendError
+from fastprimer.checkpoint import CheckpointError, write_atomically
+from fastprimer.config import ConfigError
+
+VOCABULARY_FILE = "vocabulary.json"
+
+
+class PromptError(ValueError):
+    """A prompt that the model cannot read."""
+
+
+class Vocabulary:
+    """Whole words as tokens; the first word ends an answer."""
+
+    def __init__(self, words: Sequence[str]):
+        self.words = list(words)
+        self.index = {word: token for token, word in enumerate(self.words)}
+        self.end = 0
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def encode(self, text: str) -> list[int]:
+        words = text.lower().replace("-", " ").split()
+        unknown = [word for word in words if word not in self.index]
+        if unknown:
+            raise PromptError(f"unknown word {unknown[0]!r}; the words of this model are: {' '.join(self.words[1:])}")
+        return [self.index[word] for word in words]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return " ".join(self.words[token] for token in tokens)
+
+    def save(self, folder: Path) -> None:
+        write_atomically(folder / VOCABULARY_FILE, (json.dumps(self.words, indent=1) + "\n").encode())
+
+    @classmethod
+    def load(cls, folder: Path) -> Vocabulary:
+        path = folder / VOCABULARY_FILE
+        try:
+            words = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"cannot read the vocabulary {path}: {error}") from error
+        if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
+            raise CheckpointError(f"{path}: expected a list of words")
+        return cls(words)
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    tokens: Tensor,
+    max_new_tokens: int,
+    *,
+    end: int | None = None,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> tuple[list[list[int]], list[float]]:
+    """Continue every row of tokens (B, S) until `end` or max_new_tokens.
+
+    A temperature of 0 takes the most probable token, else tokens are drawn from softmax(logits / temperature). A model that
+    offers new_cache(B, T) reads each token once; any other reads the whole sequence at each step.
+
+    Returns:
+        per row, the new tokens without `end`, and the probability that the model gave to them (and to `end`, if it came).
+    """
+    batch, length = tokens.shape
+    cache = model.new_cache(batch, length + max_new_tokens) if hasattr(model, "new_cache") else None
+    log_probability = torch.zeros(batch, dtype=torch.float64, device=tokens.device)
+    running = torch.ones(batch, dtype=torch.bool, device=tokens.device)
+    unread = tokens
+    for _ in range(max_new_tokens):
+        logits = model(tokens) if cache is None else model(unread, cache=cache)
+        log_p = logits[:, -1].double().log_softmax(-1)
+        if temperature == 0:
+            chosen = log_p.argmax(-1)
+        else:
+            chosen = torch.multinomial((log_p / temperature).softmax(-1), 1, generator=generator)[:, 0]
+        log_probability += torch.where(running, log_p.gather(-1, chosen[:, None])[:, 0], 0.0)
+        unread = chosen[:, None]
+        tokens = torch.cat((tokens, unread), dim=1)
+        running &= chosen != (-1 if end is None else end)
+        if not running.any():
+            break
+    return [_until(row, end) for row in tokens[:, length:].tolist()], log_probability.exp().tolist()
+
+
+def _until(tokens: list[int], end: int | None) -> list[int]:
+    return tokens[: tokens.index(end)] if end in tokens else tokens
+
+
+def answer(model: nn.Module, vocabulary: Vocabulary, prompt: str, max_new_tokens: int = 5, **options) -> tuple[str, float]:
+    """The model's answer to a prompt in words, and its probability."""
+    encoded = vocabulary.encode(prompt)
+    if not encoded:
+        raise PromptError("the prompt is empty")
+    room = model.config.max_position_embeddings - len(encoded)
+    if room < max_new_tokens:
+        raise PromptError(f"the model reads {model.config.max_position_embeddings} words at most, prompt and answer together")
+    device = next(model.parameters()).device
+    rows, probabilities = generate(model, torch.tensor([encoded], device=device), max_new_tokens, end=vocabulary.end, **options)
+    return vocabulary.decode(rows[0]), probabilities[0]
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text}")
+    return value
+
+
+def temperature(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number >= 0, got {text}")
+    return value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", help="words, in quotes")
+    parser.add_argument("--model", required=True, metavar="DIR", help="the folder that `fastprimer train --out DIR` has written")
+    parser.add_argument("--max-new-tokens", type=positive, default=5, metavar="N", help="stop after this many words (default: 5)")
+    parser.add_argument("--temperature", type=temperature, default=0.0, metavar="T", help="0 (default): the most probable; 1: draw")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw (default: 0)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object: prompt, answer, probability")
+
+
+def run(args: argparse.Namespace) -> int:
+    from fastprimer.model import Model
+
+    try:
+        folder = Path(args.model)
+        vocabulary = Vocabulary.load(folder)
+        vocabulary.encode(args.prompt)
+        model = Model.from_pretrained(folder)
+        if model.config.vocab_size != len(vocabulary):
+            raise CheckpointError(f"{folder}: {VOCABULARY_FILE} has {len(vocabulary)} words, the model {model.config.vocab_size}")
+        rng = torch.Generator().manual_seed(args.seed)
+        text, probability = answer(model, vocabulary, args.prompt, args.max_new_tokens, temperature=args.temperature, generator=rng)
+    except (ConfigError, CheckpointError, PromptError, BackendError) as error:
+        print(f"fastprimer generate: error: {error}", file=sys.stderr)
+        return 2
+    if args.json:
+        print(json.dumps({"prompt": args.prompt, "answer": text, "probability": probability}))
+    else:
+        print(f"{args.prompt} -> {text}   (probability {probability:.1%})")
+    return 0

@@ -1,0 +1,165 @@
+"""Drop-in layers, thin over the operations; parameter names as in Hugging Face's LLaMA, Qwen3 and Mixtral."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastprimer import ops
+from fastprimer.config import Config
+
+MAX_DECODED = 16
+"""The most new tokens that attention_with_kv_cache takes; more are a prompt, and attend through `attention`."""
+
+
+class RMSNorm(nn.Module):
+    """fp.rms_norm with a learned weight. With a residual: (norm(x + residual), x + residual)."""
+
+    def __init__(self, width: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor, residual: Tensor | None = None):
+        if residual is not None:
+            x = x.to(residual.dtype)  # under autocast x is the half-precision output of a linear layer
+        return ops.rms_norm(x, self.weight, self.eps, residual=residual)
+
+
+class RotaryEmbedding(nn.Module):
+    """The cosine and sine tables of fp.rope; it has no state, so that no .to(dtype) can round its frequencies."""
+
+    def __init__(self, head_dim: int, theta: float = 10000.0):
+        super().__init__()
+        self.head_dim = head_dim
+        self.theta = theta
+
+    def forward(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """positions (P,) -> cos, sin (P, D/2), float32 at least."""
+        dtype = torch.promote_types(dtype, torch.float32)
+        exponents = torch.arange(0, self.head_dim, 2, device=positions.device, dtype=dtype) / self.head_dim
+        angles = positions.to(dtype)[:, None] / self.theta**exponents
+        return angles.cos(), angles.sin()
+
+
+class SwiGLU(nn.Module):
+    """The dense feed-forward layer: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., C) -> (..., C)
+        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+
+
+class LayerCache:
+    """The keys and values that one attention layer has seen: (B, T, Hk, D) each, the first `length` of T filled."""
+
+    def __init__(self, k: Tensor, v: Tensor):
+        self.k, self.v = k, v
+        self.length = 0
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, window: tuple | None) -> Tensor:
+        """Append k and v, then let q, the same tokens' queries, see all keys up to its own."""
+        start, stop = self.length, self.length + q.shape[1]
+        if stop > self.k.shape[1]:
+            raise ValueError(f"cache: expected at most {self.k.shape[1]} tokens, got {stop}")
+        self.length = stop
+        if q.shape[1] <= MAX_DECODED:
+            lengths = torch.full((q.shape[0],), start, dtype=torch.int32, device=q.device)
+            return ops.attention_with_kv_cache(q, self.k, self.v, lengths, k=k, v=v, causal=True, window=window)
+        self.k[:, start:stop], self.v[:, start:stop] = k, v
+        return ops.attention(q, self.k[:, :stop], self.v[:, :stop], causal=True, window=window)
+
+
+class Attention(nn.Module):
+    """Causal self-attention in which H/Hk query heads share one key/value head."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        width, self.head_dim = config.hidden_size, config.head_dim
+        self.q_proj = nn.Linear(width, config.num_attention_heads * self.head_dim, bias=False)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=False)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * self.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, width, bias=False)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.qk_norm = config.qk_norm
+        self.window = None if config.sliding_window is None else (config.sliding_window - 1, 0)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
+        """x (B, S, C), and for fp.rope cos, sin (P, D/2) and the rows of them (B, S), by default 0..S-1 -> (B, S, C)."""
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q, k, v = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = ops.rope(q, k, cos, sin, positions=positions)
+        if cache is None:
+            output = ops.attention(q, k, v, causal=True, window=self.window)
+        else:
+            output = cache.attend(q, k, v, self.window)
+        return self.o_proj(output.flatten(2))
+
+
+class Experts(nn.Module):
+    """The weights of E SwiGLU layers: gate_up_proj (E, 2F, C), down_proj (E, C, F)."""
+
+    def __init__(self, experts: int, width: int, inner: int):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, width))
+        self.down_proj = nn.Parameter(torch.empty(experts, width, inner))
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.02)
+
+
+class MoE(nn.Module):
+    """Every token passes through its K most probable experts, weighted by their probabilities."""
+
+    def __init__(self, width: int, inner: int, experts: int, per_token: int, renormalize: bool = True):
+        super().__init__()
+        self.gate = nn.Linear(width, experts, bias=False)
+        self.experts = Experts(experts, width, inner)
+        self.per_token = per_token
+        self.renormalize = renormalize
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., C) -> (..., C)
+        tokens = x.reshape(-1, x.shape[-1])
+        weights, experts = ops.route(self.gate(tokens), self.per_token, renormalize=self.renormalize)
+        return ops.moe(tokens, self.experts.gate_up_proj, self.experts.down_proj, weights, experts).view_as(x)
+
+
+class DecoderLayer(nn.Module):
+    """Attention and feed-forward, each after a norm and around a residual; the sum is formed by the norm that follows it."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        sizes = config.hidden_size, config.intermediate_size
+        if config.is_moe:
+            self.mlp = MoE(*sizes, config.num_local_experts, config.num_experts_per_tok, config.norm_topk_prob)
+        else:
+            self.mlp = SwiGLU(*sizes)
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """x (B, S, C), the output of the layer before, yet to be added to residual (None: nothing) -> the same pair."""
+        if residual is None:
+            y, residual = self.input_layernorm(x), x
+        else:
+            y, residual = self.input_layernorm(x, residual)
+        x = self.self_attn(y, cos, sin, positions, cache)
+        y, residual = self.post_attention_layernorm(x, residual)
+        return self.mlp(y), residual

@@ -1,0 +1,116 @@
+"""The decoder on the fast layers: what fastprimer.reference.Model computes, with the same parameters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastprimer import ops
+from fastprimer.checkpoint import CheckpointError, read_weights, write_atomically, write_weights
+from fastprimer.config import Config
+from fastprimer.layers import DecoderLayer, LayerCache, RMSNorm, RotaryEmbedding
+from fastprimer.reference import initialize
+
+CONFIG_FILE = "config.json"
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta)
+
+    def forward(self, tokens: Tensor, positions: Tensor | None, cache: list[LayerCache] | None) -> Tensor:  # (B, S) -> (B, S, C)
+        x, residual = self.embed_tokens(tokens), None
+        rows = None
+        if positions is None:
+            start = 0 if cache is None else cache[0].length
+            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
+        else:  # a table of just these positions, in order
+            rows = torch.arange(positions.numel(), device=tokens.device).view(positions.shape)
+        cos, sin = self.rotary(positions.flatten(), x.dtype)
+        for index, layer in enumerate(self.layers):
+            x, residual = layer(x, residual, cos, sin, rows, None if cache is None else cache[index])
+        return self.norm(x, residual)[0]
+
+
+class Model(nn.Module):
+    """A decoder with a language-model head, which is the embedding itself where the config ties them."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        initialize(self, config.initializer_range)
+
+    @property
+    def head(self) -> Tensor:  # (V, C)
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        positions: Tensor | None = None,
+        cache: list[LayerCache] | None = None,
+    ) -> Tensor:
+        """tokens (B, S) -> logits (B, S, V), or with labels (B, S) the mean loss of predicting each from the tokens before it.
+
+        Args:
+            labels: -100 is not counted. The logits are never formed.
+            positions: (B, S), by default 0..S-1 after what the cache holds.
+            cache: from new_cache; the tokens follow those that it holds, and are added to it. Needs torch.no_grad().
+        """
+        if tokens.dim() != 2 or tokens.shape[1] > self.config.max_position_embeddings:
+            expected = f"shape (B, S) with S <= max_position_embeddings = {self.config.max_position_embeddings}"
+            raise ValueError(f"Model: tokens: expected {expected}, got {tuple(tokens.shape)}")
+        if positions is not None and positions.shape != tokens.shape:
+            raise ValueError(f"Model: positions: expected shape (B, S) = {tuple(tokens.shape)}, got {tuple(positions.shape)}")
+        if labels is not None and labels.shape != tokens.shape:
+            raise ValueError(f"Model: labels: expected shape (B, S) = {tuple(tokens.shape)}, got {tuple(labels.shape)}")
+        if labels is None:
+            return F.linear(self.model(tokens, positions, cache), self.head)
+        x = self.model(tokens[:, :-1], None if positions is None else positions[:, :-1], cache)  # the last has no successor
+        return ops.linear_cross_entropy(x, self.head, labels[:, 1:])
+
+    def new_cache(self, batch: int, length: int) -> list[LayerCache]:
+        """Room for the keys and values of `length` tokens in each of `batch` sequences."""
+        weight = self.model.embed_tokens.weight
+        shape = (batch, length, self.config.num_key_value_heads, self.config.head_dim)
+        return [LayerCache(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.model.layers]
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Model:
+        """Read a Hugging Face model folder: config.json and *.safetensors; dtype None keeps the stored one."""
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise CheckpointError(f"there is no model folder {folder}")
+        config = Config.from_json(folder / CONFIG_FILE)
+        tensors = read_weights(folder, dtype, device)
+        if config.tie_word_embeddings:
+            tensors.pop("lm_head.weight", None)
+        with torch.device("meta"):
+            model = cls(config)
+        expected = model.state_dict()
+        for name in sorted(expected.keys() | tensors.keys()):
+            if name not in tensors or name not in expected:
+                raise CheckpointError(f"{folder}: the weights {'lack' if name in expected else 'have an unknown tensor'} {name}")
+            if tensors[name].shape != expected[name].shape:
+                shapes = tuple(expected[name].shape), tuple(tensors[name].shape)
+                raise CheckpointError(f"{folder}: {name}: expected shape {shapes[0]}, got {shapes[1]}")
+        model.load_state_dict(tensors, assign=True)
+        return model
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder that from_pretrained and Hugging Face's transformers read."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / CONFIG_FILE, self.config.to_json().encode())
+        write_weights(folder, self.state_dict())

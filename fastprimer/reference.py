@@ -1,0 +1,202 @@
+"""The whole decoder, dense or mixture of experts, in plain torch: the independent oracle, and the model in one sitting.
+
+Nothing here comes from fastprimer.ops. What it computes is what fastprimer.Model must compute; parameter names are those of
+Hugging Face's LLaMA, Qwen3 (q_norm, k_norm) and Mixtral, so that weights pass between all of them.
+
+Letters: B batch, S sequence, H query heads, Hk key/value heads, D head size, C width, F feed-forward width, E experts,
+K experts per token, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastprimer.config import Config
+
+
+class RMSNorm(nn.Module):
+    """y = x / rms(x) * weight."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., C) -> (..., C)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean_square = (wide * wide).mean(dim=-1, keepdim=True)
+        return (wide / torch.sqrt(mean_square + self.eps) * self.weight).to(x.dtype)
+
+
+def rotary_angles(config: Config, positions: Tensor, dtype: torch.dtype) -> Tensor:
+    """positions (B, S) -> angles (B, S, D/2): pair i of a head turns by position / theta^(2i/D)."""
+    exponents = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=dtype) / config.head_dim
+    return positions[..., None].to(dtype) / config.rope_theta**exponents
+
+
+def rotate(x: Tensor, angles: Tensor) -> Tensor:
+    """x (B, S, H, D): the pair (x_i, x_{i + D/2}) is a point in the plane, turned by angles (B, S, D/2)."""
+    cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]  # (B, S, 1, D/2): all heads alike
+    first, second = x.to(angles.dtype).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention in which H/Hk query heads share one key/value head."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        width, size = config.hidden_size, config.head_dim
+        self.q_proj = nn.Linear(width, config.num_attention_heads * size, bias=False)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * size, bias=False)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * size, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * size, width, bias=False)
+        if config.qk_norm:
+            self.q_norm = RMSNorm(size, config.rms_norm_eps)
+            self.k_norm = RMSNorm(size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, angles: Tensor) -> Tensor:  # x (B, S, C), angles (B, S, D/2) -> (B, S, C)
+        batch, length, _ = x.shape
+        q = self.q_proj(x).view(batch, length, -1, self.config.head_dim)  # (B, S, H, D)
+        k = self.k_proj(x).view(batch, length, -1, self.config.head_dim)  # (B, S, Hk, D)
+        v = self.v_proj(x).view(batch, length, -1, self.config.head_dim)
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, angles), rotate(k, angles)
+        shared_by = q.shape[2] // k.shape[2]
+        k, v = k.repeat_interleave(shared_by, dim=2), v.repeat_interleave(shared_by, dim=2)  # (B, S, H, D)
+
+        scores = torch.einsum("bshd,bthd->bhst", q, k) / self.config.head_dim**0.5
+        scores = scores.masked_fill(~self.visible(length, x.device), float("-inf"))
+        weights = scores.to(torch.promote_types(x.dtype, torch.float32)).softmax(dim=-1).to(x.dtype)
+        output = torch.einsum("bhst,bthd->bshd", weights, v)
+        return self.o_proj(output.reshape(batch, length, -1))
+
+    def visible(self, length: int, device: torch.device) -> Tensor:
+        """(S, S): query i sees key j <= i, at most sliding_window of them."""
+        distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
+        window = self.config.sliding_window or length
+        return (distance >= 0) & (distance < window)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, S, C) -> (B, S, C)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Experts(nn.Module):
+    """The weights of E SwiGLU layers."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        experts, width, inner = config.num_local_experts, config.hidden_size, config.intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, width))
+        self.down_proj = nn.Parameter(torch.empty(experts, width, inner))
+
+    def forward(self, x: Tensor, expert: int) -> Tensor:  # (n, C) -> (n, C)
+        gate, up = F.linear(x, self.gate_up_proj[expert]).chunk(2, dim=-1)
+        return F.linear(F.silu(gate) * up, self.down_proj[expert])
+
+
+class MoE(nn.Module):
+    """Every token passes through its K most probable experts, weighted by their probabilities."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.gate = nn.Linear(config.hidden_size, config.num_local_experts, bias=False)
+        self.experts = Experts(config)
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, S, C) -> (B, S, C)
+        tokens = x.flatten(0, 1)  # (N, C)
+        logits = self.gate(tokens)
+        probabilities = logits.to(torch.promote_types(x.dtype, torch.float32)).softmax(dim=-1)  # (N, E)
+        weights, chosen = probabilities.topk(self.config.num_experts_per_tok, dim=-1)  # (N, K)
+        if self.config.norm_topk_prob:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        output = torch.zeros_like(tokens)
+        for expert in range(self.config.num_local_experts):
+            token, rank = (chosen == expert).nonzero(as_tuple=True)
+            share = weights[token, rank, None].to(x.dtype)
+            output = output.index_add(0, token, share * self.experts(tokens[token], expert))
+        return output.view_as(x)
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MoE(config) if config.is_moe else MLP(config)
+
+    def forward(self, x: Tensor, angles: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), angles)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, tokens: Tensor, positions: Tensor | None) -> Tensor:  # (B, S) -> (B, S, C)
+        x = self.embed_tokens(tokens)
+        if positions is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        angles = rotary_angles(self.config, positions, torch.promote_types(x.dtype, torch.float32))
+        for layer in self.layers:
+            x = layer(x, angles)
+        return self.norm(x)
+
+
+class Model(nn.Module):
+    """A decoder with a language-model head, which is the embedding itself where the config ties them."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        initialize(self, config.initializer_range)
+
+    @property
+    def head(self) -> Tensor:  # (V, C)
+        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def forward(self, tokens: Tensor, labels: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+        """tokens (B, S) -> logits (B, S, V), or with labels (B, S) the mean loss of predicting each from the tokens before it.
+
+        A label of -100 is not counted.
+        """
+        logits = F.linear(self.model(tokens, positions), self.head)
+        if labels is None:
+            return logits
+        wide = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(wide.flatten(0, 1), labels[:, 1:].flatten())
+
+
+def initialize(model: nn.Module, deviation: float) -> None:
+    """Matrices normal, norms one; drawn in the order of the parameters, which all models with these names share."""
+    for parameter in model.parameters():
+        if parameter.is_meta:
+            continue
+        if parameter.dim() == 1:
+            nn.init.ones_(parameter)
+        else:
+            nn.init.normal_(parameter, std=deviation)

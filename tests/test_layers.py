@@ -1,0 +1,176 @@
+"""The layers against the reference's: the same weights, random inputs, random gradients of the output, float64 truth."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from fastprimer import layers, ops, reference
+from fastprimer.config import Config
+from fastprimer.testing import FORWARD_FACTOR, GRADIENT_FACTOR, share_of_budget
+
+BATCH, LENGTH = 2, 21
+DENSE = Config(
+    vocab_size=50,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    initializer_range=0.3,
+)
+CONFIGS = {
+    "dense": DENSE,
+    "window": dataclasses.replace(DENSE, sliding_window=5),
+    "head norm": dataclasses.replace(DENSE, qk_norm=True, head_dim=12),
+    "experts": dataclasses.replace(DENSE, num_local_experts=5),
+    "one expert": dataclasses.replace(DENSE, num_local_experts=5, num_experts_per_tok=1, norm_topk_prob=False),
+}
+
+
+def twins(config, dtype):
+    """The reference's decoder layer and ours with the same weights."""
+    torch.manual_seed(0)
+    slow, fast = reference.DecoderLayer(config), layers.DecoderLayer(config)
+    reference.initialize(slow, config.initializer_range)
+    with torch.no_grad():
+        for name, parameter in slow.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.copy_(torch.randn_like(parameter))
+    fast.load_state_dict(slow.state_dict())
+    return slow.to(dtype), fast.to(dtype)
+
+
+def numbers(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def slow_results(config, dtype):
+    slow, _ = twins(config, dtype)
+    x = numbers(BATCH, LENGTH, config.hidden_size).to(dtype).requires_grad_()
+    angles = reference.rotary_angles(config, torch.arange(LENGTH).expand(BATCH, -1), dtype)
+    return results(slow, x, slow(x, angles))
+
+
+def fast_results(config, dtype):
+    _, fast = twins(config, dtype)
+    x = numbers(BATCH, LENGTH, config.hidden_size).to(dtype).requires_grad_()
+    cos, sin = layers.RotaryEmbedding(config.head_dim, config.rope_theta)(torch.arange(LENGTH), dtype)
+    y, residual = fast(x, None, cos, sin)
+    return results(fast, x, y + residual)
+
+
+def results(layer, x, y):
+    dy = numbers(*y.shape, 1)[..., 0].to(y.dtype)
+    names, tensors = zip(*layer.named_parameters(), strict=True)
+    gradients = torch.autograd.grad(y, (x, *tensors), dy)
+    return {"y": y.detach()} | dict(zip(("x", *names), gradients, strict=True))
+
+
+def worst_share(config, dtype):
+    """The largest share of the error budget that any output or gradient of a decoder layer takes."""
+    truth, yardstick = slow_results(config, torch.float64), slow_results(config, torch.float32)
+    got = fast_results(config, dtype)
+    assert got.keys() == truth.keys()
+    factors = {name: FORWARD_FACTOR if name == "y" else GRADIENT_FACTOR for name in truth}
+    return max(share_of_budget(got[name], truth[name], yardstick[name], factors[name]) for name in truth)
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_decoder_layer_is_the_references(config, dtype):
+    assert worst_share(config, dtype) <= 1
+
+
+def wrong_rope(*args, **options):
+    return ops.rope(*args, **options, interleaved=True)
+
+
+def wrong_window(*args, window=None, **options):
+    return ops.attention(*args, window=(window[0] + 1, 0) if window else None, **options)
+
+
+def wrong_norm(x, weight, eps, residual=None):
+    return ops.rms_norm(x, weight, eps * 100, residual=residual)
+
+
+def wrong_route(logits, k, renormalize):
+    return ops.route(logits, k, renormalize=not renormalize)
+
+
+def wrong_swiglu(gate, up):
+    return ops.swiglu(up, gate)
+
+
+@pytest.mark.parametrize(
+    "op, planted, config",
+    [
+        ("rope", wrong_rope, "dense"),
+        ("attention", wrong_window, "window"),
+        ("rms_norm", wrong_norm, "dense"),
+        ("route", wrong_route, "experts"),
+        ("swiglu", wrong_swiglu, "dense"),
+    ],
+)
+def test_the_check_sees_a_planted_bug(op, planted, config, monkeypatch):
+    class Bugged:
+        def __getattr__(self, name):
+            return planted if name == op else getattr(ops, name)
+
+    monkeypatch.setattr(layers, "ops", Bugged())
+    assert worst_share(CONFIGS[config], torch.float32) > 1
+
+
+def test_norm_with_residual_returns_the_sum():
+    norm = layers.RMSNorm(8)
+    x, residual = numbers(3, 8), numbers(3, 8, 1)[..., 0]
+    y, h = norm(x, residual)
+    torch.testing.assert_close(h, x + residual, rtol=0, atol=0)
+    torch.testing.assert_close(y, norm(h), rtol=0, atol=0)
+
+
+def test_rotary_embedding_keeps_float32_tables_in_a_bfloat16_model():
+    rotary = layers.RotaryEmbedding(16, 100.0).to(torch.bfloat16)
+    cos, sin = rotary(torch.tensor([0, 5, 1000]), torch.bfloat16)
+    angles = torch.tensor([0.0, 5.0, 1000.0], dtype=torch.float64)[:, None] / 100.0 ** (torch.arange(0, 16, 2, dtype=torch.float64) / 16)
+    assert cos.dtype == torch.float32
+    assert (cos - angles.cos()).abs().max() < 1000 * 2**-23 and (sin - angles.sin()).abs().max() < 1000 * 2**-23
+
+
+def test_moe_keeps_leading_dimensions():
+    moe = layers.MoE(8, 12, experts=4, per_token=2)
+    x = numbers(2, 3, 8)
+    torch.testing.assert_close(moe(x)[1, 2], moe(x[1, 2]))
+
+
+@pytest.mark.parametrize("config", [CONFIGS["dense"], CONFIGS["experts"]], ids=["dense", "experts"])
+def test_autocast(config):
+    slow, fast = twins(config, torch.float32)
+    x = numbers(BATCH, LENGTH, config.hidden_size)
+    cos, sin = layers.RotaryEmbedding(config.head_dim, config.rope_theta)(torch.arange(LENGTH))
+    truth = slow(x, reference.rotary_angles(config, torch.arange(LENGTH).expand(BATCH, -1), x.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        y, residual = fast(x, None, cos, sin)
+    (y + residual).sum().backward()
+    assert (y + residual - truth).abs().max() < 0.05 * truth.abs().max()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in fast.parameters())
+
+
+@pytest.mark.parametrize("chunks", ([21], [17, 1, 3], [1, 16, 4], [5, 16]), ids=str)
+@pytest.mark.parametrize("name", ("dense", "window"))
+def test_cached_attention_is_attention(name, chunks):
+    config = CONFIGS[name]
+    _, fast = twins(config, torch.float64)
+    x = numbers(BATCH, LENGTH, config.hidden_size).double()
+    rotary = layers.RotaryEmbedding(config.head_dim, config.rope_theta)
+    whole = fast.self_attn(x, *rotary(torch.arange(LENGTH), x.dtype))
+    kv = torch.zeros(BATCH, LENGTH, config.num_key_value_heads, config.head_dim, dtype=x.dtype)
+    cache = layers.LayerCache(kv, kv.clone())
+    with torch.no_grad():
+        parts = [
+            fast.self_attn(part, *rotary(torch.arange(cache.length, cache.length + part.shape[1]), x.dtype), cache=cache)
+            for part in x.split(chunks, dim=1)
+        ]
+        torch.testing.assert_close(torch.cat(parts, dim=1), whole)
+        with pytest.raises(ValueError, match="at most 21 tokens, got 22"):
+            fast.self_attn(x[:, :1], *rotary(torch.arange(1), x.dtype), cache=cache)
