@@ -1,0 +1,88 @@
+"""Bad input: a clear error that names the operation, the argument, what was expected and what came."""
+
+import pytest
+import torch
+
+import fastprimer as fp
+
+
+def t(*shape, **options):
+    return torch.zeros(*shape, **options)
+
+
+def i(*values, dtype=torch.int32):
+    return torch.tensor(values, dtype=dtype)
+
+
+x, table = t(2, 8), t(4, 2)
+q, k = t(1, 3, 4, 8), t(1, 5, 2, 8)
+packed = t(5, 2, 8)
+cache = t(2, 6, 2, 8)
+
+BAD = [
+    ("rms_norm", (3,), {}, TypeError, "rms_norm: x: expected a tensor, got int"),
+    ("rms_norm", (i(1, 2),), {}, TypeError, "rms_norm: x: expected a floating-point tensor, got torch.int32"),
+    ("rms_norm", (t(3, 0),), {}, ValueError, "rms_norm: x: expected shape .* got \\(3, 0\\)"),
+    ("rms_norm", (x, t(7)), {}, ValueError, "rms_norm: weight: expected shape \\(C,\\) = \\(8,\\), got \\(7,\\)"),
+    ("rms_norm", (x, t(8, device="meta")), {}, ValueError, "rms_norm: weight: expected x's device cpu, got meta"),
+    ("rms_norm", (x,), {"residual": t(8)}, ValueError, "rms_norm: residual: expected shape"),
+    ("rms_norm", (x,), {"residual": t(2, 8).double()}, TypeError, "rms_norm: residual: expected x's dtype torch.float32, got torch.float64"),
+    ("rms_norm", (x, None, -1e-6), {}, ValueError, "rms_norm: eps: expected a number >= 0, got -1e-06"),
+    ("rope", (t(3, 8), None, table, table), {}, ValueError, "rope: q: expected shape"),
+    ("rope", (q, t(1, 3, 2, 6), table, table), {}, ValueError, "rope: k: expected shape"),
+    ("rope", (q, None, t(4, 5), t(4, 5)), {}, ValueError, "rope: cos: expected shape \\(P, R/2\\) with 0 < R <= D = 8"),
+    ("rope", (q, None, table, t(4, 1)), {}, ValueError, "rope: sin: expected shape"),
+    ("rope", (q, None, t(2, 2), t(2, 2)), {}, ValueError, "rope: cos: expected at least 3 rows"),
+    ("rope", (q, None, table, table), {"positions": t(1, 3)}, TypeError, "rope: positions: expected int32 or int64"),
+    ("rope", (q, None, table, table), {"positions": i(0, 1, 2)}, ValueError, "rope: positions: expected shape"),
+    ("rope", (q, None, t(4, 2, requires_grad=True), table), {}, ValueError, "rope: cos: expected a constant"),
+    ("swiglu", (x, t(2, 7)), {}, ValueError, "swiglu: up: expected shape"),
+    ("swiglu", (x, x.half()), {}, TypeError, "swiglu: up: expected gate's dtype"),
+    ("attention", (packed, packed, packed), {}, ValueError, "attention: q: expected .* packed tensors need cu_seqlens_q"),
+    ("attention", (q, t(1, 5, 2, 6), k), {}, ValueError, "attention: k: expected shape"),
+    ("attention", (q, k, t(1, 4, 2, 8)), {}, ValueError, "attention: v: expected"),
+    ("attention", (q, t(1, 5, 3, 8), t(1, 5, 3, 8)), {}, ValueError, "attention: k: expected a number of heads Hk that divides H = 4, got 3"),
+    ("attention", (q, t(2, 5, 2, 8), t(2, 5, 2, 8)), {}, ValueError, "attention: k: expected q's batch 1, got 2"),
+    ("attention", (q, k.half(), k), {}, TypeError, "attention: k: expected q's dtype"),
+    ("attention", (q, k, k), {"window": 3}, ValueError, "attention: window: expected \\(left, right\\)"),
+    ("attention", (q, k, k), {"window": (-2, 0)}, ValueError, "attention: window"),
+    ("attention", (q, k, k), {"softcap": 0.0}, ValueError, "attention: softcap: expected None or a number > 0, got 0.0"),
+    ("attention", (q, k, k), {"sinks": t(2)}, ValueError, "attention: sinks: expected shape \\(H,\\) = \\(4,\\)"),
+    ("attention", (packed, packed, packed), {"cu_seqlens_q": i(0, 3)}, ValueError, "attention: cu_seqlens_q: expected .* N = 5"),
+    ("attention", (packed, packed, packed), {"cu_seqlens_q": i(0, 4, 3, 5)}, ValueError, "attention: cu_seqlens_q: expected .* never falling"),
+    ("attention_with_kv_cache", (t(2, 17, 4, 8), cache, cache, i(0, 0)), {}, ValueError, "q: expected shape \\(B, S <= 16, H, D\\)"),
+    ("attention_with_kv_cache", (t(2, 1, 4, 8), cache, cache, i(0, 7)), {}, ValueError, "cache_seqlens: expected 0..6 tokens"),
+    ("attention_with_kv_cache", (t(2, 1, 4, 8), cache, cache, i(0, 6)), {"k": t(2, 1, 2, 8)}, ValueError, "v: expected both k and v"),
+    ("attention_with_kv_cache", (t(2, 1, 4, 8), cache, cache, i(0, 6)), {"block_table": i(0, 1)}, ValueError, "block_table: expected shape"),
+    ("attention_with_kv_cache", (t(2, 1, 4, 8, requires_grad=True), cache, cache, i(0, 1)), {}, RuntimeError, "decoding has no backward"),
+    ("route", (t(3, 4), 5), {}, ValueError, "route: k: expected a number in 1..E = 4, got 5"),
+    ("route", (t(3, 4), 2), {"score": "tanh"}, ValueError, "route: score: expected one of softmax, softmax_topk, sigmoid, got 'tanh'"),
+    ("route", (t(3, 4), 2), {"groups": 3, "top_groups": 1}, ValueError, "route: groups: expected a divisor of E = 4, got 3"),
+    ("route", (t(3, 4), 2), {"groups": 2}, ValueError, "route: top_groups: expected both"),
+    ("route", (t(3, 4), 3), {"groups": 2, "top_groups": 1}, ValueError, "route: k: expected at most 2"),
+    ("route", (t(3, 4), 2), {"bias": t(3)}, ValueError, "route: bias: expected shape"),
+    ("moe", (x, t(3, 5, 8), t(3, 8, 2), t(2, 1), i([0], [1])), {}, ValueError, "moe: gate_up: expected shape"),
+    ("moe", (x, t(3, 4, 8), t(3, 8, 3), t(2, 1), i([0], [1])), {}, ValueError, "moe: down: expected shape \\(E, C, F\\) = \\(3, 8, 2\\)"),
+    ("moe", (x, t(3, 4, 8), t(3, 8, 2), t(2, 1), i([0], [3])), {}, ValueError, "moe: experts: expected numbers in 0..2, got \\(0, 3\\)"),
+    ("cross_entropy", (x, i(1, 9)), {}, ValueError, "cross_entropy: target: expected numbers in 0..7 or ignore_index=-100, got 9"),
+    ("cross_entropy", (x, t(2)), {}, TypeError, "cross_entropy: target: expected int32 or int64"),
+    ("cross_entropy", (x, i(1)), {}, ValueError, "cross_entropy: target: expected shape"),
+    ("cross_entropy", (x, i(1, 2)), {"reduction": "avg"}, ValueError, "cross_entropy: reduction: expected 'mean', 'sum' or 'none', got 'avg'"),
+    ("cross_entropy", (x, i(1, 2)), {"label_smoothing": 2.0}, ValueError, "cross_entropy: label_smoothing"),
+    ("linear_cross_entropy", (x, t(0), i(1, 2)), {}, ValueError, "linear_cross_entropy: weight: expected .*ZeRO-3"),
+    ("linear_cross_entropy", (x, t(5, 7), i(1, 2)), {}, ValueError, "linear_cross_entropy: x: expected shape"),
+    ("linear_cross_entropy", (x, t(5, 8), i(1, 2)), {"bias": t(4)}, ValueError, "linear_cross_entropy: bias: expected shape"),
+]
+
+
+@pytest.mark.parametrize("op, args, kwargs, error, message", BAD, ids=[f"{b[0]}-{n}" for n, b in enumerate(BAD)])
+def test_bad_input_is_named(op, args, kwargs, error, message):
+    with pytest.raises(error, match=message):
+        getattr(fp, op)(*args, **kwargs)
+
+
+def test_a_refused_call_writes_nothing():
+    k_cache = torch.zeros(1, 4, 2, 8)
+    with pytest.raises(ValueError, match="cache_seqlens"):
+        fp.attention_with_kv_cache(t(1, 2, 2, 8), k_cache, k_cache.clone(), i(3), k=torch.ones(1, 2, 2, 8), v=torch.ones(1, 2, 2, 8))
+    assert not k_cache.any()

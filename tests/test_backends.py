@@ -1,0 +1,80 @@
+"""Operation x backend x dtype x case: every output and every gradient within its error budget, with random dy.
+
+Each backend runs in a process of its own (fastprimer/verify.py), once for the whole session.
+"""
+
+import functools
+
+import pytest
+import torch
+
+import fastprimer as fp
+from fastprimer import testing
+from fastprimer.backends import BACKENDS, declared, operations
+from fastprimer.cases import rms_norm_case
+from fastprimer.verify import stream, work_of
+
+PARAMETERS = [
+    pytest.param(backend, case, str(dtype).removeprefix("torch."), id=f"{backend}-{case}-{str(dtype)[6:]}")
+    for backend in BACKENDS
+    for op in operations()
+    if backend in declared(op)
+    for case, dtype in work_of(op, backend)
+]
+
+
+@functools.cache
+def found(backend: str) -> list[dict]:
+    return list(stream(backend, [op for op in operations() if backend in declared(op)], seed=0))
+
+
+@pytest.mark.parametrize("backend, case, dtype", PARAMETERS)
+def test_within_budget(backend, case, dtype):
+    results = found(backend)
+    refused = [r["refused"] for r in results if "refused" in r and r["op"] == case.op]
+    if refused:
+        pytest.skip(refused[0])
+    mine = [r for r in results if (r.get("op"), r.get("case"), r.get("dtype")) == (case.op, case.name, dtype)]
+    assert {r["tensor"] for r in mine} >= set(case.outputs) - {"k_rotated"}
+    assert not [r["text"] for r in mine if not r["ok"]]
+
+
+# The machine that judges kernels is judged itself: a wrong result in the guise of the reference must be told apart.
+CASE = rms_norm_case("judged", 6, 500, residual=True, weight_offset=1.0)
+
+
+def judged(monkeypatch, spoil) -> list[testing.Row]:
+    """Rows of a backend whose public function returns spoiled tensors."""
+
+    def function(**arguments):
+        return spoil(*fp.rms_norm(**arguments))
+
+    return testing.compare(CASE, torch.bfloat16, "reference", function=function)
+
+
+def test_an_unspoiled_result_is_within_budget(monkeypatch):
+    assert all(row.ok for row in judged(monkeypatch, lambda y, h: (y, h)))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda y, h: (y * 1.02, h),  # a systematic error of a few units in the last place
+        lambda y, h: (torch.cat((y[:, :-1], y[:, :1]), 1), h),  # one wrong column
+        lambda y, h: (torch.where(torch.arange(500) == 7, torch.nan, y), h),  # one element never written
+        lambda y, h: (y, h[:, :499]),  # a wrong shape
+        lambda y, h: (y.detach() + (y - y.detach()) * 1.05, h),  # right outputs, wrong gradients
+    ],
+)
+def test_a_spoiled_result_is_not(monkeypatch, spoil):
+    assert not all(row.ok for row in judged(monkeypatch, spoil))
+
+
+def test_empty_memory_is_poisoned():
+    with testing.poisoned_empty():
+        assert torch.empty(5).isnan().all() and torch.empty(3, dtype=torch.bfloat16).isnan().all()
+        native = torch.ops.fastprimer.rms_norm_backward if hasattr(torch.ops.fastprimer, "rms_norm_backward") else None
+        if native is not None:  # what the library allocates is poisoned too: no rows, so rstd's neighbours stay unwritten
+            dx, dweight = native(*(torch.zeros(0, 4), None, torch.zeros(0, 4), torch.ones(4), torch.zeros(0), 0.0))
+            assert torch.equal(dweight, torch.zeros(4))
+    assert not torch.are_deterministic_algorithms_enabled()

@@ -1,0 +1,283 @@
+"""The contract of a backend, for every operation on every backend that this process can run.
+
+The Triton kernels take part in Triton's interpreter, in a child process (the last test), or on a GPU.
+"""
+
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import fastprimer as fp
+from fastprimer import testing
+from fastprimer.backends import _functions, declared, interpreting, operations, unavailable, use_backend
+from fastprimer.cases import CASES, Inputs, rms_norm_case
+from fastprimer.verify import device_of
+
+EXTRA = [rms_norm_case("contract", 6, 136, residual=True, weight_offset=0.5)]
+
+
+def case_of(op: str):
+    """The first small case with several rows."""
+    return next(c for c in [*EXTRA, *CASES] if c.op == op and not c.bench)
+
+
+def tensors(arguments: dict) -> dict[str, torch.Tensor]:
+    return {k: v for k, v in arguments.items() if isinstance(v, torch.Tensor)}
+
+
+def call(case, arguments):
+    outputs = getattr(fp, case.op)(**arguments)
+    return [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o is not None]
+
+
+def leaves_of(arguments):
+    return [t for t in tensors(arguments).values() if t.requires_grad]
+
+
+def test_inputs_are_not_modified(cell):
+    op, backend, device = cell
+    case = case_of(op)
+    arguments = case.arguments(Inputs(torch.float32, device, 0))
+    before = {k: t.detach().clone() for k, t in tensors(arguments).items() if not k.endswith("_cache")}
+    with use_backend(backend):
+        outputs = [o for o in call(case, arguments) if o.requires_grad]
+        if outputs:
+            torch.autograd.grad(outputs, leaves_of(arguments), [torch.randn_like(o) for o in outputs])
+    assert all(torch.equal(arguments[k], t) for k, t in before.items())
+
+
+def test_the_graph_can_be_retained_and_bits_repeat(cell):
+    op, backend, device = cell
+    case = case_of(op)
+    arguments = case.arguments(Inputs(torch.float32, device, 0))
+    with use_backend(backend):
+        first, again = call(case, arguments), call(case, arguments)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        outputs = [o for o in first if o.requires_grad]
+        if outputs:
+            dys = [torch.randn_like(o) for o in outputs]
+            once = torch.autograd.grad(outputs, leaves_of(arguments), dys, retain_graph=True)
+            twice = torch.autograd.grad(outputs, leaves_of(arguments), dys)
+            assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
+
+
+def test_no_grad_records_nothing(cell):
+    op, backend, device = cell
+    case = case_of(op)
+    with use_backend(backend), torch.no_grad():
+        assert not any(o.requires_grad for o in call(case, case.arguments(Inputs(torch.float32, device, 0))))
+
+
+def test_autocast(cell):
+    """Under autocast an operation takes what its caller has, float32 or the autocast dtype, and gradients keep their leaves' dtype."""
+    op, backend, device = cell
+    case = case_of(op)
+    arguments = case.arguments(Inputs(torch.float32, device, 0))
+    with use_backend(backend), torch.autocast(device, torch.bfloat16):
+        outputs = call(case, arguments)
+        with_grad = [o for o in outputs if o.requires_grad]
+        grads = torch.autograd.grad(with_grad, leaves_of(arguments), [torch.randn_like(o) for o in with_grad]) if with_grad else []
+    assert all(o.isfinite().all() for o in outputs if o.is_floating_point())
+    assert [g.dtype for g in grads] == [torch.float32] * len(grads)
+    if op in ("rms_norm", "swiglu"):  # not matrix products: the very same numbers
+        with use_backend(backend):
+            assert all(torch.equal(a, b) for a, b in zip(outputs, call(case, arguments), strict=True))
+
+
+def test_double_backward_is_right(cell):
+    """A second derivative goes through the reference, whichever backend computed the first."""
+    op, backend, device = cell
+    case = case_of(op)
+    if not leaves_of(case.arguments(Inputs(torch.float32, device, 0))):
+        pytest.skip("it has no gradient")
+
+    def penalty(name):
+        arguments = case.arguments(Inputs(torch.float32, device, 0))
+        with use_backend(name):
+            outputs = [o for o in call(case, arguments) if o.requires_grad]
+            generator = torch.Generator().manual_seed(0)
+            dys = [torch.randn(o.shape, generator=generator).to(o) for o in outputs]
+            grads = torch.autograd.grad(outputs, leaves_of(arguments), dys, create_graph=True)
+            differentiable = [g.square().sum() for g in grads if g.requires_grad]
+            return torch.autograd.grad(sum(differentiable), leaves_of(arguments), allow_unused=True) if differentiable else []
+
+    for mine, reference in zip(penalty(backend), penalty("reference"), strict=True):
+        assert (mine is None) == (reference is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, reference)
+
+
+def test_registered_operators_pass_opcheck(cell, monkeypatch):
+    op, backend, device = cell
+    if backend == "reference":
+        pytest.skip("the reference is plain torch, not an operator")
+    case = case_of(op)
+    functions, calls = _functions[op, backend], []
+
+    def recorder(function):
+        def call(*args):
+            calls.append((function, args))
+            return function(*args)
+
+        return call
+
+    monkeypatch.setitem(_functions, (op, backend), SimpleNamespace(**{k: recorder(f) for k, f in vars(functions).items()}))
+    for dtype in (torch.float32, torch.bfloat16):
+        testing.run(case, dtype, getattr(fp, op) if backend == "cpu" else _with(backend, op), device=device)
+    assert {function for function, _ in calls} == set(vars(functions).values())
+    for function, args in calls:
+        args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
+        torch.library.opcheck(function, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+
+
+def _with(backend, op):
+    def function(**arguments):
+        with use_backend(backend):
+            return getattr(fp, op)(**arguments)
+
+    return function
+
+
+@pytest.mark.slow
+def test_compiles_into_one_graph_with_dynamic_shapes(cell):
+    op, backend, device = cell
+    if op == "attention_with_kv_cache":
+        pytest.skip("it writes into its arguments: compiled as part of a decoder, not alone")
+    case = case_of(op)
+    torch.compiler.reset()
+    compiled = torch.compile(getattr(fp, op), fullgraph=True, dynamic=True)
+    rows = testing.compare(case, torch.float32, backend, device=device, function=compiled)
+    assert not [str(row) for row in rows if not row.ok]
+
+
+@pytest.mark.slow
+def test_a_compiled_function_follows_use_backend():
+    if unavailable("rms_norm", "cpu", "cpu"):
+        pytest.skip(unavailable("rms_norm", "cpu", "cpu"))
+    torch.compiler.reset()
+    x, weight = torch.randn(4, 64, dtype=torch.bfloat16), torch.randn(64, dtype=torch.bfloat16)
+    graphs = []
+    compiled = torch.compile(fp.rms_norm, fullgraph=True, backend=lambda graph, _: graphs.append(graph.code) or graph)
+    for name in ("reference", "cpu", "reference"):
+        with use_backend(name):
+            compiled(x, weight)
+    assert len(graphs) == 2 and "fastprimer.rms_norm_forward" in graphs[1] and "fastprimer.rms_norm_forward" not in graphs[0]
+
+
+@pytest.mark.parametrize("shape", [(513, 1000), (40, 70000), (3, 64)])
+def test_bits_do_not_depend_on_the_number_of_threads(shape):
+    if unavailable("rms_norm", "cpu", "cpu"):
+        pytest.skip(unavailable("rms_norm", "cpu", "cpu"))
+    case = rms_norm_case("threads", *shape, residual=True)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(testing.run(case, torch.bfloat16, _with("cpu", "rms_norm")))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0][k], other[k]) for other in results[1:] for k in results[0])
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2])
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=lambda d: str(d)[6:])
+def test_every_instruction_set_is_within_budget(limit, dtype):
+    if unavailable("rms_norm", "cpu", "cpu"):
+        pytest.skip(unavailable("rms_norm", "cpu", "cpu"))
+    try:
+        if torch.ops.fastprimer.limit_cpu_instruction_set(limit) != limit:
+            pytest.skip("this processor does not have it")
+        small = [c for c in CASES if c.op == "rms_norm" and not c.bench and c.name != "widest"]
+        wrong = [str(row) for case in small for row in testing.compare(case, dtype, "cpu") if not row.ok]
+    finally:
+        torch.ops.fastprimer.limit_cpu_instruction_set(2)
+    assert not wrong
+
+
+def test_special_values_survive_every_instruction_set():
+    """NaN, infinities, the largest and subnormal numbers, through each conversion of each instruction set."""
+    if unavailable("rms_norm", "cpu", "cpu"):
+        pytest.skip(unavailable("rms_norm", "cpu", "cpu"))
+    try:
+        for limit in (0, 1, 2):
+            torch.ops.fastprimer.limit_cpu_instruction_set(limit)
+            for dtype in (torch.bfloat16, torch.float16):
+                largest, tiny = torch.finfo(dtype).max, 2.0**-20
+                for value in (0.0, -0.0, 1.0, largest, tiny, float("nan")):
+                    x = torch.full((1, 67), value, dtype=dtype)
+                    with use_backend("cpu"):
+                        h = fp.rms_norm(x, residual=torch.zeros_like(x))[1]  # h passes through load and store
+                    assert torch.equal(h.nan_to_num(123.0), x.nan_to_num(123.0)), (limit, dtype, value)
+                everything = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+                finite = everything[everything.isfinite() & ((everything == 0) | (everything.abs() >= torch.finfo(dtype).tiny))]
+                with use_backend("cpu"):
+                    h = fp.rms_norm(finite[None], residual=torch.zeros_like(finite)[None])[1][0]
+                assert torch.equal(h, finite), (limit, dtype)
+    finally:
+        torch.ops.fastprimer.limit_cpu_instruction_set(2)
+
+
+def test_shapes_beyond_31_bits_on_meta():
+    x = torch.empty(2**20, 4096, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    y = fp.rms_norm(x, torch.empty(4096, device="meta"))
+    (dx,) = torch.autograd.grad(y, x, torch.empty_like(y))
+    assert y.shape == dx.shape == x.shape and y.numel() > 2**31
+
+
+@pytest.mark.slow
+def test_more_than_31_bits_of_elements():
+    """Offsets are 64 bits wide: the last of 2^31 + 4096 elements is right. The input is one row, expanded."""
+    device, backend = ("cuda", "cuda") if torch.cuda.is_available() else ("cpu", "cpu")
+    if unavailable("rms_norm", backend, device):
+        pytest.skip(unavailable("rms_norm", backend, device))
+    if device == "cpu" and os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 9e9:
+        pytest.skip("needs 9 GB of free memory")
+    row = torch.randn(1, 4096, dtype=torch.bfloat16, device=device)
+    with use_backend(backend):
+        y = fp.rms_norm(row.expand(2**19 + 1, 4096))
+        assert torch.equal(y[-1], fp.rms_norm(row)[0]) and torch.equal(y[2**18], y[-1])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_side_stream_and_cuda_graph():
+    x, weight = torch.randn(64, 4096, device="cuda"), torch.randn(4096, device="cuda")
+    for backend in ("cuda", "triton"):
+        with use_backend(backend):
+            expected = fp.rms_norm(x, weight)
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                assert torch.equal(fp.rms_norm(x, weight), expected)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y = fp.rms_norm(x, weight)
+            y.zero_()
+            graph.replay()
+            assert torch.equal(y, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_second_gpu():
+    x = torch.randn(64, 4096, device="cuda:1")
+    for backend in ("cuda", "triton"):
+        with use_backend(backend):
+            assert fp.rms_norm(x).device == x.device
+
+
+@pytest.mark.slow
+def test_triton_in_the_interpreter():
+    """This file once more, in a process whose Triton interprets, for the cells of Triton."""
+    if interpreting() or device_of("triton") == "cuda":
+        pytest.skip("Triton's cells ran in this process")
+    if unavailable("rms_norm", "triton", "cpu") == "the package triton is not installed":
+        pytest.skip("the package triton is not installed")
+    cells = " or ".join(f"{op}-triton" for op in operations() if "triton" in declared(op))
+    command = [sys.executable, "-m", "pytest", __file__, "-k", cells, "-p", "no:cacheprovider"]
+    child = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert child.returncode == 0, child.stdout[-3000:]
+    assert " passed" in child.stdout and "skipped" not in child.stdout, child.stdout[-500:]

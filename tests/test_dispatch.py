@@ -1,0 +1,105 @@
+"""Who is asked: use_backend, explain, backends(), FASTPRIMER_BACKEND, and the reasons they give."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastprimer as fp
+from fastprimer.backends import BACKENDS, unavailable
+
+NATIVE = unavailable("rms_norm", "cpu", "cpu")
+needs_native = pytest.mark.skipif(bool(NATIVE), reason=NATIVE)
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True)
+
+
+@needs_native
+def test_the_fast_backend_is_chosen_and_the_rest_explained():
+    answer = fp.explain("rms_norm", torch.randn(2, 8))
+    assert answer.backend == "cpu" and set(answer.refusals) == {"reference", "triton", "cuda"}
+    assert "TRITON_INTERPRET" in answer.refusals["triton"] or "interpret" in answer.refusals["triton"]
+    assert str(answer).startswith("rms_norm: cpu\n")
+    assert fp.explain(fp.rms_norm, torch.randn(2, 8)) == answer
+
+
+def test_what_has_no_kernel_runs_on_the_reference_or_raises():
+    q = torch.randn(1, 3, 2, 8)
+    assert fp.explain("attention", q, q, q).backend == "reference"
+    with fp.use_backend("cuda"):
+        assert fp.explain("attention", q, q, q).backend is None
+        with pytest.raises(fp.BackendError, match="attention: backend 'cuda' was asked for, but attention has no cuda kernel yet"):
+            fp.attention(q, q, q)
+    with fp.use_backend("cuda", missing="auto"):
+        assert fp.explain("attention", q, q, q).backend == "reference"
+
+
+@needs_native
+def test_a_dtype_without_kernel_steps_aside_or_raises():
+    x, weight = torch.randn(2, 8, dtype=torch.bfloat16), torch.randn(8, dtype=torch.float16)
+    assert fp.explain("rms_norm", x, weight).backend == "reference"
+    fp.rms_norm(x, weight)
+    with fp.use_backend("cpu"), pytest.raises(fp.BackendError, match="a weight of bfloat16 or float32, not float16"):
+        fp.rms_norm(x, weight)
+    with fp.use_backend("cpu", missing="auto"), pytest.raises(fp.BackendError):  # it has a kernel, which refuses
+        fp.rms_norm(x, weight)
+
+
+def test_blocks_nest_and_survive_errors():
+    x = torch.randn(2, 8)
+    before = fp.explain("rms_norm", x).backend
+    with pytest.raises(KeyError), fp.use_backend("reference"):
+        with fp.use_backend("auto"):
+            assert fp.explain("rms_norm", x).backend == before
+        assert fp.explain("rms_norm", x).backend == "reference"
+        raise KeyError
+    assert fp.explain("rms_norm", x).backend == before
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="use_backend: name: expected one of reference, cpu, triton, cuda, auto, got 'gpu'"):
+        fp.use_backend("gpu").__enter__()
+    with pytest.raises(ValueError, match="missing"):
+        fp.use_backend("cpu", missing="ignore").__enter__()
+    with pytest.raises(ValueError, match="explain: op: expected one of rms_norm, .*, got 'softmax'"):
+        fp.explain("softmax", torch.randn(2))
+
+
+def test_backends_lists_every_cell():
+    table = fp.backends()
+    assert all(set(row) == set(BACKENDS) and row["reference"] == "" for row in table.values())
+    assert table["rope"]["cuda"] == "rope has no cuda kernel yet"
+    if not torch.cuda.is_available():
+        assert table["rms_norm"]["triton"] == "this torch sees no CUDA device"
+
+
+def test_the_variable_chooses_and_is_checked():
+    ask = "import torch, fastprimer as fp; print(fp.explain('rms_norm', torch.randn(2, 8)).backend)"
+    assert python(ask, FASTPRIMER_BACKEND="reference").stdout.strip() == "reference"
+    assert "FASTPRIMER_BACKEND: expected one of" in python(ask, FASTPRIMER_BACKEND="gpu").stderr
+    refused = python("import torch, fastprimer as fp; fp.rms_norm(torch.randn(2, 8))", FASTPRIMER_BACKEND="cuda")
+    if not torch.cuda.is_available():
+        assert "CUDA kernels run on CPU tensors only in the emulator" in refused.stderr
+
+
+def test_without_the_native_library_everything_still_works(tmp_path):
+    """As on a machine with no compiler: the reason is recorded at installation, and shown."""
+    (tmp_path / "_native.json").write_text('{"reason": "no C++ compiler was found when fastprimer was built"}')
+    code = f"""
+import pathlib, torch, sys
+import fastprimer as fp
+sys.modules["fastprimer.backends"].PACKAGE = pathlib.Path({str(tmp_path)!r})
+answer = fp.explain("rms_norm", torch.randn(2, 8))
+print(answer.backend, "|", answer.refusals["cpu"])
+fp.rms_norm(torch.randn(2, 8))
+from fastprimer.cli import main
+main(["doctor"])
+"""
+    shown = python(code, COLUMNS="200")
+    assert shown.returncode == 0, shown.stderr
+    assert "reference | no C++ compiler was found when fastprimer was built" in shown.stdout
+    assert "not there: no C++ compiler was found when fastprimer was built" in shown.stdout

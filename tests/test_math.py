@@ -1,0 +1,98 @@
+"""The chapters' mathematics: the reference against numerical derivatives, and double backward."""
+
+import pytest
+import torch
+
+import fastprimer as fp
+from fastprimer.testing import CASES, Inputs
+
+SMALL = [case for case in CASES if not case.bench and "no-" not in case.name]
+LARGE = {"expanded", "llama", "split", "widest", "wide-odd", "residual", "residual-odd", "gemma", "many-narrow-rows", "per-head", "float32-weight", "sliced"}
+DIFFERENTIABLE = [c for c in SMALL if c.op != "attention_with_kv_cache" and not (c.op == "rms_norm" and c.name in LARGE)]
+
+
+def function_of(case):
+    """The call as a function of its differentiable arguments alone, returning finite differentiable outputs."""
+    arguments = case.arguments(Inputs(torch.float64, "cpu", seed=3))
+    names = [k for k, v in arguments.items() if isinstance(v, torch.Tensor) and v.requires_grad]
+
+    def function(*leaves):
+        outputs = getattr(fp, case.op)(**arguments | dict(zip(names, leaves, strict=True)))
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        outputs = [o for o in outputs if o is not None and o.is_floating_point()]
+        return tuple(torch.where(torch.isinf(o), 0.0, o) for o in outputs)  # lse of a row that sees nothing
+
+    return function, [arguments[name] for name in names]
+
+
+@pytest.mark.parametrize("case", DIFFERENTIABLE, ids=str)
+def test_backward_is_the_derivative_of_forward(case):
+    function, leaves = function_of(case)
+    with fp.use_backend("reference"):
+        assert torch.autograd.gradcheck(function, leaves, fast_mode=sum(t.numel() for t in leaves) > 120)
+
+
+@pytest.mark.parametrize("case", DIFFERENTIABLE, ids=str)
+def test_backward_is_differentiable_itself(case):
+    function, leaves = function_of(case)
+    with fp.use_backend("reference"):
+        assert torch.autograd.gradgradcheck(function, leaves, fast_mode=sum(t.numel() for t in leaves) > 40)
+
+
+@pytest.mark.parametrize("loss", ["load_balancing_loss", "router_z_loss"])
+def test_router_losses(loss):
+    logits = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    experts = fp.route(logits.detach(), 2)[1]
+    arguments = (experts,) if loss == "load_balancing_loss" else ()
+    assert torch.autograd.gradcheck(lambda l: getattr(fp, loss)(l, *arguments), (logits,))
+    assert torch.autograd.gradgradcheck(lambda l: getattr(fp, loss)(l, *arguments), (logits,))
+
+
+def test_an_even_router_has_balance_k():
+    experts = torch.tensor([[0, 1], [2, 3], [0, 1], [2, 3]])
+    assert fp.load_balancing_loss(torch.zeros(4, 4), experts).item() == pytest.approx(2.0)
+
+
+def test_balance_loss_by_counting():
+    logits = torch.randn(50, 6, dtype=torch.float64)
+    experts = logits.topk(2).indices
+    p = torch.softmax(logits, -1).mean(0)
+    f = [sum(e == i for row in experts.tolist() for e in row) / 50 for i in range(6)]
+    assert fp.load_balancing_loss(logits, experts).item() == pytest.approx(6 * sum(fi * pi for fi, pi in zip(f, p.tolist(), strict=True)))
+
+
+def test_ties_go_to_the_lower_expert():
+    logits = torch.tensor([[1.0, 3.0, 3.0, 3.0, 0.0]])
+    assert fp.route(logits, 2)[1].tolist() == [[1, 2]]
+    assert fp.route(torch.zeros(1, 8), 3, groups=4, top_groups=2)[1].tolist() == [[0, 1, 2]]
+
+
+def test_half_split_and_interleaved_rope_differ_by_a_permutation():
+    S, H, D = 5, 2, 8
+    q, k = torch.randn(1, S, H, D, dtype=torch.float64), torch.randn(1, S, H, D, dtype=torch.float64)
+    angle = torch.outer(torch.arange(S), 10.0 ** -torch.arange(D // 2)).double()
+    even_then_odd = torch.cat((torch.arange(0, D, 2), torch.arange(1, D, 2)))
+    qi, ki = fp.rope(q, k, angle.cos(), angle.sin(), interleaved=True)
+    qh, kh = fp.rope(q[..., even_then_odd], k[..., even_then_odd], angle.cos(), angle.sin())
+    torch.testing.assert_close(qh, qi[..., even_then_odd])
+    torch.testing.assert_close(torch.einsum("bshd,bthd->bhst", qh, kh), torch.einsum("bshd,bthd->bhst", qi, ki))
+
+
+def test_every_token_ignored():
+    logits = torch.randn(3, 4, requires_grad=True)
+    ignored = torch.full((3,), -100)
+    mean = fp.cross_entropy(logits, ignored)
+    (gradient,) = torch.autograd.grad(mean, logits)
+    assert mean.isnan() and torch.equal(gradient, torch.zeros(3, 4))
+    assert fp.cross_entropy(logits, ignored, reduction="sum").item() == 0
+
+
+def test_decoding_equals_attention_over_the_whole_sequence():
+    q, k, v = (torch.randn(2, 9, h, 16, dtype=torch.float64) for h in (4, 2, 2))
+    whole = fp.attention(q, k, v, causal=True)
+    k_cache, v_cache = torch.full((2, 12, 2, 16), torch.nan, dtype=torch.float64), torch.full((2, 12, 2, 16), torch.nan, dtype=torch.float64)
+    length = torch.zeros(2, dtype=torch.int32)
+    for begin, end in ((0, 4), (4, 5), (5, 9)):
+        part = fp.attention_with_kv_cache(q[:, begin:end], k_cache, v_cache, length, k=k[:, begin:end], v=v[:, begin:end])
+        torch.testing.assert_close(part, whole[:, begin:end])
+        length += end - begin

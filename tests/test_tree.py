@@ -1,0 +1,66 @@
+"""The tree says what it holds: files = declared backends = README's table, and rooms stay small."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastprimer.backends import declared, operations, schema
+from fastprimer.backends import implementation as implementation_of
+from fastprimer.doctor import markdown
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = [p for p in ROOT.glob("**/*") if p.suffix in {".py", ".h", ".cpp", ".cu", ".cuh"} and not {".venv", "build"} & set(p.parts)]
+KERNEL = {"triton": "kernels/{}.py", "cpu": "csrc/cpu/{}.cpp", "cuda": "csrc/cuda/{}.cu"}
+
+
+def stem(op: str) -> str:
+    return implementation_of(op, "reference").__dict__[f"{op}_forward"].__module__.rpartition(".")[2]
+
+
+@pytest.mark.parametrize("backend", KERNEL)
+def test_files_are_the_declared_backends(backend):
+    pattern = KERNEL[backend]
+    folder, suffix = (ROOT / pattern).parent, Path(pattern).suffix
+    expected = {stem(op) for op in operations() if backend in declared(op)}
+    helpers = {"__init__", "_launch", "dispatch", "memory"}
+    assert {p.stem for p in folder.glob(f"*{suffix}")} - helpers == expected
+
+
+def test_readme_shows_the_table_of_the_code():
+    readme = (ROOT / "README.md").read_text()
+    shown = re.search(r"<!-- backends -->\n(.*?)\n<!-- /backends -->", readme, re.S).group(1)
+    assert shown == markdown(), "run `fastprimer doctor --markdown` and paste its table into README.md"
+
+
+def test_no_room_is_too_large():
+    large = {str(p.relative_to(ROOT)): n for p in SOURCES if (n := len(p.read_text().splitlines())) > 400}
+    assert not large
+
+
+def test_device_code_includes_no_torch_header():
+    device = [p for p in SOURCES if p.suffix in {".cu", ".cuh"}]
+    assert device and not [p for p in device if re.search(r"#include\s*[<\"](torch|ATen|c10)", p.read_text())]
+
+
+def test_native_signatures_are_those_of_the_chapters():
+    text = (ROOT / "csrc/schemas.cpp").read_text()
+    native = dict(re.findall(r'm\.def\("(\w+)(\(.*?\) -> .*?)"\);', text))
+    for op in operations():
+        if {"cpu", "cuda"} & set(declared(op)):
+            for name, function in vars(implementation_of(op, "reference")).items():
+                assert native[name] == schema(function.__wrapped__), name
+
+
+def test_importing_fastprimer_imports_neither_triton_nor_kernels():
+    code = "import sys, torch; before = set(sys.modules); import fastprimer; new = set(sys.modules) - before; print(*new)"
+    new = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout.split()
+    assert not [m for m in new if m.split(".")[0] == "triton" or m.startswith("fastprimer.kernels")]
+
+
+def test_the_reference_model_is_independent_of_the_operations():
+    text = (ROOT / "fastprimer/reference.py").read_text()
+    imports = re.findall(r"^(?:from|import) (fastprimer\S*)", text, re.M)
+    assert imports == ["fastprimer.config"]
