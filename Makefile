@@ -49,7 +49,7 @@ gpu:
 
 $(READY): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch numpy "setuptools>=77" "cmake>=3.24" ninja pybind11
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch numpy "setuptools>=64" "cmake>=3.24" ninja pybind11
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dev]"
 	touch $@
 

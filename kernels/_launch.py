@@ -1,0 +1,36 @@
+"""What every launch needs: tensors as rows, the device's size, and the right device made current."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+
+import torch
+from torch import Tensor
+
+INTERPRETED_PROCESSORS = 4
+"""What stands for the number of multiprocessors on the CPU: few, but enough for programs to share work."""
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x (..., C) as (N, C) with contiguous rows: a view if one row stride can express it, otherwise one copy."""
+    C = x.shape[-1]
+    rows = x.reshape(x.numel() // C, C)
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def processors(device: torch.device) -> int:
+    """The number of multiprocessors of a GPU."""
+    return _multiprocessors(device) if device.type == "cuda" else INTERPRETED_PROCESSORS
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def on_device(tensor: Tensor):
+    """A context in which Triton launches on the tensor's device; it costs nothing where that is the current one."""
+    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)

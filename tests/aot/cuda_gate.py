@@ -1,0 +1,150 @@
+"""The compile gate for CUDA kernels: each is compiled ahead of time, for GPUs that need not be here, and inspected.
+
+A kernel fails the gate if
+    it spills: a stack, local memory, or STL/LDL in the machine code;
+    it needs more static shared memory than the target has;
+    an instruction that its source's case requires is missing.
+
+    python tests/aot/cuda_gate.py      prints the table of the project's kernels
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+KIB = 1024
+ROOT = Path(__file__).parents[2]
+SHARED_LIMIT = {"sm_80": 163 * KIB, "sm_90a": 227 * KIB, "sm_100a": 227 * KIB}
+TARGETS = tuple(SHARED_LIMIT)
+COUNTED = ("LDG.E.128", "STG.E.128", "LDGSTS", "LDSM", "HMMA", "STL", "LDL")
+FLAGS = ("-std=c++17", "-O3", "-lineinfo", f"-I{ROOT / 'csrc/cuda'}", f"-I{ROOT / 'tests/emulator'}")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A source, and for each of its kernels (name with template arguments) the instructions it must compile to."""
+
+    source: Path
+    requires: Callable[[str], tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one kernel compiled to on one target; `faults` is empty if it passes the gate."""
+
+    kernel: str
+    target: str
+    registers: int
+    shared: int
+    stack: int
+    local: int
+    instructions: dict[str, int] = field(default_factory=dict)
+    faults: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        counts = " ".join(f"{count} {name}" for name, count in self.instructions.items() if count)
+        verdict = "; ".join(self.faults) or "ok"
+        return f"{self.target:7} {self.kernel:42} {self.registers:4} registers {self.shared:6} B shared  {counts:50} {verdict}"
+
+
+def wide_access(kernel: str) -> tuple[str, ...]:
+    """RMSNorm's kernels for vectors of 16 bytes must move them as such; those for V = 1 and the sum of partials cannot."""
+    vector = re.match(r"rms_norm_(forward|backward)_\w+<\w+, (\d+)", kernel)
+    return ("LDG.E.128", "STG.E.128") if vector and int(vector[2]) > 1 else ()
+
+
+def tensor_core(kernel: str) -> tuple[str, ...]:
+    return ("HMMA", "LDSM", "LDGSTS") if kernel.startswith("gemm_kernel<") else ()
+
+
+CASES = (
+    Case(ROOT / "csrc/cuda/rms_norm.cu", wide_access),
+    Case(ROOT / "tests/emulator/probe.cu", tensor_core),
+)
+
+
+def cuobjdump() -> str | None:
+    """The disassembler comes with the CUDA toolkit, or inside the triton wheel."""
+    found = shutil.which("cuobjdump")
+    if found is None and find_spec("triton") is not None:
+        found = shutil.which(Path(find_spec("triton").origin).parent / "backends/nvidia/bin/cuobjdump")
+    return found
+
+
+def reason_not() -> str:
+    """Why the gate cannot run on this machine, or ""."""
+    if shutil.which("nvcc") is None:
+        return "no nvcc"
+    if cuobjdump() is None:
+        return "no cuobjdump (it comes with the CUDA toolkit and with triton)"
+    return "" if shutil.which("c++filt") else "no c++filt"
+
+
+def inspect(case: Case, targets: tuple[str, ...] = TARGETS, shared_limit: dict[str, int] = SHARED_LIMIT) -> list[Row]:
+    """One row for each kernel of the case on each target."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubins = {target: Path(folder) / f"{target}.cubin" for target in targets}
+        compile_one = ["nvcc", *FLAGS, "-cubin", case.source]
+        running = [subprocess.Popen([*compile_one, f"-arch={target}", "-o", to]) for target, to in cubins.items()]
+        if any([process.wait() for process in running]):
+            raise RuntimeError(f"{case.source.name} does not compile")
+        return [row for target, cubin in cubins.items() for row in _rows(case, target, cubin, shared_limit[target])]
+
+
+def _rows(case: Case, target: str, cubin: Path, shared_limit: int) -> list[Row]:
+    counts = _instructions(cubin)
+    usage = subprocess.run([cuobjdump(), "--dump-resource-usage", cubin], check=True, capture_output=True, text=True).stdout
+    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    names = _demangled([mangled for mangled, *_ in found])
+    rows = []
+    for (mangled, *numbers), name in zip(found, names, strict=True):
+        registers, stack, shared, local = map(int, numbers)
+        row = Row(name, target, registers, shared, stack, local, counts[mangled])
+        faults = _faults(row, case.requires(name), shared_limit)
+        rows.append(Row(name, target, registers, shared, stack, local, counts[mangled], faults))
+    return rows
+
+
+def _instructions(cubin: Path) -> dict[str, dict[str, int]]:
+    """{mangled kernel: {instruction: how often it occurs}}."""
+    sass = subprocess.run([cuobjdump(), "-sass", cubin], check=True, capture_output=True, text=True).stdout
+    kernels = re.split(r"^\s*Function : (\S+)$", sass, flags=re.MULTILINE)[1:]
+    counts = {}
+    for mangled, text in zip(kernels[::2], kernels[1::2], strict=True):
+        opcodes = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)", text, flags=re.MULTILINE)
+        counts[mangled] = {name: sum(opcode == name or opcode.startswith(name + ".") for opcode in opcodes) for name in COUNTED}
+    return counts
+
+
+def _demangled(names: list[str]) -> list[str]:
+    """Kernel names as in the source: no return type, parameters or namespace."""
+    text = subprocess.run(["c++filt"], input="\n".join(names), check=True, capture_output=True, text=True).stdout
+    short = [line.replace("fastprimer::", "").removeprefix("void ") for line in text.splitlines()]
+    return [re.sub(r"\(.*$", "", line) for line in short]
+
+
+def _faults(row: Row, required: tuple[str, ...], shared_limit: int) -> tuple[str, ...]:
+    faults = []
+    if row.stack or row.local or row.instructions["STL"] or row.instructions["LDL"]:
+        stores, loads = row.instructions["STL"], row.instructions["LDL"]
+        faults.append(f"spills: {row.stack} B stack, {row.local} B local, {stores} stores, {loads} loads")
+    if row.shared > shared_limit:
+        faults.append(f"{row.shared} B of shared memory, the limit is {shared_limit}")
+    faults += [f"no {name}" for name in required if not row.instructions[name]]
+    return tuple(faults)
+
+
+if __name__ == "__main__":
+    if reason_not():
+        sys.exit(f"cuda_gate: {reason_not()}")
+    table = [row for case in CASES for row in inspect(case)]
+    print(*table, sep="\n")
+    sys.exit(any(row.faults for row in table))

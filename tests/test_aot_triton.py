@@ -1,0 +1,43 @@
+"""The Triton kernels compile for GPUs that are not here, without spills and with the instructions they should have."""
+
+import dataclasses
+
+import pytest
+
+pytest.importorskip("triton")
+
+from aot import triton_cases as cases  # noqa: E402
+from aot.triton_gate import TARGETS, inspect  # noqa: E402
+from mutation import mutated  # noqa: E402
+
+from fastprimer.backends import interpreting  # noqa: E402
+from fastprimer.kernels import rms_norm  # noqa: E402
+
+pytestmark = pytest.mark.skipif(interpreting(), reason="TRITON_INTERPRET is set: nothing compiles")
+
+
+def faults(case, targets=TARGETS):
+    return [str(row) for row in inspect(case, targets) if row.faults]
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
+def test_gate(case):
+    assert not faults(case), "\n".join(faults(case))
+
+
+def test_planted_spilling_tile_is_caught(tmp_path):
+    planted = mutated(rms_norm, "Limits(4096, 8192)", "Limits(4096, 65536)", tmp_path)
+    found = faults(cases.rms_norm_backward(cases.FLOAT32, 4096, 65536, True, kernels=planted))
+    assert len(found) == len(TARGETS) and all("spills" in row for row in found), found
+
+
+def test_planted_narrow_access_is_caught():
+    case = cases.rms_norm_forward(cases.BFLOAT16, 4096, 1001)
+    found = faults(dataclasses.replace(case, requires=cases.WIDE_ACCESS))
+    assert len(found) == len(TARGETS) and all("no instruction like" in row for row in found), found
+
+
+def test_planted_shared_memory_is_caught():
+    targets = {name: dataclasses.replace(target, shared_limit=63) for name, target in TARGETS.items()}
+    found = faults(cases.rms_norm_forward(cases.BFLOAT16, 4096, 4096), targets)
+    assert len(found) == len(TARGETS) and all("64 bytes of shared memory, the limit is 63" in row for row in found), found
