@@ -38,7 +38,7 @@ format: $(READY)
 	git ls-files 'csrc/*' 'tests/emulator/*' | grep -E '\.(h|cpp|cu|cuh)$$' | xargs $(BIN)/clang-format -i
 
 sanitize: $(READY)
-	$(BIN)/python -m pytest tests/test_emulator.py --seeds 20
+	$(BIN)/python -m tests.emulator.sanitize --seeds 20
 
 bench: $(READY)
 	$(BIN)/fastprimer bench --out benchmarks/results/cpu.json

@@ -1,10 +1,10 @@
 """`fastprimer bench`: ours against eager torch and torch.compile, and against the machine's own roof, in one run.
 
-No time is shown for a wrong result. All contestants are measured in turn, round after round, so that a noisy machine is
-noisy for all of them; medians are compared. The roof is the copy bandwidth (bytes read plus bytes written) of an array
-larger than the last-level cache, measured between the rounds; `of roof` is the share of it that the operation's least
-traffic (cases.py) reaches. Outputs are freshly allocated, as they are in use. On a GPU the L2 cache is cleared before
-every measurement, and events time the device.
+No time is shown for a wrong result. All contestants are measured in every round, in random order, so that a noisy machine
+is noisy for all of them and nobody always finds the memory that another has just freed; medians are compared. The roof is
+the copy bandwidth (bytes read plus bytes written) of an array larger than the last-level cache, measured between the
+rounds; `of roof` is the share of it that the operation's least traffic (cases.py) reaches. Outputs are freshly allocated,
+as they are in use. On a GPU the L2 cache is cleared before every measurement, and events time the device.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -70,9 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", choices=sorted(EAGER), action="append", help="only this operation (repeat for more)")
     parser.add_argument("--backend", action="append", help="measure this backend (repeat for more); default: every fast one on this device")
     parser.add_argument("--quick", action="store_true", help="the first case of each operation, few rounds")
-    parser.add_argument("--rounds", type=int, help="measurements of each contestant (default 21, quick 7)")
+    parser.add_argument("--rounds", type=int, help="measurements of each contestant (default 21, quick 11)")
     parser.add_argument("--threads", type=int, help="torch's CPU threads (default: as torch chooses)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random inputs (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random inputs and of the order (default 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object: machine, versions, results")
     parser.add_argument("--out", type=Path, help="also write that JSON object to this file")
 
@@ -84,11 +85,13 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rounds = args.rounds or (7 if args.quick else 21)
+    rounds = args.rounds or (11 if args.quick else 21)
     jobs = [job for op in args.op or EAGER for job in _jobs(op, device, args)]
     console = Console(stderr=args.json)
     results = []
-    with Progress(TextColumn("measuring {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console) as bar:
+    with Progress(
+        TextColumn("measuring {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+    ) as bar:
         task = bar.add_task("", total=len(jobs))
         for case, dtype, measured, backend in jobs:
             bar.update(task, description=f"{case} {measured}")
@@ -127,7 +130,7 @@ def measure(case: Case, dtype: torch.dtype, measured: str, backend: str, device:
         source = torch.empty(COPY_BYTES, dtype=torch.uint8, device=device)
         target = torch.ones_like(source)
         calls["copy"] = lambda: target.copy_(source)
-        times = interleaved(calls, device, rounds)
+        times = interleaved(calls, device, rounds, seed)
     medians = {name: statistics.median(t) for name, t in times.items()}
     ours = sorted(times["ours"])
     result.ours_ms, result.eager_ms, result.compiled_ms = medians["ours"], medians["eager"], medians["compiled"]
@@ -149,13 +152,14 @@ def _call(function: Callable, arguments: dict, measured: str) -> Callable[[], ob
     return lambda: torch.autograd.grad(function(**arguments), leaves, upstream)
 
 
-def interleaved(calls: dict[str, Callable], device: str, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of each call, one of each in every round, after two rounds of warm-up."""
+def interleaved(calls: dict[str, Callable], device: str, rounds: int, seed: int) -> dict[str, list[float]]:
+    """Milliseconds of each call, one of each in every round in random order, after two rounds of warm-up."""
     clock = _gpu_milliseconds if device == "cuda" else _cpu_milliseconds
     times: dict[str, list[float]] = {name: [] for name in calls}
+    order = random.Random(seed)
     for i in range(rounds + 2):
-        for name, call in calls.items():
-            elapsed = clock(call)
+        for name in order.sample(list(calls), len(calls)):
+            elapsed = clock(calls[name])
             if i >= 2:
                 times[name].append(elapsed)
     return times

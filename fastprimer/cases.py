@@ -96,6 +96,7 @@ RMS_NORM = [
     rms_norm_case("expanded", 1, 48, view=lambda t: t.expand(6, 48)),
     rms_norm_case("one-dimension", 256),
     rms_norm_case("no-rows", 0, 64, residual=True),
+    rms_norm_case("many-rows", 300, 500, residual=True),
     rms_norm_case("llama", 17, 4096),
     rms_norm_case("wide-odd", 3, 8191, residual=True),
     rms_norm_case("split", 3, 40000, weight_offset=1.0),

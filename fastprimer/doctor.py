@@ -85,13 +85,17 @@ def run(args: argparse.Namespace) -> int:
     for backend, reason in reasons:
         console.print(f"[bold]{backend}[/bold] is not available here: {reason}")
     if not torch.cuda.is_available():
-        console.print("Without a GPU, `fastprimer verify` runs the Triton kernels in Triton's interpreter and the CUDA kernels in the emulator.")
+        console.print(
+            "Without a GPU, `fastprimer verify` runs the Triton kernels in Triton's interpreter and the CUDA kernels in the emulator."
+        )
     return 0
 
 
 def backend_table(cells: dict[str, dict[str, str]]) -> Table:
     table = Table("operation", *BACKENDS, title="operation x backend", title_justify="left")
     for op in operations():
-        marks = ["-" if b not in declared(op) else "[green]ready[/green]" if not cells[op][b] else "[yellow]not here[/yellow]" for b in BACKENDS]
+        marks = [
+            "-" if b not in declared(op) else "[green]ready[/green]" if not cells[op][b] else "[yellow]not here[/yellow]" for b in BACKENDS
+        ]
         table.add_row(op, *marks)
     return table

@@ -7,7 +7,20 @@ import fastprimer as fp
 from fastprimer.testing import CASES, Inputs
 
 SMALL = [case for case in CASES if not case.bench and "no-" not in case.name]
-LARGE = {"expanded", "llama", "split", "widest", "wide-odd", "residual", "residual-odd", "gemma", "many-narrow-rows", "per-head", "float32-weight", "sliced"}
+LARGE = {
+    "expanded",
+    "llama",
+    "split",
+    "widest",
+    "wide-odd",
+    "residual",
+    "residual-odd",
+    "gemma",
+    "many-narrow-rows",
+    "per-head",
+    "float32-weight",
+    "sliced",
+}
 DIFFERENTIABLE = [c for c in SMALL if c.op != "attention_with_kv_cache" and not (c.op == "rms_norm" and c.name in LARGE)]
 
 
@@ -90,7 +103,10 @@ def test_every_token_ignored():
 def test_decoding_equals_attention_over_the_whole_sequence():
     q, k, v = (torch.randn(2, 9, h, 16, dtype=torch.float64) for h in (4, 2, 2))
     whole = fp.attention(q, k, v, causal=True)
-    k_cache, v_cache = torch.full((2, 12, 2, 16), torch.nan, dtype=torch.float64), torch.full((2, 12, 2, 16), torch.nan, dtype=torch.float64)
+    k_cache, v_cache = (
+        torch.full((2, 12, 2, 16), torch.nan, dtype=torch.float64),
+        torch.full((2, 12, 2, 16), torch.nan, dtype=torch.float64),
+    )
     length = torch.zeros(2, dtype=torch.int32)
     for begin, end in ((0, 4), (4, 5), (5, 9)):
         part = fp.attention_with_kv_cache(q[:, begin:end], k_cache, v_cache, length, k=k[:, begin:end], v=v[:, begin:end])

@@ -7,6 +7,7 @@ namespace fastprimer {
 // Splits 0..n into ranges of at least `grain` and runs body(context, begin, end) on them, in torch's threads.
 void parallel_ranges(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context);
 
+#ifdef FASTPRIMER_ISA
 inline namespace FASTPRIMER_ISA {
 
 // body(i) for i = 0..n-1. What i computes must not depend on which thread runs it, nor on how many threads there are.
@@ -21,4 +22,5 @@ inline void parallel_for(int64_t n, int64_t grain, const Body& body) {
 }
 
 }  // namespace FASTPRIMER_ISA
+#endif
 }  // namespace fastprimer

@@ -1,0 +1,220 @@
+// What CUDA kernels are written in: one set of names for hardware (nvcc) and for the emulator of tests/emulator. PTX and
+// <<<>>> stand nowhere else. Beyond this file kernels use CUDA's own names: threadIdx, __syncthreads, __shfl_xor_sync ...
+//
+//   launch, multiprocessors                     host side
+//   FASTPRIMER_SHARED, dynamic_shared           shared memory
+//   Vector, load, store                         accesses of up to 16 bytes
+//   bfloat16, float16, widen, narrow            element types; arithmetic is in float32
+//   warp_sum                                    reductions
+//   copy_async, _commit, _wait                  cp.async: global to shared memory, without registers
+//   load_matrix, multiply_accumulate            ldmatrix, mma.sync m16n8k16
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#include "../kernel.h"
+
+namespace fastprimer {
+
+// Element types: only the bits; see widen and narrow.
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+// V adjacent elements that move together, in accesses of 16 bytes where there are as many.
+template <class T, int V>
+struct alignas(V * sizeof(T) < 16 ? V * sizeof(T) : 16) Vector {
+  T data[V];
+};
+
+}  // namespace fastprimer
+
+#ifdef FASTPRIMER_EMULATED
+#include "emulator.h"
+#else
+#include <cuda_runtime.h>
+
+#include <atomic>
+
+namespace fastprimer {
+
+// A shared-memory array of the block: FASTPRIMER_SHARED(partial, float[2][32]);
+#define FASTPRIMER_SHARED(name, ...) \
+  using name##_type = __VA_ARGS__;   \
+  __shared__ alignas(16) name##_type name
+
+// The shared memory whose size the launch gives, aligned to 1024 bytes.
+__device__ __forceinline__ unsigned char* dynamic_shared() {
+  extern __shared__ __align__(1024) unsigned char memory[];
+  return memory;
+}
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+
+template <class... Parameters, class... Arguments>
+Error launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Cuda device, Arguments... arguments) {
+  constexpr size_t without_consent = 48 << 10;
+  if (shared_bytes > without_consent) {
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return cudaGetErrorString(error);
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(device.stream);
+  cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// How many multiprocessors the current device has; asked once per device.
+inline int multiprocessors() {
+  constexpr int devices = 64;
+  static std::atomic<int> known[devices];
+  int device = 0, count = 0;
+  cudaGetDevice(&device);
+  if (device < devices && (count = known[device]) > 0) return count;
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  if (device < devices) known[device] = count;
+  return count > 0 ? count : 1;
+}
+
+template <int V, class T>
+__device__ __forceinline__ Vector<T, V> load(const T* p) {
+  return *reinterpret_cast<const Vector<T, V>*>(p);
+}
+
+template <class T, int V>
+__device__ __forceinline__ void store(T* p, const Vector<T, V>& v) {
+  *reinterpret_cast<Vector<T, V>*>(p) = v;
+}
+
+__device__ __forceinline__ float widen(float v) { return v; }
+// In assembly, so that the compiler does not keep a row's float32 numbers, twice as many registers, in place of its 16 bits.
+__device__ __forceinline__ float widen(bfloat16 v) {
+  float wide;
+  asm("mov.b32 %0, {0, %1};" : "=f"(wide) : "h"(v.bits));
+  return wide;
+}
+__device__ __forceinline__ float widen(float16 v) {
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(v.bits));
+  return wide;
+}
+
+// Rounds to the nearest, ties to even.
+template <class T>
+__device__ __forceinline__ T narrow(float v);
+template <>
+__device__ __forceinline__ float narrow<float>(float v) {
+  return v;
+}
+template <>
+__device__ __forceinline__ bfloat16 narrow<bfloat16>(float v) {
+  bfloat16 result;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result.bits) : "f"(v));
+  return result;
+}
+template <>
+__device__ __forceinline__ float16 narrow<float16>(float v) {
+  float16 result;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(v));
+  return result;
+}
+
+// Copies 16 bytes, of which the first `bytes` are read and the rest are zeros. The data is there, for the thread that
+// issued the copy, after copy_async_wait; for others after a barrier that follows.
+__device__ __forceinline__ void copy_async(void* shared, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes) : "memory");
+}
+
+// Ends a group of copies.
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most PENDING of this thread's latest groups are still under way.
+template <int PENDING>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// Loads four, or two, 8 x 8 matrices of 16-bit elements from shared memory: lane 8 m + r gives the address of row r of matrix m, and
+// receives elements (lane / 4, 2 (lane % 4) + {0, 1}) of each, or of its transpose.
+template <bool TRANSPOSED>
+__device__ __forceinline__ void load_matrix(uint32_t (&fragment)[4], const void* row) {
+  if constexpr (TRANSPOSED) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+  }
+}
+template <bool TRANSPOSED>
+__device__ __forceinline__ void load_matrix(uint32_t (&fragment)[2], const void* row) {
+  if constexpr (TRANSPOSED) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(fragment[0]), "=r"(fragment[1])
+                 : "r"(shared_address(row))
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(fragment[0]), "=r"(fragment[1])
+                 : "r"(shared_address(row))
+                 : "memory");
+  }
+}
+
+// d += a b for one warp: a is 16 x 16 (rows), b is 16 x 8 (columns), d is 16 x 8 in float32. With i = lane / 4, j = 2 (lane % 4):
+//   a: (i, j), (i + 8, j), (i, j + 8), (i + 8, j + 8)     each register holds two neighbours in k
+//   b: (j, i), (j + 8, i)                                 each register holds two neighbours in k
+//   d: (i, j), (i, j + 1), (i + 8, j), (i + 8, j + 1)
+template <class T>
+__device__ __forceinline__ void multiply_accumulate(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  static_assert(sizeof(T) == 2, "bfloat16 or float16");
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+}
+
+}  // namespace fastprimer
+#endif
+
+namespace fastprimer {
+
+constexpr unsigned FULL_WARP = 0xFFFFFFFFu;
+
+// The sum over each aligned group of `lanes` lanes (a power of two), given to all of them. The whole warp must call it.
+__device__ __forceinline__ float warp_sum(float v, int lanes = 32) {
+  for (int distance = lanes / 2; distance > 0; distance /= 2) v += __shfl_xor_sync(FULL_WARP, v, distance);
+  return v;
+}
+
+template <class T, int V>
+__device__ __forceinline__ void widen(const Vector<T, V>& v, float (&wide)[V]) {
+#pragma unroll
+  for (int i = 0; i < V; i++) wide[i] = widen(v.data[i]);
+}
+
+template <class T, int V>
+__device__ __forceinline__ Vector<T, V> narrow(const float (&wide)[V]) {
+  Vector<T, V> v;
+#pragma unroll
+  for (int i = 0; i < V; i++) v.data[i] = narrow<T>(wide[i]);
+  return v;
+}
+
+}  // namespace fastprimer
