@@ -8,6 +8,9 @@
 namespace fastprimer {
 namespace {
 
+constexpr int64_t ZERO[] = {0};
+const torch::headeronly::IntHeaderOnlyArrayRef NOTHING(ZERO, 1);  // the shape of an output that is absent
+
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_, std::optional<Tensor> weight_, double eps, std::optional<Tensor> residual_,
                                            double weight_offset) {
@@ -15,9 +18,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_, std::optional<Tenso
   Rows x(x_);
   const auto residual = rows_or_none(residual_);
   const auto weight = rows_or_none(weight_);
-  Tensor y = torch::stable::new_empty(x_, x_.sizes());
-  Tensor h = residual ? torch::stable::new_empty(x_, x_.sizes()) : torch::stable::new_empty(x_, {0});
-  Tensor rstd = torch::stable::new_empty(x_, x_.sizes().slice(0, x_.dim() - 1), wide(x_));
+  Tensor y = empty(x_, x_.sizes(), x_.scalar_type());
+  Tensor h = empty(x_, residual ? x_.sizes() : NOTHING, x_.scalar_type());
+  Tensor rstd = empty(x_, x_.sizes().slice(0, x_.dim() - 1), wide(x_));
   if (x.N > 0) {
     check(rms_norm_forward(on.device, {.x = x.data(),
                                        .stride_x_row = x.stride_row,
@@ -47,9 +50,9 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy_, std::optional<Tensor> dh_
   const auto weight = rows_or_none(weight_);
   const Tensor rstd = torch::stable::contiguous(rstd_);
   const int64_t partials = weight ? rms_norm_partials(on.device, h.N, h.C) : 0;
-  Tensor dx = torch::stable::new_empty(h_, h_.sizes());
-  Tensor partial = torch::stable::new_empty(h_, {partials, h.C}, wide(h_));
-  Tensor dweight = weight ? torch::stable::new_empty(*weight_, {h.C}) : torch::stable::new_empty(h_, {0});
+  Tensor dx = empty(h_, h_.sizes(), h_.scalar_type());
+  Tensor partial = empty(h_, {partials, h.C}, wide(h_));
+  Tensor dweight = empty(h_, {weight ? h.C : 0}, weight ? weight_->scalar_type() : h_.scalar_type());
   if (h.N == 0) {
     torch::stable::zero_(dweight);
   } else {

@@ -40,6 +40,25 @@ inline Dtype dtype_of(const Tensor& t) {
 // The type of statistics and accumulators.
 inline ScalarType wide(const Tensor& t) { return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
+// A new contiguous tensor on the device of `like`. The C function, for torch::stable::new_empty goes through the dispatcher's
+// boxed call, which takes longer than a small kernel.
+inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
+  constexpr size_t most = 16;
+  STD_TORCH_CHECK(sizes.size() <= most, "fastprimer: at most ", most, " dimensions, got ", sizes.size());
+  int64_t strides[most], stride = 1;
+  for (size_t d = sizes.size(); d-- > 0;) {
+    strides[d] = stride;
+    stride *= sizes[d] > 1 ? sizes[d] : 1;
+  }
+  int32_t device = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides,
+                                                         torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device,
+                                                         like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
 // A tensor (..., C) seen as N rows of C adjacent numbers. Views whose leading dimensions fold into one stride are read in
 // place; any other is copied once.
 struct Rows {
