@@ -21,7 +21,7 @@ PLANTED = {
     "unmasked tail": ("simd.h", "  if (c < end) body(c, end - c, 0);", "  if (c < end) body(c, All{}, 0);"),
     "dropped weight offset": ("rms_norm.cpp", "to_wide(weight[c]) + T(offset)", "to_wide(weight[c]) + 0 * T(offset)"),
     "wrong dweight reduction": ("rms_norm.cpp", "for (int64_t p = 0; p < a.partials; p++)", "for (int64_t p = 1; p < a.partials; p++)"),
-    "partial sums not cleared": ("rms_norm.cpp", "for (int64_t c = 0; c < a.C; c++) partial[c] = 0;", ""),
+    "partial sums not cleared": ("rms_norm.cpp", "    fill_zero(partial, a.C);\n", ""),
     "a lane left out of the sum": (
         "simd.h",
         "for (int i = 0; i < n; i++) lanes[i] += lanes[i + n];",

@@ -31,9 +31,12 @@ def rms_norm_cases(draw):
         "eps": draw(st.sampled_from([1e-6, 1e-5, 1e-2])),
         "weight_dtype": draw(st.sampled_from([None, torch.float32])),
     }
-    if 0 in leading and layout == "reversed dimensions":
-        layout = "contiguous"  # reversed, a row would have no columns
     shape = (*leading, C)
+    width = LAYOUTS[layout](torch.empty(shape, device="meta")).shape[-1]
+    if width == 0:
+        layout, width = "contiguous", C
+    # dweight has `width` numbers, each a sum over all rows: with a handful of them the yardstick's own error is a matter of luck.
+    options["weight"] &= width >= 16
     return rms_norm_case(f"{shape} {layout} {options}", *shape, view=LAYOUTS[layout], **options)
 
 

@@ -17,44 +17,55 @@ inline namespace FASTPRIMER_ISA {
 namespace {
 
 constexpr int64_t GRAIN = 1 << 15;  // numbers that are worth a thread of their own
+constexpr int64_t FEW = 32;         // rows that are summed up before they join a longer sum: its rounding error stays small
+constexpr Error OUT_OF_MEMORY = "out of memory";
 
 int64_t grain_rows(int64_t C) { return C < GRAIN ? GRAIN / C : 1; }
 
-// The weight as the kernels use it: weight + weight_offset in the accumulator type, or ones.
+// Scratch memory of n numbers; data() is null when there was none.
 template <class T>
-class WideWeight {
+class Scratch {
  public:
-  WideWeight(const void* weight, Dtype dtype, double offset, int64_t C) : values_(static_cast<T*>(std::malloc(C * sizeof(T)))) {
-    if (values_ == nullptr) return;
-    if (weight == nullptr) {
-      for (int64_t c = 0; c < C; c++) values_[c] = 1;
-    } else if (dtype == Dtype::float64) {
-      convert(static_cast<const double*>(weight), offset, C);
-    } else if (dtype == Dtype::float32) {
-      convert(static_cast<const float*>(weight), offset, C);
-    } else if (dtype == Dtype::bfloat16) {
-      convert(static_cast<const bfloat16*>(weight), offset, C);
-    } else {
-      convert(static_cast<const float16*>(weight), offset, C);
-    }
-  }
-  ~WideWeight() { std::free(values_); }
-  WideWeight(const WideWeight&) = delete;
-  const T* data() const { return values_; }
+  explicit Scratch(int64_t n) : data_(static_cast<T*>(std::malloc(n * sizeof(T)))) {}
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  T* data() const { return data_; }
 
  private:
-  template <class W>
-  void convert(const W* weight, double offset, int64_t C) {
-    for (int64_t c = 0; c < C; c++) values_[c] = to_wide(weight[c]) + T(offset);
-  }
-  T* values_;
+  T* data_;
 };
+
+template <class T, class W>
+void convert(const void* weight, double offset, int64_t C, T* w) {
+  for (int64_t c = 0; c < C; c++) w[c] = to_wide(static_cast<const W*>(weight)[c]) + T(offset);
+}
+
+// The weight as the kernels use it: weight + weight_offset in the accumulator type, or ones.
+template <class T>
+void widen_weight(const void* weight, Dtype dtype, double offset, int64_t C, T* w) {
+  if (weight == nullptr) {
+    for (int64_t c = 0; c < C; c++) w[c] = 1;
+    return;
+  }
+  switch (dtype) {
+    case Dtype::float64:
+      return convert<T, double>(weight, offset, C, w);
+    case Dtype::float32:
+      return convert<T, float>(weight, offset, C, w);
+    case Dtype::bfloat16:
+      return convert<T, bfloat16>(weight, offset, C, w);
+    case Dtype::float16:
+      return convert<T, float16>(weight, offset, C, w);
+  }
+}
 
 template <class T>
 Error forward(const RmsNormForward& a) {
   using A = Wide<T>;
-  const WideWeight<A> wide_weight(a.weight, a.weight_dtype, a.weight_offset, a.C);
-  if (wide_weight.data() == nullptr) return "out of memory";
+  const Scratch<A> wide_weight(a.C);
+  if (wide_weight.data() == nullptr) return OUT_OF_MEMORY;
+  widen_weight(a.weight, a.weight_dtype, a.weight_offset, a.C, wide_weight.data());
   expect_writes(a.y, a.N * a.C * sizeof(T));
   if (a.residual) expect_writes(a.h, a.N * a.C * sizeof(T));
   parallel_for(a.N, grain_rows(a.C), [&](int64_t row) {
@@ -109,6 +120,11 @@ inline void backward_row(const RmsNormBackward& a, int64_t row, const Wide<T>* w
   }
 }
 
+template <class T>
+void fill_zero(T* p, int64_t n) {
+  for (int64_t i = 0; i < n; i++) p[i] = 0;
+}
+
 // dweight = the partial sums added in their order.
 template <class A, class W>
 void add_partials(const RmsNormBackward& a) {
@@ -128,18 +144,26 @@ void add_partials(const RmsNormBackward& a) {
 template <class T>
 Error backward(const RmsNormBackward& a) {
   using A = Wide<T>;
-  const WideWeight<A> w(a.weight, a.weight_dtype, a.weight_offset, a.C);
-  if (w.data() == nullptr) return "out of memory";
+  const Scratch<A> w(a.C);
+  if (w.data() == nullptr) return OUT_OF_MEMORY;
+  widen_weight(a.weight, a.weight_dtype, a.weight_offset, a.C, w.data());
   expect_writes(a.dx, a.N * a.C * sizeof(T));
   if (a.weight == nullptr) {
     parallel_for(a.N, grain_rows(a.C), [&](int64_t row) { backward_row<T>(a, row, w.data(), nullptr); });
     return nullptr;
   }
+  const Scratch<A> sums_of_few(a.partials * a.C);
+  if (sums_of_few.data() == nullptr) return OUT_OF_MEMORY;
   parallel_for(a.partials, 1, [&](int64_t p) {
     A* partial = static_cast<A*>(a.partial) + p * a.C;
-    for (int64_t c = 0; c < a.C; c++) partial[c] = 0;
+    A* few_rows = sums_of_few.data() + p * a.C;
+    fill_zero(partial, a.C);
     const int64_t end = a.N * (p + 1) / a.partials;
-    for (int64_t row = a.N * p / a.partials; row < end; row++) backward_row<T>(a, row, w.data(), partial);
+    for (int64_t first = a.N * p / a.partials; first < end; first += FEW) {
+      fill_zero(few_rows, a.C);
+      for (int64_t row = first; row < end && row < first + FEW; row++) backward_row<T>(a, row, w.data(), few_rows);
+      for_columns<A>(0, a.C, [&](int64_t c, auto n, int) { store(partial + c, load(partial + c, n) + load(few_rows + c, n), n); });
+    }
   });
   if (a.weight_dtype == a.dtype)
     add_partials<A, T>(a);
