@@ -75,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, help="torch's CPU threads (default: as torch chooses)")
     parser.add_argument("--seed", type=int, default=0, help="of the random inputs and of the order (default 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object: machine, versions, results")
+    parser.add_argument("--markdown", action="store_true", help="print the table of README.md")
     parser.add_argument("--out", type=Path, help="also write that JSON object to this file")
 
 
@@ -87,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rounds = args.rounds or (11 if args.quick else 21)
     jobs = [job for op in args.op or EAGER for job in _jobs(op, device, args)]
-    console = Console(stderr=args.json)
+    console = Console(stderr=args.json or args.markdown)
     results = []
     with Progress(
         TextColumn("measuring {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
@@ -103,6 +104,8 @@ def run(args: argparse.Namespace) -> int:
         args.out.write_text(json.dumps(record, indent=1) + "\n")
     if args.json:
         print(json.dumps(record))
+    elif args.markdown:
+        print(markdown(results))
     else:
         console.print(table(results))
     return 0 if all(r.ok for r in results) else 1
@@ -207,3 +210,12 @@ def table(results: list[Result]) -> Table:
         ratios = f"{r.eager_ms / r.ours_ms:.1f}x", f"{r.compiled_ms / r.ours_ms:.2f}x", f"{r.of_roof:.0%}"
         shown.add_row(f"{r.op} {head[0]}", *head[1:], *(f"{ms:.2f}" for ms in (r.ours_ms, r.eager_ms, r.compiled_ms)), *ratios)
     return shown
+
+
+def markdown(results: list[Result]) -> str:
+    lines = ["| case | dtype | pass | ms | vs eager | vs torch.compile | of roof |", "| --- | --- | --- | --: | --: | --: | --: |"]
+    for r in results:
+        if r.ok:
+            ratios = f"{r.eager_ms / r.ours_ms:.1f}x | {r.compiled_ms / r.ours_ms:.2f}x | {r.of_roof:.0%}"
+            lines.append(f"| {r.op} {r.case.removeprefix('bench-')} | {r.dtype} | {r.measured} | {r.ours_ms:.2f} | {ratios} |")
+    return "\n".join(lines)
