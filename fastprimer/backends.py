@@ -229,9 +229,11 @@ def native_reason() -> str:
 
 def emulator_reason() -> str:
     """Why the CUDA kernels cannot be emulated here, or ""."""
-    if (PACKAGE / "_emulated.so").exists():
-        return ""
-    return "the emulated CUDA kernels were not built (they come with an editable install from the source tree)"
+    if torch.cuda.is_available():
+        return "there is a GPU to run the CUDA kernels on"
+    if not (PACKAGE / "_emulated.so").exists():
+        return "the emulated CUDA kernels were not built (they come with an editable install from the source tree)"
+    return ""
 
 
 def load_emulator() -> None:

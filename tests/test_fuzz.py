@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from conftest import device_or_skip
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastprimer.backends import declared, emulator_reason, load_emulator, unavailable
+from fastprimer.backends import declared
 from fastprimer.cases import rms_norm_case
 from fastprimer.testing import DTYPES, compare
+from fastprimer.verify import dtypes_of
 
 LAYOUTS = {
     "contiguous": lambda t: t,
@@ -44,12 +46,8 @@ def rms_norm_cases(draw):
 @settings(max_examples=150, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=rms_norm_cases(), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 3))
 def test_rms_norm(backend, case, dtype, seed):
-    if backend == "cuda":
-        if emulator_reason():
-            pytest.skip(emulator_reason())
-        load_emulator()
-        dtype = torch.float32 if dtype == torch.float64 else dtype
-    if unavailable("rms_norm", backend, "cpu"):
-        pytest.skip(unavailable("rms_norm", backend, "cpu"))
-    wrong = [str(row) for row in compare(case, dtype, backend, seed=seed) if not row.ok]
+    device = device_or_skip("rms_norm", backend)
+    if dtype not in dtypes_of(backend):
+        dtype = torch.float32
+    wrong = [str(row) for row in compare(case, dtype, backend, device=device, seed=seed) if not row.ok]
     assert not wrong
