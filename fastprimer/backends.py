@@ -189,7 +189,19 @@ def _no_cuda(device: str) -> str:
         return "" if _emulated else "CUDA kernels run on CPU tensors only in the emulator, which is not loaded"
     if native_reason():
         return native_reason()
-    return "" if build_info().get("cuda_architectures") else "the native library was built without CUDA (no nvcc was found)"
+    built = build_info().get("cuda_architectures", [])
+    if not built:
+        return "the native library was built without CUDA (no nvcc was found)"
+    capability = torch.cuda.get_device_capability()
+    if not any(runs_on(architecture, capability) for architecture in built):
+        return f"its kernels were built for sm_{', sm_'.join(built)}, this GPU is sm_{capability[0]}{capability[1]}"
+    return ""
+
+
+def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
+    """Whether what CMake built for "80" (machine code, and PTX for every later GPU) or "90a" (that one alone) runs on a GPU."""
+    built = divmod(int(architecture.rstrip("a")), 10)
+    return capability == built if architecture.endswith("a") else capability >= built
 
 
 def interpreting() -> bool:

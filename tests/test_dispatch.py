@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastprimer as fp
-from fastprimer.backends import BACKENDS, unavailable
+from fastprimer.backends import BACKENDS, runs_on, unavailable
 
 NATIVE = unavailable("rms_norm", "cpu", "cpu")
 needs_native = pytest.mark.skipif(bool(NATIVE), reason=NATIVE)
@@ -103,3 +103,8 @@ main(["doctor"])
     assert shown.returncode == 0, shown.stderr
     assert "reference | no C++ compiler was found when fastprimer was built" in shown.stdout
     assert "not there: no C++ compiler was found when fastprimer was built" in shown.stdout
+
+
+def test_which_gpus_a_build_serves():
+    assert runs_on("80", (8, 0)) and runs_on("80", (8, 9)) and runs_on("80", (12, 0)) and not runs_on("80", (7, 5))
+    assert runs_on("90a", (9, 0)) and not runs_on("90a", (10, 0)) and runs_on("100a", (10, 0)) and not runs_on("100a", (12, 0))
