@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := $(wildcard setup.py pyproject.toml CMakeLists.txt constraints.txt csrc/*.* csrc/*/*.* tests/emulator/*.*)
 
-.PHONY: demo test check lint format sanitize bench gpu wheel clean
+.PHONY: demo test check lint format sanitize bench gpu clean
 
 demo: $(READY)
 	$(BIN)/fastprimer doctor
@@ -38,14 +38,14 @@ format: $(READY)
 	git ls-files 'csrc/*' 'tests/emulator/*' | grep -E '\.(h|cpp|cu|cuh)$$' | xargs $(BIN)/clang-format -i
 
 sanitize: $(READY)
-	$(BIN)/python -m tests.emulator.sanitize --seeds 20
+	PYTHONPATH=tests $(BIN)/python -m emulator.sanitize --seeds 20
 
 bench: $(READY)
 	$(BIN)/fastprimer bench --out benchmarks/results/cpu.json
 
 # The machine's own python has torch with CUDA; nothing is downloaded.
 gpu:
-	WHAT="$(WHAT)" sh benchmarks/gpu.sh
+	WHAT="$(WHAT)" PYTHON="$(PYTHON)" sh benchmarks/gpu.sh
 
 $(READY): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

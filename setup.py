@@ -6,6 +6,7 @@ in contrast, fails the installation. Extra CMake options go into the usual CMAKE
 CMAKE_ARGS="-DFASTPRIMER_CUDA_ARCHITECTURES=90a" pip install .
 """
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -14,6 +15,7 @@ import shutil
 import site
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -26,7 +28,7 @@ def find_torch() -> Path | None:
     """Folder of the installed torch package, found as files: pip's isolated builds cannot import it."""
     spec = importlib.util.find_spec("torch")
     folders = [Path(spec.origin).parent] if spec and spec.origin else []
-    folders += [Path(folder) / "torch" for folder in site.getsitepackages([sys.prefix, sys.base_prefix])]
+    folders += [Path(folder) / "torch" for folder in (*site.getsitepackages([sys.prefix, sys.base_prefix]), site.getusersitepackages())]
     return next((f for f in folders if (f / "include/torch/csrc/stable/library.h").exists()), None)
 
 
@@ -35,13 +37,18 @@ def missing_tool(torch: Path | None) -> str:
     if "-DFASTPRIMER_NATIVE=OFF" in os.environ.get("CMAKE_ARGS", ""):
         return "the build was told to leave it out (FASTPRIMER_NATIVE=OFF)"
     if torch is None:
-        return "torch >= 2.10 was not installed when fastprimer was built: install it, then reinstall fastprimer"
+        return (
+            "torch >= 2.10 was not found when fastprimer was built: install it, then reinstall fastprimer, "
+            "with --no-build-isolation if it still is not found"
+        )
     if shutil.which("cmake") is None:
         return "CMake was not found when fastprimer was built"
     if importlib.util.find_spec("pybind11") is None:
         return "pybind11 was not installed when fastprimer was built"
     if not any(shutil.which(shlex.split(cxx)[0]) for cxx in (os.environ.get("CXX") or "c++", "g++", "clang++")):
         return "no C++ compiler was found when fastprimer was built"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        return "Python's own headers (python3-dev) were not found when fastprimer was built"
     return ""
 
 
@@ -50,24 +57,28 @@ class CMakeBuild(build_ext):
         in_source = self.inplace or getattr(self, "editable_mode", False)
         destination = (ROOT if in_source else Path(self.build_lib).resolve()) / "fastprimer"
         destination.mkdir(parents=True, exist_ok=True)
+        for stale in destination.glob("_*.so"):
+            stale.unlink()
         torch = find_torch()
         reason = missing_tool(torch)
+        if reason and "-DFASTPRIMER_CUDA=ON" in os.environ.get("CMAKE_ARGS", ""):
+            sys.exit(f"fastprimer: FASTPRIMER_CUDA=ON was asked for, but {reason}")
         if reason:
             print(f"fastprimer: building without the native library: {reason}", file=sys.stderr)
         else:
-            self.build_native(torch, destination, emulator=in_source and (ROOT / "tests/emulator").exists())
+            self.build_native(torch, destination, emulator=in_source and sys.platform == "linux")
         (destination / "_native.json").write_text(json.dumps({"reason": reason}) + "\n")
 
     def build_native(self, torch: Path, destination: Path, emulator: bool) -> None:
         import pybind11
 
-        build = ROOT / "build" / ("editable" if emulator else "wheel") / sys.implementation.cache_tag
-        configure = ["cmake", "-S", str(ROOT), "-B", str(build)]
-        configure += ["-G", "Ninja"] if shutil.which("ninja") else []
+        configure = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}"] if shutil.which("ninja") else []
         configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
         configure += [f"-DFASTPRIMER_TORCH={torch}", f"-DFASTPRIMER_EMULATOR={'ON' if emulator else 'OFF'}"]
         configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
-        subprocess.run(configure, check=True)
+        # One folder per configuration: what CMake remembers of another one does not hold here.
+        build = ROOT / "build" / hashlib.sha256("\n".join(configure).encode()).hexdigest()[:12]
+        subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build), *configure], check=True)
         subprocess.run(["cmake", "--build", str(build), "--parallel", str(os.cpu_count() or 1)], check=True)
         subprocess.run(["cmake", "--install", str(build), "--prefix", str(destination)], check=True)
 
@@ -81,7 +92,6 @@ class CMakeBuild(build_ext):
 setup(
     packages=["fastprimer", "fastprimer.ops", "fastprimer.kernels"],
     package_dir={"fastprimer": "fastprimer", "fastprimer.kernels": "kernels"},
-    package_data={"fastprimer": ["_native.json", "*.so"]},
     ext_modules=[Extension("fastprimer._native", [])],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -1,10 +1,12 @@
 #!/bin/sh
 # `make gpu`: on a machine with a GPU and nvcc, with that machine's own python (torch >= 2.10, triton >= 3.6), no network.
 #   make gpu                everything        make gpu WHAT=probe|test|bench        one part
-set -eu
+# A part that fails does not keep the next from running; the exit status tells.
+set -u
 cd "$(dirname "$0")/.."
 what=${WHAT:-all}
-python=${GPU_PYTHON:-python3}
+python=${PYTHON:-python3}
+status=0
 
 architecture=$($python - <<'PROBE'
 import sys
@@ -14,24 +16,32 @@ if not torch.cuda.is_available():
 major, minor = torch.cuda.get_device_capability()
 print(f"{major}{minor}" + ("a" if major >= 9 else ""))
 PROBE
-)
+) || exit 1
 device=$($python -c "import re, torch; print(re.sub(r'\W+', '-', torch.cuda.get_device_name()).lower())")
 
-echo "== build for sm_$architecture ($device)"
-CMAKE_ARGS="-DFASTPRIMER_CUDA=ON -DFASTPRIMER_CUDA_ARCHITECTURES=$architecture" \
-  $python -m pip install --quiet --no-index --no-deps --no-build-isolation --editable .
-$python -m fastprimer.cli doctor
+part() {
+  echo "== $1"
+  shift
+  "$@" || { status=1; echo "== FAILED: $*"; }
+}
 
-if [ "$what" = all ] || [ "$what" = probe ]; then
-  echo "== the emulated layouts against this GPU"
-  $python -m tests.emulator.probe
-fi
-if [ "$what" = all ] || [ "$what" = test ]; then
-  echo "== the test suite, on the GPU where a kernel runs there"
-  $python -m fastprimer.cli verify
-  $python -m pytest
-fi
-if [ "$what" = all ] || [ "$what" = bench ]; then
-  echo "== the benchmarks"
-  $python -m fastprimer.cli bench --out "benchmarks/results/$device.json"
-fi
+echo "== build for sm_$architecture ($device)"
+CMAKE_ARGS="-DFASTPRIMER_CUDA=ON -DFASTPRIMER_CUDA_ARCHITECTURES=$architecture" PIP_BREAK_SYSTEM_PACKAGES=1 \
+  $python -m pip install --quiet --no-index --no-deps --no-build-isolation --editable . || exit 1
+$python -m fastprimer.cli doctor
+$python - <<'READY' || exit 1
+import sys
+from fastprimer.backends import unavailable
+for backend in ("cuda", "triton"):
+    reason = unavailable("rms_norm", backend, "cuda")
+    if reason:
+        sys.exit(f"make gpu: {backend}: {reason}")
+READY
+
+case $what in all | probe) part "the emulated layouts against this GPU" env PYTHONPATH=tests $python -m emulator.probe ;; esac
+case $what in all | test)
+  part "every operation on every backend" $python -m fastprimer.cli verify
+  part "the test suite, on the GPU where a kernel runs there" $python -m pytest ;;
+esac
+case $what in all | bench) part "the benchmarks" $python -m fastprimer.cli bench --out "benchmarks/results/$device.json" ;; esac
+exit $status

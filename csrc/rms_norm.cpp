@@ -14,6 +14,9 @@ const torch::headeronly::IntHeaderOnlyArrayRef NOTHING(ZERO, 1);  // the shape o
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_, std::optional<Tensor> weight_, double eps, std::optional<Tensor> residual_,
                                            double weight_offset) {
+  STD_TORCH_CHECK(x_.dim() > 0, "fastprimer: x: expected shape (..., C)");
+  check_weight(weight_, x_);
+  check_like("residual", residual_, x_);
   const On<Device> on(x_);
   Rows x(x_);
   const auto residual = rows_or_none(residual_);
@@ -44,6 +47,11 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_, std::optional<Tenso
 template <class Device>
 std::tuple<Tensor, Tensor> backward(const Tensor& dy_, std::optional<Tensor> dh_, const Tensor& h_, std::optional<Tensor> weight_,
                                     const Tensor& rstd_, double weight_offset) {
+  STD_TORCH_CHECK(h_.dim() > 0 && rstd_.numel() * h_.size(h_.dim() - 1) == h_.numel() && rstd_.scalar_type() == wide(h_),
+                  "fastprimer: rstd: expected shape (...) of h (..., C)");
+  check_weight(weight_, h_);
+  check_like("dy", dy_, h_);
+  check_like("dh", dh_, h_);
   const On<Device> on(h_);
   Rows dy(dy_), h(h_);
   const auto dh = rows_or_none(dh_);

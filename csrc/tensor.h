@@ -40,23 +40,30 @@ inline Dtype dtype_of(const Tensor& t) {
 // The type of statistics and accumulators.
 inline ScalarType wide(const Tensor& t) { return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
-// A new contiguous tensor on the device of `like`. The C function, for torch::stable::new_empty goes through the dispatcher's
-// boxed call, which takes longer than a small kernel.
+// A new contiguous tensor on the device of `like`, by the C function: torch::stable::new_empty goes through the dispatcher's
+// boxed call, which takes longer than a small kernel. (aoti_torch_empty_strided would be quicker still, but tests could not
+// fill its memory with NaN.)
 inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
-  constexpr size_t most = 16;
-  STD_TORCH_CHECK(sizes.size() <= most, "fastprimer: at most ", most, " dimensions, got ", sizes.size());
-  int64_t strides[most], stride = 1;
-  for (size_t d = sizes.size(); d-- > 0;) {
-    strides[d] = stride;
-    stride *= sizes[d] > 1 ? sizes[d] : 1;
-  }
-  int32_t device = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device));
+  int32_t dtype_code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides,
-                                                         torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device,
-                                                         like.get_device_index(), &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(), static_cast<int64_t>(sizes.size()), &dtype_code,
+                                                          nullptr, nullptr, 0, nullptr, &handle));
   return Tensor(handle);
+}
+
+// The operators check what the public functions promise, for they can be called without them: never a read out of bounds.
+inline void check_like(const char* name, const std::optional<Tensor>& t, const Tensor& like) {
+  if (!t) return;
+  bool fits = t->scalar_type() == like.scalar_type() && t->dim() == like.dim() && t->get_device_index() == like.get_device_index();
+  for (int64_t d = 0; fits && d < like.dim(); d++) fits = t->size(d) == like.size(d);
+  STD_TORCH_CHECK(fits, "fastprimer: ", name, ": expected shape, dtype and device of its partner");
+}
+
+inline void check_weight(const std::optional<Tensor>& weight, const Tensor& x) {
+  if (!weight) return;
+  STD_TORCH_CHECK(weight->dim() == 1 && weight->size(0) == x.size(x.dim() - 1) && weight->get_device_index() == x.get_device_index() &&
+                      (weight->scalar_type() == x.scalar_type() || weight->scalar_type() == ScalarType::Float),
+                  "fastprimer: weight: expected shape (C,), x's dtype or float32, and x's device");
 }
 
 // A tensor (..., C) seen as N rows of C adjacent numbers. Views whose leading dimensions fold into one stride are read in

@@ -22,6 +22,7 @@ import importlib
 import importlib.util
 import json
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,7 +56,14 @@ class Explanation:
 
 
 class _Explained(Exception):
-    pass
+    """Carries an Explanation from `choose` out of the public function that `explain` called."""
+
+
+class _Explaining(threading.local):
+    active = False
+
+
+_explaining = _Explaining()
 
 
 def _valid(name: str, source: str) -> str:
@@ -66,7 +74,6 @@ def _valid(name: str, source: str) -> str:
 
 _requested = _valid(os.environ.get(VARIABLE) or "auto", VARIABLE)
 _missing = "raise"
-_explaining = False
 _chapters: dict[str, object] = {}
 _functions: dict[tuple[str, str], SimpleNamespace] = {}
 _unavailable: dict[tuple[str, str, str], str] = {}
@@ -119,19 +126,21 @@ def use_backend(name: str, *, missing: str = "raise"):
 
 def choose(op: str, *args) -> str:
     """The backend that serves this call of op; args are the arguments of op's forward, the first one a tensor."""
-    if _explaining:
+    if _explaining.active:
         raise _Explained(_explain(op, args))
     device = args[0].device.type
-    if _requested != "auto":
-        if _missing == "raise" or _requested in _chapters[op].LIMITS[op] or _requested == "reference":
-            reason = refusal(op, _requested, device, args)
-            if reason:
-                raise BackendError(f"{op}: backend {_requested!r} was asked for, but {reason}")
-            return _requested
-    for backend in PREFERENCE.get(device, ("reference",)):
-        if not refusal(op, backend, device, args):
+    for backend in _candidates(op, device):
+        reason = refusal(op, backend, device, args)
+        if not reason:
             return backend
-    raise AssertionError("the reference serves every call")
+    raise BackendError(f"{op}: backend {_requested!r} was asked for, but {reason}")
+
+
+def _candidates(op: str, device: str) -> tuple[str, ...]:
+    """The backends that may serve a call, best first: the one asked for, or all that are preferred on this device."""
+    if _requested == "auto" or (_missing == "auto" and _requested != "reference" and _requested not in _chapters[op].LIMITS[op]):
+        return PREFERENCE.get(device, ("reference",))
+    return (_requested,)
 
 
 def refusal(op: str, backend: str, device: str, args: tuple) -> str:
@@ -191,7 +200,7 @@ def _no_cuda(device: str) -> str:
         return native_reason()
     built = build_info().get("cuda_architectures", [])
     if not built:
-        return "the native library was built without CUDA (no nvcc was found)"
+        return "the native library was built without its CUDA kernels"
     capability = torch.cuda.get_device_capability()
     if not any(runs_on(architecture, capability) for architecture in built):
         return f"its kernels were built for sm_{', sm_'.join(built)}, this GPU is sm_{capability[0]}{capability[1]}"
@@ -230,7 +239,7 @@ def native_reason() -> str:
     if not library.exists():
         record = PACKAGE / "_native.json"
         if record.exists():
-            return json.loads(record.read_text())["reason"]
+            return json.loads(record.read_text())["reason"] or "the native library is gone: install fastprimer again"
         return "the native library was not built (see `fastprimer doctor`)"
     try:
         torch.ops.load_library(str(library))
@@ -334,27 +343,23 @@ def _without_gpu(op: str, backend: str) -> str:
 
 def explain(op, *args, **kwargs) -> Explanation:
     """Which backend this very call of `op` (its name or the function) would use, and why not the others."""
-    global _explaining
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in _chapters:
         raise ValueError(f"explain: op: expected one of {', '.join(_chapters)}, got {name!r}")
-    _explaining = True
+    _explaining.active = True
     try:
         getattr(_chapters[name], name)(*args, **kwargs)
     except _Explained as answer:
         return answer.args[0]
     finally:
-        _explaining = False
+        _explaining.active = False
     raise AssertionError(f"{name} never chose a backend")
 
 
 def _explain(op: str, args: tuple) -> Explanation:
     device = args[0].device.type
     refusals = {backend: refusal(op, backend, device, args) for backend in BACKENDS}
-    if _requested != "auto" and (_missing == "raise" or _requested in declared(op)):
-        chosen = None if refusals[_requested] else _requested
-    else:
-        chosen = next(b for b in PREFERENCE.get(device, ("reference",)) if not refusals[b])
+    chosen = next((backend for backend in _candidates(op, device) if not refusals[backend]), None)
     reasons = {b: reason or _reason_not_preferred(device, chosen) for b, reason in refusals.items() if b != chosen}
     return Explanation(op, chosen, reasons)
 

@@ -45,8 +45,8 @@ def facts() -> dict[str, str]:
         **{name: _version(name) for name in ("torch", "triton", "numpy")},
         "processor": f"{platform.machine()}, {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads",
         "GPU": gpu,
-        "native library": f"not there: {native}" if native else f"built with {build['compiler']}",
-        "CPU instruction set": "" if native else f"{build['cpu_instruction_set_in_use']} (built: {sets})",
+        "native library": f"not there: {native}" if native else f"built with {build.get('compiler', 'an unknown compiler')}",
+        "CPU instruction set": "" if native else f"{build.get('cpu_instruction_set_in_use', 'unknown')} (built: {sets})",
         "CUDA kernels": "" if native else cuda,
         "CUDA emulator": emulator_reason() or "there",
     }

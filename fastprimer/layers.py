@@ -7,9 +7,7 @@ from torch import Tensor, nn
 
 from fastprimer import ops
 from fastprimer.config import Config
-
-MAX_DECODED = 16
-"""The most new tokens that attention_with_kv_cache takes; more are a prompt, and attend through `attention`."""
+from fastprimer.ops.decoding import MAX_QUERIES
 
 
 class RMSNorm(nn.Module):
@@ -68,7 +66,7 @@ class LayerCache:
         if stop > self.k.shape[1]:
             raise ValueError(f"cache: expected at most {self.k.shape[1]} tokens, got {stop}")
         self.length = stop
-        if q.shape[1] <= MAX_DECODED:
+        if q.shape[1] <= MAX_QUERIES:  # more are a prompt
             lengths = torch.full((q.shape[0],), start, dtype=torch.int32, device=q.device)
             return ops.attention_with_kv_cache(q, self.k, self.v, lengths, k=k, v=v, causal=True, window=window)
         self.k[:, start:stop], self.v[:, start:stop] = k, v

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastprimer import ops
-from fastprimer.backends import BackendError, Explanation, explain, interpreting, load_emulator
+from fastprimer.backends import PREFERENCE, BackendError, Explanation, explain, interpreting, load_emulator
 from fastprimer.checkpoint import write_atomically
 from fastprimer.config import Config
 
@@ -116,15 +116,15 @@ class Report:
         if self.model == "reference":
             say("model: fastprimer.reference, plain torch; no operation of fastprimer takes part")
         else:
-            for line in self._serving_lines(served_by):
+            for line in self._serving_lines(served_by, trainer.device):
                 say(line, soft_wrap=True)
         if simulated:
             how = f"{self.backend} kernels run in {SIMULATORS[self.backend]} here (no GPU)"
             say(f"[yellow]{how}: slow, try --steps 2; evaluation runs on auto[/]", soft_wrap=True)
 
-    def _serving_lines(self, served_by: dict[str, Explanation]) -> Iterator[str]:
+    def _serving_lines(self, served_by: dict[str, Explanation], device: torch.device) -> Iterator[str]:
         """Who serves each operation, and why not whom one would expect."""
-        wanted = "cpu" if self.backend == "auto" else self.backend
+        wanted = PREFERENCE[device.type][0] if self.backend == "auto" else self.backend
         for op, explanation in served_by.items():
             reason = explanation.refusals.get(wanted, "").removeprefix(f"{op} has ") if explanation.backend != wanted else ""
             yield f"  {op:24} {explanation.backend:10} {reason}".rstrip()

@@ -107,6 +107,9 @@ def run(args: argparse.Namespace) -> int:
     ops = args.op or operations()
     names = args.backend or BACKENDS
     cells = {(op, b): Cell(op, b, device_of(b)) for b in names for op in ops if b in declared(op)}
+    if not cells:
+        print(f"fastprimer verify: error: none of {', '.join(ops)} has a kernel on {', '.join(names)}", file=sys.stderr)
+        return 2
     total = sum(len(work_of(op, b)) for op, b in cells)
     console = Console(stderr=args.json)
     columns = TextColumn("verifying {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
@@ -152,7 +155,7 @@ def _drive(backend: str, ops: list[str], args, cells, progress, task) -> None:
             elif "share" in result:
                 cells[result["op"], backend].add(result)
                 if args.json:
-                    print(json.dumps(result))
+                    sys.stdout.write(json.dumps(result) + "\n")  # one call: two backends report at once
             progress.update(task, advance=result.get("done", 0), description=backend)
     except RuntimeError as error:
         for op in ops:

@@ -43,7 +43,7 @@ def test_within_budget(backend, case, dtype):
 CASE = rms_norm_case("judged", 6, 500, residual=True, weight_offset=1.0)
 
 
-def judged(monkeypatch, spoil) -> list[testing.Row]:
+def judged(spoil) -> list[testing.Row]:
     """Rows of a backend whose public function returns spoiled tensors."""
 
     def function(**arguments):
@@ -52,8 +52,8 @@ def judged(monkeypatch, spoil) -> list[testing.Row]:
     return testing.compare(CASE, torch.bfloat16, "reference", function=function)
 
 
-def test_an_unspoiled_result_is_within_budget(monkeypatch):
-    assert all(row.ok for row in judged(monkeypatch, lambda y, h: (y, h)))
+def test_an_unspoiled_result_is_within_budget():
+    assert all(row.ok for row in judged(lambda y, h: (y, h)))
 
 
 @pytest.mark.parametrize(
@@ -66,15 +66,21 @@ def test_an_unspoiled_result_is_within_budget(monkeypatch):
         lambda y, h: (y.detach() + (y - y.detach()) * 1.05, h),  # right outputs, wrong gradients
     ],
 )
-def test_a_spoiled_result_is_not(monkeypatch, spoil):
-    assert not all(row.ok for row in judged(monkeypatch, spoil))
+def test_a_spoiled_result_is_not(spoil):
+    assert not all(row.ok for row in judged(spoil))
 
 
 def test_empty_memory_is_poisoned():
+    """Of torch; that of the native library is proven by a planted bug (test_cpu_kernels: elements never written)."""
     with testing.poisoned_empty():
         assert torch.empty(5).isnan().all() and torch.empty(3, dtype=torch.bfloat16).isnan().all()
-        native = torch.ops.fastprimer.rms_norm_backward if hasattr(torch.ops.fastprimer, "rms_norm_backward") else None
-        if native is not None:  # what the library allocates is poisoned too: no rows, so rstd's neighbours stay unwritten
-            dx, dweight = native(*(torch.zeros(0, 4), None, torch.zeros(0, 4), torch.ones(4), torch.zeros(0), 0.0))
-            assert torch.equal(dweight, torch.zeros(4))
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("case", testing.CASES, ids=str)
+def test_the_least_work_of_a_case_is_counted(case):
+    """Bytes and FLOPs are those of benchmarks: backward never moves less than forward's inputs, nothing is negative."""
+    if case.work is None or case.name == "bench-wide":
+        return
+    work = case.work(case.arguments(testing.Inputs(torch.bfloat16, "cpu", 0)))
+    assert 0 <= work.bytes_forward <= 3 * work.bytes_backward and 0 <= work.flops_forward <= work.flops_backward

@@ -22,6 +22,11 @@ PLANTED = {
     "dropped weight offset": ("rms_norm.cpp", "to_wide(weight[c]) + T(offset)", "to_wide(weight[c]) + 0 * T(offset)"),
     "wrong dweight reduction": ("rms_norm.cpp", "for (int64_t p = 0; p < a.partials; p++)", "for (int64_t p = 1; p < a.partials; p++)"),
     "partial sums not cleared": ("rms_norm.cpp", "    fill_zero(partial, a.C);\n", ""),
+    "elements never written": (
+        "rms_norm.cpp",
+        "static_cast<A*>(a.rstd)[row] = rstd;",
+        "if (row % 4 != 3) static_cast<A*>(a.rstd)[row] = rstd;",
+    ),
     "a lane left out of the sum": (
         "simd.h",
         "for (int i = 0; i < n; i++) lanes[i] += lanes[i + n];",

@@ -1,6 +1,6 @@
 """The CUDA kernels, run by the emulator of tests/emulator: plain, under ASan with UBSan, and under TSan. And bugs, planted to be caught.
 
-The long form, all shapes and many schedules: python -m tests.emulator.sanitize --seeds 20
+The long form, all shapes and many schedules: PYTHONPATH=tests python -m emulator.sanitize --seeds 20
 """
 
 from dataclasses import dataclass

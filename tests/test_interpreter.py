@@ -10,9 +10,9 @@ import torch
 
 triton = pytest.importorskip("triton")
 
+import fastprimer.kernels  # noqa: E402, F401
 import triton.language as tl  # noqa: E402
 
-import fastprimer.kernels  # noqa: E402, F401
 from fastprimer import interpreter  # noqa: E402
 from fastprimer.backends import interpreting  # noqa: E402
 
@@ -26,7 +26,7 @@ def test_in_the_interpreter():
     """This file and test_triton_*.py once more, in a process that has TRITON_INTERPRET set when it imports Triton."""
     command = [sys.executable, "-m", "pytest", __file__, *map(str, HERE.glob("test_triton_*.py")), "-p", "no:cacheprovider", "--tb=short"]
     child = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if child.returncode or "[100%]" not in child.stdout:
+    if child.returncode:
         pytest.fail(f"under TRITON_INTERPRET=1:\n{child.stdout[-20000:]}", pytrace=False)
 
 

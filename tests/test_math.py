@@ -4,24 +4,18 @@ import pytest
 import torch
 
 import fastprimer as fp
+from fastprimer.cases import rms_norm_case
 from fastprimer.testing import CASES, Inputs
 
-SMALL = [case for case in CASES if not case.bench and "no-" not in case.name]
-LARGE = {
-    "expanded",
-    "llama",
-    "split",
-    "widest",
-    "wide-odd",
-    "residual",
-    "residual-odd",
-    "gemma",
-    "many-narrow-rows",
-    "per-head",
-    "float32-weight",
-    "sliced",
-}
-DIFFERENTIABLE = [c for c in SMALL if c.op != "attention_with_kv_cache" and not (c.op == "rms_norm" and c.name in LARGE)]
+
+def is_differentiable(case) -> bool:
+    """Small enough for numerical derivatives, with something to differentiate, and no overlapping memory (gradcheck's rule)."""
+    leaves = [t for t in case.arguments(Inputs(torch.float64, "cpu", 3)).values() if isinstance(t, torch.Tensor) and t.requires_grad]
+    return bool(leaves) and 0 < sum(t.numel() for t in leaves) < 3000 and not any(0 in t.stride() and t.numel() > 1 for t in leaves)
+
+
+EVERY_OPTION = rms_norm_case("every-option", 3, 5, residual=True, weight_offset=0.5, view=lambda t: t[:, ::1].flip(0))
+DIFFERENTIABLE = [c for c in (EVERY_OPTION, *CASES) if not c.bench and is_differentiable(c)]
 
 
 def function_of(case):

@@ -12,7 +12,8 @@ from fastprimer.backends import implementation as implementation_of
 from fastprimer.doctor import markdown
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = [p for p in ROOT.glob("**/*") if p.suffix in {".py", ".h", ".cpp", ".cu", ".cuh"} and not {".venv", "build"} & set(p.parts)]
+ROOMS = ("fastprimer", "kernels", "csrc", "tests", "benchmarks")
+SOURCES = [p for room in ROOMS for p in (ROOT / room).rglob("*") if p.suffix in {".py", ".h", ".cpp", ".cu", ".cuh"}]
 KERNEL = {"triton": "kernels/{}.py", "cpu": "csrc/cpu/{}.cpp", "cuda": "csrc/cuda/{}.cu"}
 
 

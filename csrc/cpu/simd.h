@@ -48,11 +48,6 @@ typedef uint16_t Half __attribute__((vector_size(REGISTER_BYTES / 2)));  // LANE
 typedef uint16_t UnalignedHalf __attribute__((vector_size(REGISTER_BYTES / 2), aligned(1), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(REGISTER_BYTES)));
 
-template <class T>
-inline Vec<T> fill(T value) {
-  return value - Vec<T>{};
-}
-
 inline float to_wide(float v) { return v; }
 inline double to_wide(double v) { return v; }
 inline float to_wide(bfloat16 v) { return __builtin_bit_cast(float, uint32_t(v.bits) << 16); }
@@ -112,15 +107,11 @@ inline Vec<float> load(const float16* p) {
 
 inline void store(float* p, Vec<float> v) { *reinterpret_cast<Unaligned<float>::type*>(p) = v; }
 inline void store(double* p, Vec<double> v) { *reinterpret_cast<Unaligned<double>::type*>(p) = v; }
-inline void store(bfloat16* p, Vec<float> v) {
-#if defined(__AVX512BF16__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v))));
-#else
+inline void store(bfloat16* p, Vec<float> v) {  // the instruction of AVX512_BF16 would make subnormals zero
   const Bits u = reinterpret_cast<Bits>(v);
   Bits rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
   rounded = v == v ? rounded : Bits{} + 0x7FC0u;
   *reinterpret_cast<UnalignedHalf*>(p) = __builtin_convertvector(rounded, Half);
-#endif
 }
 inline void store(float16* p, Vec<float> v) {
 #if defined(__AVX512F__)

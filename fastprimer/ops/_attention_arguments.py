@@ -11,9 +11,7 @@ from fastprimer.ops import _arguments as arguments
 
 
 def check_attention(name: str, q, k, v, scale, softcap, sinks, cu_seqlens_q, cu_seqlens_k) -> None:
-    """Raise an error that names the argument unless these describe one grouped-query attention, dense or packed."""
-    for label, t in (("q", q), ("k", k), ("v", v)):
-        arguments.check_floating(f"{name}: {label}", t)
+    """Raise an error that names the argument unless these floating-point q, k, v describe one attention, dense or packed."""
     packed = cu_seqlens_q is not None
     dims = 3 if packed else 4
     q_letters, k_letters = ("(N, H, D)", "(N, Hk, D)") if packed else ("(B, S, H, D)", "(B, T, Hk, D)")

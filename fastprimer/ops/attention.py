@@ -238,6 +238,8 @@ def attention(
 
     Sources: at the head of fastprimer/ops/attention.py.
     """
+    for label, t in (("q", q), ("k", k), ("v", v)):
+        arguments.check_floating(f"attention: {label}", t)
     q, k, v = arguments.autocast(q, k, v)
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     check_attention("attention", q, k, v, scale, softcap, sinks, cu_seqlens_q, cu_seqlens_k)

@@ -217,7 +217,11 @@ def linear_cross_entropy(
         weight: (V, C), the output projection, like x; bias: (V,) or None. Under autocast they are cast as by a linear layer.
         target and the others: as for `cross_entropy`.
 
-    Raises: as `cross_entropy`; ValueError too for an empty weight (a parameter sharded by ZeRO-3 must be gathered first).
+    Returns:
+        float32 (float64 for float64 inputs): a scalar, or (...) for reduction "none".
+
+    Raises:
+        TypeError, ValueError: as `cross_entropy`; also for an empty weight (one sharded by ZeRO-3 must be gathered first).
     """
     name = "linear_cross_entropy"
     for label, tensor in (("x", x), ("weight", weight)) + ((("bias", bias),) if bias is not None else ()):

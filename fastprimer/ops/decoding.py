@@ -85,7 +85,7 @@ def attention_with_kv_cache(
     """Attention of S new queries per sequence to its cached keys and values; appends k and v to the cache in place first.
 
     Args:
-        q: (B, S, H, D), 1 <= S <= 16: the queries of each sequence's last S tokens.
+        q: (B, S, H, D), 1 <= S <= 16: the queries of each sequence's last S tokens; in the caches' dtype (autocast casts q, k, v to it).
         k_cache, v_cache: (B, T, Hk, D), (B, T, Hk, Dv), or pages (pages, page_size, Hk, D) with block_table.
         cache_seqlens: int (B,), how many tokens each sequence has in the cache, before k and v are appended.
         k, v: (B, S, Hk, D), (B, S, Hk, Dv), the new tokens' keys and values, both or neither.
@@ -101,6 +101,11 @@ def attention_with_kv_cache(
         RuntimeError: a gradient was asked for.
     """
     name = "attention_with_kv_cache"
+    for label, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("k", k), ("v", v)):
+        if t is not None or label not in ("k", "v"):
+            arguments.check_floating(f"{name}: {label}", t)
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = (None if t is None else t.to(k_cache.dtype) for t in (q, k, v))
     _check(name, q, k_cache, v_cache, cache_seqlens, k, v, block_table)
     check_scores(name, q, scale, softcap, sinks)
     if arguments.needs_gradient(q, k_cache, v_cache, k, v, sinks):
@@ -113,7 +118,6 @@ def attention_with_kv_cache(
 
 
 def _check(name, q, k_cache, v_cache, cache_seqlens, k, v, block_table) -> None:
-    arguments.check_floating(f"{name}: q", q)
     arguments.check(q.dim() == 4 and 1 <= q.shape[1] <= MAX_QUERIES, f"{name}: q", f"shape (B, S <= {MAX_QUERIES}, H, D)", tuple(q.shape))
     B, S, _, D = q.shape
     leading = (B,) if block_table is None else k_cache.shape[:1]

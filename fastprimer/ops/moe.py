@@ -112,9 +112,9 @@ def moe(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tens
 
     Source: Jiang et al. (2024), section 2.1.
     """
-    x, gate_up, down = arguments.autocast(x, gate_up, down)
     for label, t in (("x", x), ("gate_up", gate_up), ("down", down), ("weights", weights)):
         arguments.check_floating(f"moe: {label}", t)
+    x, gate_up, down = arguments.autocast(x, gate_up, down)
     arguments.check(x.dim() == 2, "moe: x", "shape (N, C)", tuple(x.shape))
     N, C = x.shape
     fits = gate_up.dim() == 3 and gate_up.shape[0] > 0 and gate_up.shape[1] % 2 == 0 and gate_up.shape[2] == C

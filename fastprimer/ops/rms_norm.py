@@ -69,7 +69,10 @@ LIMITS = {
     "rms_norm": {
         "cpu": lambda x, weight, *_: dtype_limit(x, weight, "float32 bfloat16 float16 float64"),
         "triton": lambda x, weight, *_: dtype_limit(x, weight, "float32 bfloat16 float16"),
-        "cuda": lambda x, weight, *_: dtype_limit(x, weight, "float32 bfloat16 float16"),
+        "cuda": lambda x, weight, *_: (
+            dtype_limit(x, weight, "float32 bfloat16 float16")
+            or ("its kernel takes rows of at most 2^30 numbers" if x.shape[-1] > 2**30 else "")
+        ),
     }
 }
 
@@ -107,7 +110,7 @@ def rms_norm(
         weight: (C,) in x's dtype or float32, or None for no weight.
         eps: added to the mean square, > 0 or 0.
         residual: (..., C) like x, added to x first.
-        weight_offset: added to the weight (1.0 for Gemma's "w + 1").
+        weight_offset: added to the weight (1.0 for Gemma's "w + 1"); without a weight it has no effect.
 
     Returns:
         y (..., C) in x's dtype; with residual the pair (y, h), h = x + residual being what was normalised.
@@ -129,7 +132,7 @@ def rms_norm(
         arguments.check_floating("rms_norm: residual", residual)
         arguments.check_shape("rms_norm: residual", residual, x.shape, "of x")
         arguments.check_like("rms_norm: residual", residual, x, "x")
-    if not eps >= 0:
+    if not isinstance(eps, (int, float)) or not eps >= 0:
         raise ValueError(f"rms_norm: eps: expected a number >= 0, got {eps}")
     backend = choose("rms_norm", x, weight, eps, residual, weight_offset)
     if arguments.needs_gradient(x, weight, residual):

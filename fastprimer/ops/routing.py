@@ -194,6 +194,9 @@ def load_balancing_loss(logits: Tensor, experts: Tensor) -> Tensor:
 
     Returns:
         A scalar, float32 (float64 for float64); K for a perfectly even router; 0 for no token.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
     """
     arguments.check_floating("load_balancing_loss: logits", logits)
     arguments.check(logits.dim() == 2, "load_balancing_loss: logits", "shape (N, E)", tuple(logits.shape))
@@ -208,7 +211,17 @@ def load_balancing_loss(logits: Tensor, experts: Tensor) -> Tensor:
 
 
 def router_z_loss(logits: Tensor) -> Tensor:
-    """ST-MoE's router z-loss: the mean over tokens of (log Σ_e exp l_e)², which keeps logits (N, E) small; 0 for no token."""
+    """ST-MoE's router z-loss: the mean over tokens of (log Σ_e exp l_e)², which keeps logits small.
+
+    Args:
+        logits: (N, E), floating point.
+
+    Returns:
+        A scalar, float32 (float64 for float64); 0 for no token.
+
+    Raises:
+        TypeError, ValueError: logits are not that; the message says what came.
+    """
     arguments.check_floating("router_z_loss: logits", logits)
     arguments.check(logits.dim() == 2, "router_z_loss: logits", "shape (N, E)", tuple(logits.shape))
     lse = torch.logsumexp(logits.to(arguments.wide(logits.dtype)), -1)

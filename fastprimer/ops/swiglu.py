@@ -61,10 +61,11 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up, elementwise.
 
     Args:
-        gate, up: one shape, dtype and device; any strides, so the two halves of one projection need no copy.
+        gate, up: (..., F), floating point, of one shape, dtype and device; any strides, so the two halves of one projection
+            need no copy.
 
     Returns:
-        A contiguous tensor of that shape and dtype.
+        (..., F), contiguous, in that dtype.
 
     Raises:
         TypeError, ValueError: dtypes, shapes or devices differ; the message names the argument.

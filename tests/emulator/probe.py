@@ -1,6 +1,6 @@
 """Does the emulator lay out matrix fragments, copies, shuffles and conversions as the hardware does?
 
-    python -m tests.emulator.probe
+    PYTHONPATH=tests python -m emulator.probe
 
 builds tests/emulator/probe.cu for the emulator and, where there is a GPU and nvcc, for the GPU, runs both and compares every number.
 Exit code 0: they agree, or there is no GPU to compare with; 1: they do not.

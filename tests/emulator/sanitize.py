@@ -1,4 +1,4 @@
-"""The long form of the emulator's checks, every kernel in every kind of build: python -m tests.emulator.sanitize --seeds 20"""
+"""The long form of the emulator's checks, every kernel in every kind of build: PYTHONPATH=tests python -m emulator.sanitize --seeds 20"""
 
 from __future__ import annotations
 
