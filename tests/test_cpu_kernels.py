@@ -19,7 +19,7 @@ CASES = ("odd", "gemma", "many-rows", "sliced")
 PLANTED = {
     "off-by-one tail": ("simd.h", "  if (c < end) body(c, end - c, 0);", "  if (c + 1 < end) body(c, end - c - 1, 0);"),
     "unmasked tail": ("simd.h", "  if (c < end) body(c, end - c, 0);", "  if (c < end) body(c, All{}, 0);"),
-    "dropped weight offset": ("rms_norm.cpp", "to_wide(weight[c]) + T(offset)", "to_wide(weight[c]) + 0 * T(offset)"),
+    "dropped weight offset": ("rms_norm.cpp", "(weight)[c]) + T(offset)", "(weight)[c]) + 0 * T(offset)"),
     "wrong dweight reduction": ("rms_norm.cpp", "for (int64_t p = 0; p < a.partials; p++)", "for (int64_t p = 1; p < a.partials; p++)"),
     "partial sums not cleared": ("rms_norm.cpp", "    fill_zero(partial, a.C);\n", ""),
     "elements never written": (
