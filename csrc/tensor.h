@@ -86,18 +86,16 @@ struct Rows {
   bool fold() {
     if (N == 0 || C == 0) return true;
     if (C > 1 && tensor.stride(tensor.dim() - 1) != 1) return false;
-    int64_t inner = 0;  // how far apart the rows of the folded dimensions are; 0 while there is at most one row
-    int64_t count = 1;
+    int64_t inner = 0, count = 1;  // of the dimensions folded so far: how far apart their rows are, and how many rows
     for (int64_t d = tensor.dim() - 2; d >= 0; d--) {
       if (tensor.size(d) == 1) continue;
-      if (inner == 0) {
+      if (count == 1) {
         inner = tensor.stride(d);
       } else if (tensor.stride(d) != inner * count) {
         return false;
       }
       count *= tensor.size(d);
     }
-    if (inner < 0) return false;
     if (count > 1) stride_row = inner;
     return true;
   }

@@ -102,8 +102,7 @@ def _outside_autocast(function):
     return call
 
 
-@contextlib.contextmanager
-def use_backend(name: str, *, missing: str = "raise"):
+def use_backend(name: str, *, missing: str = "raise") -> contextlib.AbstractContextManager:
     """Within the block, every operation runs on the backend `name`, or raises BackendError with the reason it cannot.
 
     Args:
@@ -112,10 +111,15 @@ def use_backend(name: str, *, missing: str = "raise"):
 
     The choice holds for the whole process (see the head of this file); blocks nest.
     """
-    global _requested, _missing
     _valid(name, "use_backend: name")
     if missing not in ("raise", "auto"):
         raise ValueError(f"use_backend: missing: expected 'raise' or 'auto', got {missing!r}")
+    return _using(name, missing)
+
+
+@contextlib.contextmanager
+def _using(name: str, missing: str):
+    global _requested, _missing
     before = _requested, _missing
     _requested, _missing = name, missing
     try:

@@ -74,7 +74,7 @@ def rms_norm_case(name: str, *shape: int, weight=True, residual=False, view=lamb
         if weight:
             a["weight"] = inputs.normal(x.shape[-1], dtype=weight_dtype if weight_dtype and inputs.dtype != torch.float64 else None)
         if residual:
-            a["residual"] = inputs.normal(*x.shape)
+            a["residual"] = inputs.normal(*shape, view=view)
         return a
 
     return Case("rms_norm", name, arguments, ("y", "h") if residual else ("y",), bench, _rms_norm_work)
@@ -94,6 +94,7 @@ RMS_NORM = [
     rms_norm_case("transposed", 40, 33, view=lambda t: t.t()),
     rms_norm_case("sliced", 7, 300, view=lambda t: t[::2, 3:260]),
     rms_norm_case("expanded", 1, 48, view=lambda t: t.expand(6, 48)),
+    rms_norm_case("expanded-middle", 4, 1, 40, view=lambda t: t.expand(4, 6, 40), residual=True),
     rms_norm_case("one-dimension", 256),
     rms_norm_case("no-rows", 0, 64, residual=True),
     rms_norm_case("many-rows", 300, 500, residual=True),

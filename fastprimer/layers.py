@@ -91,8 +91,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
         """x (B, S, C), and for fp.rope cos, sin (P, D/2) and the rows of them (B, S), by default 0..S-1 -> (B, S, C)."""
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q, k, v = self.q_proj(x).view(heads), self.k_proj(x).view(heads), self.v_proj(x).view(heads)
+        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = ops.rope(q, k, cos, sin, positions=positions)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import fastprimer as fp
 from fastprimer import testing
@@ -49,6 +50,23 @@ def test_inputs_are_not_modified(cell):
         if outputs:
             torch.autograd.grad(outputs, leaves_of(arguments), [torch.randn_like(o) for o in outputs])
     assert all(torch.equal(arguments[k], t) for k, t in before.items())
+
+
+@pytest.mark.parametrize("dim", [0, -2])
+def test_upstream_gradients_may_be_expanded(cell, dim):
+    """y.sum(dim) hands on a gradient of stride 0: the same bits as its contiguous copy."""
+    op, backend, device = cell
+    for case in (case_of(op), next((c for c in CASES if c.op == op and c.name == "expanded-middle"), case_of(op))):
+        arguments = case.arguments(Inputs(torch.float32, device, 0))
+        with use_backend(backend):
+            outputs = [o for o in call(case, arguments) if o.requires_grad]
+            if not outputs:
+                pytest.skip("it has no gradient")
+            dys = [torch.randn_like(o) if o.dim() < 2 else torch.randn_like(o.narrow(dim, 0, 1)).expand_as(o) for o in outputs]
+            leaves = leaves_of(arguments)
+            expanded = torch.autograd.grad(outputs, leaves, dys, retain_graph=True)
+            contiguous = torch.autograd.grad(outputs, leaves, [dy.contiguous() for dy in dys])
+        assert all(torch.equal(a, b) for a, b in zip(expanded, contiguous, strict=True))
 
 
 def test_the_graph_can_be_retained_and_bits_repeat(cell):
@@ -205,6 +223,35 @@ def test_a_compiled_function_follows_use_backend():
         with use_backend(name):
             compiled(x, weight)
     assert len(graphs) == 2 and "fastprimer.rms_norm_forward" in graphs[1] and "fastprimer.rms_norm_forward" not in graphs[0]
+
+
+@pytest.mark.slow
+def test_one_tensor_may_be_passed_twice_under_compile():
+    x = torch.randn(4, 2, 8, requires_grad=True)
+    lengths = torch.tensor([0, 1, 4], dtype=torch.int32)
+    for function in (
+        lambda x: fp.rms_norm(x, residual=x)[0],
+        lambda x: fp.swiglu(x, x),
+        lambda x: fp.attention(x, x, x, cu_seqlens_q=lengths, cu_seqlens_k=lengths),
+        lambda x: fp.attention(x, x, x, cu_seqlens_q=lengths, causal=True),
+    ):
+        torch.compiler.reset()
+        expected, got = function(x), torch.compile(function, fullgraph=True, backend="aot_eager")(x)
+        torch.testing.assert_close(got, expected)
+        grads = [torch.autograd.grad(y.square().sum(), x)[0] for y in (got, expected)]
+        torch.testing.assert_close(*grads)
+
+
+def test_forward_mode_derivatives_raise_rather_than_lie(cell):
+    op, backend, device = cell
+    case = case_of(op)
+    arguments = case.arguments(Inputs(torch.float32, device, 0))
+    names = [k for k, v in arguments.items() if isinstance(v, torch.Tensor) and v.requires_grad]
+    if not names:
+        pytest.skip("it has no gradient")
+    with use_backend(backend), forward_ad.dual_level(), pytest.raises((NotImplementedError, RuntimeError), match="jvp|forward"):
+        primal = arguments[names[0]].detach()
+        getattr(fp, op)(**arguments | {names[0]: forward_ad.make_dual(primal, torch.ones_like(primal))})
 
 
 @pytest.mark.parametrize("shape", [(513, 1000), (40, 70000), (3, 64)])

@@ -62,9 +62,9 @@ def test_blocks_nest_and_survive_errors():
 
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="use_backend: name: expected one of reference, cpu, triton, cuda, auto, got 'gpu'"):
-        fp.use_backend("gpu").__enter__()
+        fp.use_backend("gpu")
     with pytest.raises(ValueError, match="missing"):
-        fp.use_backend("cpu", missing="ignore").__enter__()
+        fp.use_backend("cpu", missing="ignore")
     with pytest.raises(ValueError, match="explain: op: expected one of rms_norm, .*, got 'softmax'"):
         fp.explain("softmax", torch.randn(2))
 

@@ -17,6 +17,7 @@ LAYOUTS = {
     "columns of a wider row": lambda t: t[..., 1:] if t.shape[-1] > 1 else t,
     "transposed": lambda t: t.transpose(0, 1),
     "one row expanded": lambda t: t[:1].expand(*t.shape),
+    "middle expanded": lambda t: t[:, :1].expand(t.shape) if t.dim() > 2 else t,
     "reversed dimensions": lambda t: t.permute(*reversed(range(t.dim()))),
 }
 

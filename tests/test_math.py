@@ -106,3 +106,34 @@ def test_decoding_equals_attention_over_the_whole_sequence():
         part = fp.attention_with_kv_cache(q[:, begin:end], k_cache, v_cache, length, k=k[:, begin:end], v=v[:, begin:end])
         torch.testing.assert_close(part, whole[:, begin:end])
         length += end - begin
+
+
+def test_rows_without_keys_have_no_gradient():
+    q, k, v = (torch.randn(1, n, 2, 4, requires_grad=True) for n in (4, 2, 2))
+    sinks = torch.tensor([-torch.inf, 0.0], requires_grad=True)
+    o, lse = fp.attention(q, k, v, causal=True, return_lse=True)
+    grads = torch.autograd.grad((lse * lse).sum(), (q, k, v), allow_unused=True)  # dlse is infinite there
+    assert (lse[..., :2] == -torch.inf).all() and not grads[0][:, :2].any() and grads[1].isfinite().all()
+    o, lse = fp.attention(q, k, v, causal=True, sinks=sinks, return_lse=True)
+    assert torch.autograd.grad(o.sum() + lse[:, 1].sum(), sinks)[0].isfinite().all()
+
+
+def test_an_expert_that_nobody_chose_has_no_say():
+    x, gate_up, down = torch.randn(3, 4), torch.randn(3, 6, 4), torch.randn(3, 4, 3)
+    weights, experts = torch.ones(3, 1), torch.tensor([[0], [1], [0]])
+    expected = fp.moe(x, gate_up, down, weights, experts)
+    gate_up[2], down[2] = torch.inf, torch.nan
+    assert torch.equal(fp.moe(x, gate_up, down, weights, experts), expected)
+
+
+def test_renormalised_sigmoids_may_underflow():
+    weights, _ = fp.route(torch.tensor([[-200.0, -300.0, -250.0]]), 2, score="sigmoid")
+    assert weights.tolist() == [[1.0, pytest.approx(0.0)]]
+
+
+def test_a_block_table_may_be_padded_with_anything():
+    q, cache = torch.randn(2, 1, 2, 4), torch.randn(5, 4, 2, 4)
+    lengths = torch.tensor([3, 7], dtype=torch.int32)
+    padded, plain = (torch.tensor([[3, p], [2, 0]], dtype=torch.int32) for p in (-1, 1))
+    a, b = (fp.attention_with_kv_cache(q, cache, cache, lengths, block_table=table) for table in (padded, plain))
+    assert torch.equal(a, b)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 INTEGERS = (torch.int32, torch.int64)
 
@@ -52,8 +53,20 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd would record a call on these tensors."""
+    """Whether autograd would record a call on these tensors, or forward-mode derivatives are asked for (which then raise)."""
+    if forward_ad._current_level >= 0:
+        return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def distinct(*tensors: Tensor | None) -> tuple:
+    """While compiling, a tensor that comes twice as two views of it: Dynamo takes no duplicates into an autograd.Function."""
+    if not torch.compiler.is_compiling():
+        return tensors
+    result: list[Tensor | None] = []
+    for i, t in enumerate(tensors):
+        result.append(t if t is None or not any(t is u for u in tensors[:i]) else t.view_as(t))
+    return tuple(result)
 
 
 def autocast(*tensors: Tensor | None) -> tuple:

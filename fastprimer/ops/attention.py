@@ -33,7 +33,8 @@ The sink is one more logit with the value 0, so dsink = Σ_i exp(sink − lse_i)
     dk_j  = scale Σ_i ds_ij q_i
 
 with dk and dv summed over the H / Hk query heads of the group. Saved: q, k, v, o, lse. This reference holds S x T
-numbers per head and treats packed sequences as one sequence with a block-diagonal mask; the kernels do neither.
+numbers per head and treats packed sequences as one sequence with a block-diagonal mask, so that a NaN in one of them
+spreads (0 · nan is nan); the kernels do neither.
 """
 
 from __future__ import annotations
@@ -100,8 +101,9 @@ def attention_backward(
     z = _logits(qg, k.to(dtype), visible, scale, softcap)
     p = torch.exp(z - torch.where(lse == -torch.inf, 0.0, lse))
     delta = (dog * og).sum(-1).permute(0, 2, 3, 1).unsqueeze(-1)
+    sees_nothing = lse == -torch.inf  # such a row has no gradient, whatever dlse is there
     if dlse is not None:
-        delta = delta - dlse.unflatten(1, (-1, groups)).unsqueeze(-1)
+        delta = delta - torch.where(sees_nothing, 0.0, dlse.unflatten(1, (-1, groups)).unsqueeze(-1))
     dv = torch.einsum("bkgst,bskgd->btkd", p, dog)
     dz = p * (torch.einsum("bskgd,btkd->bkgst", dog, v.to(dtype)) - delta)
     if softcap is not None:
@@ -111,7 +113,8 @@ def attention_backward(
     if sinks is None:
         dsinks = q.new_empty(0)
     else:
-        p_sink = torch.exp(sinks.to(dtype).unflatten(0, (-1, groups))[None, :, :, None, None] - lse)
+        logit = sinks.to(dtype).unflatten(0, (-1, groups))[None, :, :, None, None]
+        p_sink = torch.where(sees_nothing, 0.0, torch.exp(logit - lse))
         dsinks = -(p_sink * delta).sum((0, 3, 4)).flatten().to(sinks.dtype)
     dq, dk, dv = dq.to(q.dtype).contiguous(), dk.to(k.dtype).contiguous(), dv.to(v.dtype).contiguous()
     return (dq.squeeze(0), dk.squeeze(0), dv.squeeze(0), dsinks) if packed else (dq, dk, dv, dsinks)
@@ -177,8 +180,9 @@ LIMITS = {"attention": {}}
 class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, q, k, v, sinks, *options):
-        o, lse = implementation("attention", backend).attention_forward(q, k, v, sinks, *options)
         cu_seqlens_q, cu_seqlens_k, *ctx.options = options
+        cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+        o, lse = implementation("attention", backend).attention_forward(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, *ctx.options)
         ctx.save_for_backward(q, k, v, o, lse, sinks, cu_seqlens_q, cu_seqlens_k)
         ctx.backend = backend
         ctx.set_materialize_grads(False)
@@ -248,6 +252,9 @@ def attention(
     options = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, left, right, softcap
     backend = choose("attention", q, k, v, sinks, *options)
     if arguments.needs_gradient(q, k, v, sinks):
+        q, k, v, sinks = arguments.distinct(q, k, v, sinks)
+        if cu_seqlens_k is cu_seqlens_q:
+            options = cu_seqlens_q, None, *options[2:]
         o, lse = Attention.apply(backend, q, k, v, sinks, *options)
     else:
         o, lse = implementation("attention", backend).attention_forward(q, k, v, sinks, *options)

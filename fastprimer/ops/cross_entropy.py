@@ -242,6 +242,7 @@ def linear_cross_entropy(
     rows, flat = x.reshape(-1, x.shape[-1]), target.reshape(-1)
     backend = choose(name, rows, weight, flat, bias, *options)
     if arguments.needs_gradient(x, weight, bias):
+        rows, weight = arguments.distinct(rows, weight)
         loss = CrossEntropy.apply(backend, rows, weight, bias, flat, options)
     else:
         loss = implementation(name, backend).linear_cross_entropy_forward(rows, weight, flat, bias, *options)[0]

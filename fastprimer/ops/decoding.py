@@ -49,6 +49,7 @@ def attention_with_kv_cache_forward(
         k_cache[place], v_cache[place] = k, v
         lengths = lengths + k.shape[1]
     if block_table is not None:
+        block_table = block_table.clamp(0, k_cache.shape[0] - 1)  # what lies behind a sequence's last page may be anything
         k_cache, v_cache = (cache[block_table.long()].flatten(1, 2) for cache in (k_cache, v_cache))
     j = torch.arange(k_cache.shape[1], device=q.device)
     i = lengths[:, None, None] - S + torch.arange(S, device=q.device)[:, None]  # (B, S, 1): each query's own position
@@ -149,6 +150,8 @@ def _check(name, q, k_cache, v_cache, cache_seqlens, k, v, block_table) -> None:
     if B and cache_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         low, high = int(cache_seqlens.min()), int(cache_seqlens.max()) + (0 if k is None else S)
         arguments.check(low >= 0 and high <= room, f"{name}: cache_seqlens", f"0..{room} tokens, the new ones included", (low, high))
-        if block_table is not None:
-            wrong = bool(((block_table < 0) | (block_table >= k_cache.shape[0])).any())
+        if block_table is not None:  # entries behind a sequence's last page may be anything
+            lengths = cache_seqlens + (0 if k is None else S)
+            used = torch.arange(block_table.shape[1]) * k_cache.shape[1] < lengths[:, None]
+            wrong = bool((used & ((block_table < 0) | (block_table >= k_cache.shape[0]))).any())
             arguments.check(not wrong, f"{name}: block_table", f"pages in 0..{k_cache.shape[0] - 1}", block_table.tolist())

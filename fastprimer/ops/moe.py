@@ -39,9 +39,9 @@ def moe_forward(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, exper
     """x (N, C), gate_up (E, 2F, C), down (E, C, F), weights, experts (N, K) -> y (N, C), hidden (N, K, 2F)."""
     x_wide, gate_up_wide, down_wide, w = _widened(x, gate_up, down, weights)
     chosen = _chosen(experts, gate_up.shape[0])
-    hidden = sum(c * (x_wide @ m.t()).unsqueeze(1) for c, m in zip(chosen, gate_up_wide.unbind(), strict=True)).to(x.dtype)
+    hidden = sum(_where(c, (x_wide @ m.t()).unsqueeze(1)) for c, m in zip(chosen, gate_up_wide.unbind(), strict=True)).to(x.dtype)
     u = w * swiglu_forward(*hidden.to(w.dtype).chunk(2, -1))
-    y = sum((c * u).sum(1) @ m.t() for c, m in zip(chosen, down_wide.unbind(), strict=True))
+    y = sum(_where(c.any(1), _where(c, u).sum(1) @ m.t()) for c, m in zip(chosen, down_wide.unbind(), strict=True))
     return y.to(x.dtype).contiguous(), hidden.contiguous()
 
 
@@ -54,13 +54,13 @@ def moe_backward(
     chosen = _chosen(experts, gate_up.shape[0])
     a, b = hidden.chunk(2, -1)
     u = swiglu_forward(a, b)
-    d = sum(c * (dy @ m).unsqueeze(1) for c, m in zip(chosen, down_wide.unbind(), strict=True))
+    d = sum(_where(c, (dy @ m).unsqueeze(1)) for c, m in zip(chosen, down_wide.unbind(), strict=True))
     dweights = (d * u).sum(-1)
-    ddown = torch.stack([dy.t() @ (c * w * u).sum(1) for c in chosen])
+    ddown = torch.stack([dy.t() @ _where(c, w * u).sum(1) for c in chosen])
     dhidden = torch.cat(swiglu_backward(w * d, a, b), -1)
-    routed = [(c * dhidden).sum(1) for c in chosen]  # (N, 2F) for each expert
+    routed = [_where(c, dhidden).sum(1) for c in chosen]  # (N, 2F) for each expert
     dgate_up = torch.stack([r.t() @ x_wide for r in routed])
-    dx = sum(r @ m for r, m in zip(routed, gate_up_wide.unbind(), strict=True))
+    dx = sum(_where(c.any(1), r @ m) for c, r, m in zip(chosen, routed, gate_up_wide.unbind(), strict=True))
     return dx.to(x.dtype), dgate_up.to(gate_up.dtype), ddown.to(down.dtype), dweights.to(weights.dtype)
 
 
@@ -72,6 +72,11 @@ def _widened(x, gate_up, down, weights):
 def _chosen(experts: Tensor, E: int) -> list[Tensor]:
     """For each expert, (N, K, 1): whether that choice is this expert."""
     return [(experts == e).unsqueeze(-1) for e in range(E)]
+
+
+def _where(chosen: Tensor, values: Tensor) -> Tensor:
+    """0 where not chosen, whatever an expert that was not asked would say: 0 · inf is nan."""
+    return torch.where(chosen, values, 0.0)
 
 
 LIMITS = {"moe": {}}

@@ -134,8 +134,11 @@ def rms_norm(
         arguments.check_like("rms_norm: residual", residual, x, "x")
     if not isinstance(eps, (int, float)) or not eps >= 0:
         raise ValueError(f"rms_norm: eps: expected a number >= 0, got {eps}")
+    if not isinstance(weight_offset, (int, float)):
+        raise TypeError(f"rms_norm: weight_offset: expected a number, got {weight_offset!r}")
     backend = choose("rms_norm", x, weight, eps, residual, weight_offset)
     if arguments.needs_gradient(x, weight, residual):
+        x, weight, residual = arguments.distinct(x, weight, residual)
         return RMSNorm.apply(backend, x, weight, eps, residual, weight_offset)
     y, h, _ = implementation("rms_norm", backend).rms_norm_forward(x, weight, eps, residual, weight_offset)
     return y if residual is None else (y, h)

@@ -99,7 +99,7 @@ def rope(
 
     Raises:
         TypeError, ValueError: an argument's dtype, shape or device does not fit; the message names it.
-        IndexError: a position outside 0..P-1 (on the CPU; on a GPU the launch fails instead, as in torch).
+        IndexError: a position outside 0..P-1 (checked on the CPU only).
 
     Source: Su et al. (2021), section 3.2.2.
     """
@@ -126,8 +126,13 @@ def rope(
         arguments.check_integer("rope: positions", positions)
         arguments.check_shape("rope: positions", positions, q.shape[:-2], "(B, S) or (N,)")
         arguments.check_device("rope: positions", positions, q, "q")
+        if positions.numel() and positions.device.type == "cpu" and not torch.compiler.is_compiling():
+            low, high = int(positions.min()), int(positions.max())
+            if low < 0 or high >= cos.shape[0]:
+                raise IndexError(f"rope: positions: expected numbers in 0..{cos.shape[0] - 1}, the rows of cos, got {(low, high)}")
     backend = choose("rope", q, k, cos, sin, positions, interleaved)
     if arguments.needs_gradient(q, k):
+        q, k, cos, sin = arguments.distinct(q, k, cos, sin)
         rotated = RoPE.apply(backend, q, k, cos, sin, positions, interleaved)
         return rotated if k is not None else (rotated, None)
     q, rotated_k = implementation("rope", backend).rope_forward(q, k, cos, sin, positions, interleaved)

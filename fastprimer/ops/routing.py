@@ -21,8 +21,11 @@ is what gives its router a gradient.
 
     softmax over the chosen:      dl_k = r_k (dr_k − Σ_j r_j dr_j)
     softmax over all:             dl_e = s_e (ds_e − Σ_k s_k ds_k), where ds_k = dr_k for the chosen, else 0
-    sigmoid:                      dl_k = ds_k s_k (1 − s_k), where ds_k = dr_k, or renormalised
-                                  ds_k = (dr_k − Σ_j r_j dr_j) / Σ_j s_j
+    sigmoid:                      dl_k = dr_k s_k (1 − s_k)
+    sigmoid, renormalised:        dl_k = r_k (dr_k − Σ_j r_j dr_j) (1 − s_k)
+
+the last because r is the softmax of log s over the chosen, which does not divide 0 by 0 where every s underflows, and
+∂log s_k/∂l_k = 1 − s_k.
 
 **Losses**, over N tokens with p = softmax(l): balance (Switch, section 2.2, equation 4) and z (Zoph et al., "ST-MoE", 2022,
 equation 5). In plain torch, differentiated by autograd, for they are small:
@@ -40,6 +43,7 @@ from typing import Optional
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from fastprimer.backends import choose, implementation
 from fastprimer.ops import _arguments as arguments
@@ -72,12 +76,13 @@ def route_backward(dweights: Tensor, logits: Tensor, experts: Tensor, score: str
     l = logits.to(arguments.wide(logits.dtype))
     dr = scale * dweights
     if score == "sigmoid":
-        s = torch.sigmoid(l.gather(-1, experts))
-        ds = dr
+        chosen = l.gather(-1, experts)
+        s = torch.sigmoid(chosen)
         if renormalize:
-            total = s.sum(-1, keepdim=True)
-            ds = (dr - (s / total * dr).sum(-1, keepdim=True)) / total
-        dchosen = ds * s * (1 - s)
+            r = torch.softmax(logsigmoid(chosen), -1)
+            dchosen = r * (dr - (r * dr).sum(-1, keepdim=True)) * (1 - s)
+        else:
+            dchosen = dr * s * (1 - s)
     elif renormalize or score == "softmax_topk":
         r = torch.softmax(l.gather(-1, experts), -1)
         dchosen = r * (dr - (r * dr).sum(-1, keepdim=True))
@@ -104,8 +109,7 @@ def _only_best_groups(choice: Tensor, groups: int, top_groups: int, best: int) -
 def _weights(l: Tensor, experts: Tensor, score: str, renormalize: bool, scale: float) -> Tensor:
     chosen = l.gather(-1, experts)
     if score == "sigmoid":
-        r = torch.sigmoid(chosen)
-        r = r / r.sum(-1, keepdim=True) if renormalize else r
+        r = torch.softmax(logsigmoid(chosen), -1) if renormalize else torch.sigmoid(chosen)
     elif renormalize or score == "softmax_topk":
         r = torch.softmax(chosen, -1)
     else:

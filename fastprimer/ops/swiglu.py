@@ -78,5 +78,5 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     arguments.check_like("swiglu: up", up, gate, "gate")
     backend = choose("swiglu", gate, up)
     if arguments.needs_gradient(gate, up):
-        return SwiGLU.apply(backend, gate, up)
+        return SwiGLU.apply(backend, *arguments.distinct(gate, up))
     return implementation("swiglu", backend).swiglu_forward(gate, up)
