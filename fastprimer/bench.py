@@ -15,7 +15,6 @@ import platform
 import random
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -31,6 +31,7 @@ from rich.table import Table
 import fastprimer
 from fastprimer.backends import BACKENDS, PREFERENCE, BackendError, declared, unavailable, use_backend
 from fastprimer.cases import CASES, Case, Inputs
+from fastprimer.generate import natural, positive
 from fastprimer.testing import compare
 
 PASSES = ("forward", "forward+backward")
@@ -77,18 +78,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measure this backend (repeat for more); default: every fast one on this device",
     )
     parser.add_argument("--quick", action="store_true", help="the first case of each operation, few rounds")
-    parser.add_argument("--rounds", type=int, help="measurements of each contestant (default 21, quick 11)")
-    parser.add_argument("--threads", type=int, help="torch's CPU threads (default: as torch chooses)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random inputs and of the order (default 0)")
+    parser.add_argument("--rounds", type=positive, help="measurements of each contestant (default 21, quick 11)")
+    parser.add_argument("--threads", type=positive, help="torch's CPU threads (default: as torch chooses)")
+    parser.add_argument("--seed", type=natural, default=0, help="of the random inputs and of the order (default 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object: machine, versions, results")
     parser.add_argument("--markdown", action="store_true", help="print the table of README.md")
     parser.add_argument("--out", type=Path, help="also write that JSON object to this file")
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.rounds is not None and args.rounds < 1:
-        print(f"fastprimer bench: --rounds: expected a number >= 1, got {args.rounds}", file=sys.stderr)
-        return 2
     if args.threads:
         torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -215,25 +213,27 @@ def machine(device: str) -> dict:
 
 
 def table(results: list[Result]) -> Table:
+    """Fits 80 columns; --json has every figure."""
     roof = statistics.median([r.roof_gb_per_s for r in results if r.roof_gb_per_s] or [0])
-    title = f"median times; the roof, a copy in the same run, is {roof:.0f} GB/s"
-    shown = Table("case", "dtype", "pass", "backend", title=title, title_justify="left")
-    for heading in ("ours ms", "eager ms", "compiled ms", "vs eager", "vs compiled", "of roof"):
-        shown.add_column(heading, justify="right")
+    title = f"medians; the roof, a copy in the same run, is {roof:.0f} GB/s"
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    for heading in ("case", "dtype", "pass", "ms", "vs eager", "vs compiled", "of roof"):
+        shown.add_column(heading, justify="left" if heading in ("case", "dtype", "pass") else "right", no_wrap=True)
+    short = {"float32": "fp32", "bfloat16": "bf16", "forward": "fwd", "forward+backward": "fwd+bwd"}
     for r in results:
-        head = r.case.removeprefix("bench-"), r.dtype, r.measured, r.backend
-        if r.wrong:
-            shown.add_row(f"{r.op} {head[0]}", *head[1:], "[red]WRONG[/red]")
-            continue
-        ratios = f"{r.eager_ms / r.ours_ms:.1f}x", f"{r.compiled_ms / r.ours_ms:.2f}x", f"{r.of_roof:.0%}"
-        shown.add_row(f"{r.op} {head[0]}", *head[1:], *(f"{ms:.2f}" for ms in (r.ours_ms, r.eager_ms, r.compiled_ms)), *ratios)
+        head = f"{r.op} {r.case.removeprefix('bench-')} {r.backend}", short[r.dtype], short[r.measured]
+        shown.add_row(*head, *(["[red]WRONG[/red]"] if r.wrong else [f"{r.ours_ms:.2f}", *_ratios(r)]))
     return shown
+
+
+def _ratios(r: Result) -> list[str]:
+    return [f"{r.eager_ms / r.ours_ms:.1f}x", f"{r.compiled_ms / r.ours_ms:.2f}x", f"{r.of_roof:.0%}"]
 
 
 def markdown(results: list[Result]) -> str:
     lines = ["| case | dtype | pass | ms | vs eager | vs torch.compile | of roof |", "| --- | --- | --- | --: | --: | --: | --: |"]
     for r in results:
         if not r.wrong:
-            ratios = f"{r.eager_ms / r.ours_ms:.1f}x | {r.compiled_ms / r.ours_ms:.2f}x | {r.of_roof:.0%}"
-            lines.append(f"| {r.op} {r.case.removeprefix('bench-')} | {r.dtype} | {r.measured} | {r.ours_ms:.2f} | {ratios} |")
+            head = f"| {r.op} {r.case.removeprefix('bench-')} | {r.dtype} | {r.measured} | {r.ours_ms:.2f} | "
+            lines.append(head + " | ".join(_ratios(r)) + " |")
     return "\n".join(lines)

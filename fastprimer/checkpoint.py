@@ -68,7 +68,10 @@ def load_checkpoint(path: Path) -> tuple[Tensors, dict]:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise CheckpointError(f"{path} is not a checkpoint of `fastprimer train`")
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["record"])  # noqa: SIM118
+            record = json.loads(metadata["record"])
+            if not isinstance(record, dict):
+                raise CheckpointError(f"cannot read the checkpoint {path}: its record is {record!r}")
+            return {name: file.get_tensor(name) for name in file.keys()}, record  # noqa: SIM118
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
         raise CheckpointError(f"cannot read the checkpoint {path}: {_first_line(error)}") from error
 

@@ -116,10 +116,19 @@ def answer(model: nn.Module, vocabulary: Vocabulary, prompt: str, max_new_tokens
 
 
 def positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text}")
-    return value
+    """An argument: an integer >= 1."""
+    return _integer(text, 1)
+
+
+def natural(text: str) -> int:
+    """An argument: an integer >= 0."""
+    return _integer(text, 0)
+
+
+def _integer(text: str, least: int) -> int:
+    if not text.isascii() or not text.isdigit() or not least <= int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"expected an integer from {least} to {2**31 - 1}, got {text}")
+    return int(text)
 
 
 def temperature(text: str) -> float:
@@ -134,7 +143,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="the folder that `fastprimer train --out DIR` has written")
     parser.add_argument("--max-new-tokens", type=positive, default=5, metavar="N", help="stop after this many words (default: 5)")
     parser.add_argument("--temperature", type=temperature, default=0.0, metavar="T", help="0 (default): the most probable; 1: draw")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw (default: 0)")
+    parser.add_argument("--seed", type=natural, default=0, help="of the draw (default: 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object: prompt, answer, probability")
 
 

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -32,7 +33,7 @@ from fastprimer.backends import BACKENDS, VARIABLE, BackendError, use_backend
 from fastprimer.calculator import Calculator
 from fastprimer.checkpoint import CheckpointError, Tensors, load_checkpoint, save_checkpoint
 from fastprimer.config import ConfigError
-from fastprimer.generate import answer, positive
+from fastprimer.generate import answer, natural, positive
 from fastprimer.model import Model
 from fastprimer.train_report import Report, is_simulated, prepare_backend, serving, write_loss_curve
 
@@ -134,14 +135,20 @@ class Trainer:
     def load(self, tensors: Tensors, record: dict) -> None:
         """Take up the state of a checkpoint that was made for this task and these settings."""
         try:
-            self.step, self.seconds, self.tokens = (record[key] for key in ("step", "seconds", "tokens"))
+            self.step, self.seconds, self.tokens = int(record["step"]), float(record["seconds"]), int(record["tokens"])
             self.losses = tensors["losses"].tolist()
+            if len(self.losses) != self.step:
+                raise CheckpointError(f"the checkpoint is of step {self.step}, but has {len(self.losses)} losses")
             self.model.load_state_dict(_below("model.", tensors))
             self.average.load_state_dict(_below("average.", tensors))
             for name, parameter in self.parameters.items() if self.step else ():
                 state = {key: tensors[f"optimizer.{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+                if state["exp_avg"].shape != parameter.shape or state["exp_avg_sq"].shape != parameter.shape or state["step"].dim() != 0:
+                    raise CheckpointError(f"the checkpoint does not fit the model: the optimizer's state of {name}")
                 self.optimizer.state[parameter] = {key: t.to(self.device) for key, t in state.items()}
-        except (KeyError, RuntimeError) as error:
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            if isinstance(error, CheckpointError):
+                raise
             raise CheckpointError(f"the checkpoint does not fit the model: {str(error).splitlines()[0]}") from error
 
 
@@ -201,9 +208,9 @@ def settings_for(args: argparse.Namespace, record: dict | None) -> Settings:
     if record is None:
         return Settings(**given)
     try:
-        settings = Settings(**record["settings"])
+        settings = Settings(**{field.name: type(field.default)(record["settings"][field.name]) for field in dataclasses.fields(Settings)})
         task, config = record["task"], record["config"]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"the checkpoint does not say how it was made: {error}") from error
     if task != args.task:
         raise CheckpointError(f"the checkpoint is of the task {task!r}, not {args.task!r}")
@@ -220,13 +227,6 @@ def rate(text: str) -> float:
     value = float(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"expected a number > 0, got {text}")
-    return value
-
-
-def natural(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**31:
-        raise argparse.ArgumentTypeError(f"expected an integer from 0 to 2147483647, got {text}")
     return value
 
 
@@ -312,4 +312,4 @@ def resume_command(args: argparse.Namespace, out: Path) -> str:
     options = {"--backend": args.backend, "--model": args.model, "--threads": args.threads}
     defaults = {"--backend": "auto", "--model": "fast", "--threads": None}
     extra = [f"{name} {value}" for name, value in options.items() if value != defaults[name]]
-    return " ".join(["fastprimer train", args.task, "--out", str(out), "--resume", *extra])
+    return " ".join(["fastprimer train", args.task, "--out", shlex.quote(str(out)), "--resume", *extra])

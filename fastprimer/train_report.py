@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -112,7 +113,7 @@ class Report:
         if trainer.step:
             say(f"resumed after step {trainer.step} of {settings.steps}")
         elif path.exists():
-            say(f"starting anew: {path} will be replaced (--resume continues it)")
+            say(f"starting anew: {path} will be replaced (--resume continues it)", markup=False, soft_wrap=True)
         if self.model == "reference":
             say("model: fastprimer.reference, plain torch; no operation of fastprimer takes part")
         else:
@@ -165,7 +166,9 @@ class Report:
         if self.json:
             self._event("stopped", step=trainer.step, steps=trainer.settings.steps, checkpoint=str(path), resume=command)
         else:
-            self.console.print(f"stopped after step {trainer.step} of {trainer.settings.steps}; to go on:\n  {command}", soft_wrap=True)
+            self.console.print(
+                f"stopped after step {trainer.step} of {trainer.settings.steps}; to go on:\n  {command}", soft_wrap=True, markup=False
+            )
 
     def result(self, trainer, measured: dict, files: list[Path], out: Path) -> None:
         """The last words: the loss (a mean over the last steps), the task's own measures, time and speed."""
@@ -181,8 +184,12 @@ class Report:
             say(f"  {line}")
         if not any(path.suffix == ".png" for path in files):
             say("no loss curve was drawn: the package matplotlib is not installed (pip install fastprimer[bench])", markup=False)
-        say(f"written: {out} ({', '.join(path.name for path in files)}, model.safetensors, checkpoint.safetensors)", soft_wrap=True)
-        say(f'try: fastprimer generate --model {out} "{trainer.task.samples()[0][0]}"', soft_wrap=True)
+        say(
+            f"written: {out} ({', '.join(path.name for path in files)}, model.safetensors, checkpoint.safetensors)",
+            soft_wrap=True,
+            markup=False,
+        )
+        say(f'try: fastprimer generate --model {shlex.quote(str(out))} "{trainer.task.samples()[0][0]}"', soft_wrap=True, markup=False)
 
 
 def write_loss_curve(out: Path, losses: list[float]) -> list[Path]:

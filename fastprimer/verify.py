@@ -21,13 +21,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fastprimer.backends import BACKENDS, declared, emulator_reason, load_emulator, native_reason, operations, unavailable
+from fastprimer.generate import natural
 from fastprimer.testing import CASES, DTYPES, compare
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", choices=operations(), action="append", help="only this operation (repeat for more)")
     parser.add_argument("--backend", choices=BACKENDS, action="append", help="only this backend (repeat for more)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random inputs and gradients (default 0)")
+    parser.add_argument("--seed", type=natural, default=0, help="of the random inputs and gradients (default 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line: every compared tensor")
 
 
