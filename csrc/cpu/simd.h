@@ -107,7 +107,14 @@ inline Vec<float> load(const float16* p) {
 
 inline void store(float* p, Vec<float> v) { *reinterpret_cast<Unaligned<float>::type*>(p) = v; }
 inline void store(double* p, Vec<double> v) { *reinterpret_cast<Unaligned<double>::type*>(p) = v; }
-inline void store(bfloat16* p, Vec<float> v) {  // the instruction of AVX512_BF16 would make subnormals zero
+inline void store(bfloat16* p, Vec<float> v) {
+#if defined(__AVX512BF16__)
+  constexpr int subnormal = 0x20;  // which the conversion instruction would make zero
+  if (__builtin_expect(_mm512_fpclass_ps_mask(reinterpret_cast<__m512>(v), subnormal) == 0, 1)) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v))));
+    return;
+  }
+#endif
   const Bits u = reinterpret_cast<Bits>(v);
   Bits rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
   rounded = v == v ? rounded : Bits{} + 0x7FC0u;
