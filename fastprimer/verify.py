@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -164,11 +165,10 @@ def _drive(backend: str, ops: list[str], args, cells, progress, task) -> None:
 
 
 def _table(cells: dict[tuple[str, str], Cell]) -> Table:
-    title = "error / budget, the worst of all cases, dtypes and tensors (at most 1 is within budget)"
-    table = Table("operation", "backend", title=title, title_justify="left")
-    for heading in ("compared", "forward", "backward"):
-        table.add_column(heading, justify="right")
-    table.add_column("")
+    title = "error / budget, the worst of all cases, dtypes and tensors: at most 1 is right"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+    for heading in ("operation", "backend", "compared", "forward", "backward", ""):
+        table.add_column(heading, justify="left" if heading in ("operation", "backend", "") else "right", no_wrap=True)
     for (op, backend), cell in sorted(cells.items(), key=lambda item: operations().index(item[0][0])):
         if cell.refused:
             table.add_row(op, how(backend, cell.device), "", "", "", "[yellow]not here[/yellow]")

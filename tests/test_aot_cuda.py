@@ -1,6 +1,7 @@
 """The CUDA kernels compile for GPUs that are not here, without spills and with the instructions they should have."""
 
 import pytest
+
 from aot.cuda_gate import CASES, SHARED_LIMIT, TARGETS, Case, inspect, reason_not
 
 pytestmark = pytest.mark.skipif(bool(reason_not()), reason=reason_not())

@@ -8,10 +8,9 @@ pytest.importorskip("triton")
 
 from aot import triton_cases as cases  # noqa: E402
 from aot.triton_gate import TARGETS, inspect  # noqa: E402
-from mutation import mutated  # noqa: E402
-
 from fastprimer.backends import interpreting  # noqa: E402
 from fastprimer.kernels import rms_norm  # noqa: E402
+from mutation import mutated  # noqa: E402
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="TRITON_INTERPRET is set: nothing compiles")
 

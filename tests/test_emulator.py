@@ -6,6 +6,7 @@ The long form, all shapes and many schedules: PYTHONPATH=tests python -m emulato
 from dataclasses import dataclass
 
 import pytest
+
 from emulator import probe
 from emulator.build import CHECKS, KINDS, Patch, compile_check, patched_tree, reason_not, run_check
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from conftest import device_or_skip
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from conftest import device_or_skip
 from fastprimer.backends import declared
 from fastprimer.cases import rms_norm_case
 from fastprimer.testing import DTYPES, compare

@@ -10,9 +10,9 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-import fastprimer.kernels  # noqa: E402, F401
 import triton.language as tl  # noqa: E402
 
+import fastprimer.kernels  # noqa: E402, F401
 from fastprimer import interpreter  # noqa: E402
 from fastprimer.backends import interpreting  # noqa: E402
 

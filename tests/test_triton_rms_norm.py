@@ -7,13 +7,12 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from mutation import mutated  # noqa: E402
-
 import fastprimer as fp  # noqa: E402
 from fastprimer import interpreter  # noqa: E402
 from fastprimer.backends import interpreting  # noqa: E402
 from fastprimer.kernels import rms_norm as kernels  # noqa: E402
 from fastprimer.testing import FORWARD_FACTOR, GRADIENT_FACTOR, share_of_budget  # noqa: E402
+from mutation import mutated  # noqa: E402
 
 reference = importlib.import_module("fastprimer.ops.rms_norm")
 

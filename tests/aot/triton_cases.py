@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from aot.triton_gate import Case, inspect
 
+from aot.triton_gate import Case, inspect
 from fastprimer.kernels import rms_norm
 
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
