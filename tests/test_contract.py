@@ -14,6 +14,7 @@ import torch
 from torch.autograd import forward_ad
 
 import fastprimer as fp
+from conftest import device_or_skip
 from fastprimer import testing
 from fastprimer.backends import _functions, declared, interpreting, operations, unavailable, use_backend
 from fastprimer.cases import CASES, Inputs, rms_norm_case
@@ -105,8 +106,7 @@ def test_explaining_in_one_thread_leaves_others_alone():
 
 def test_operators_check_what_they_are_given():
     """They can be called without the public functions: never a read out of bounds."""
-    if unavailable("rms_norm", "cpu", "cpu"):
-        pytest.skip(unavailable("rms_norm", "cpu", "cpu"))
+    device_or_skip("rms_norm", "cpu")
     x, rstd = torch.randn(2, 8), torch.ones(2)
     forward, backward = torch.ops.fastprimer.rms_norm_forward, torch.ops.fastprimer.rms_norm_backward
     for call in (
@@ -213,8 +213,7 @@ def test_compiles_into_one_graph_with_dynamic_shapes(cell):
 
 @pytest.mark.slow
 def test_a_compiled_function_follows_use_backend():
-    if unavailable("rms_norm", "cpu", "cpu"):
-        pytest.skip(unavailable("rms_norm", "cpu", "cpu"))
+    device_or_skip("rms_norm", "cpu")
     torch.compiler.reset()
     x, weight = torch.randn(4, 64, dtype=torch.bfloat16), torch.randn(64, dtype=torch.bfloat16)
     graphs = []
@@ -256,8 +255,7 @@ def test_forward_mode_derivatives_raise_rather_than_lie(cell):
 
 @pytest.mark.parametrize("shape", [(513, 1000), (40, 70000), (3, 64)])
 def test_bits_do_not_depend_on_the_number_of_threads(shape):
-    if unavailable("rms_norm", "cpu", "cpu"):
-        pytest.skip(unavailable("rms_norm", "cpu", "cpu"))
+    device_or_skip("rms_norm", "cpu")
     case = rms_norm_case("threads", *shape, residual=True)
     threads, results = torch.get_num_threads(), []
     try:
@@ -272,8 +270,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(shape):
 @pytest.mark.parametrize("limit", [0, 1, 2])
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=lambda d: str(d)[6:])
 def test_every_instruction_set_is_within_budget(limit, dtype):
-    if unavailable("rms_norm", "cpu", "cpu"):
-        pytest.skip(unavailable("rms_norm", "cpu", "cpu"))
+    device_or_skip("rms_norm", "cpu")
     try:
         if torch.ops.fastprimer.limit_cpu_instruction_set(limit) != limit:
             pytest.skip("this processor does not have it")
@@ -288,8 +285,7 @@ def test_every_instruction_set_is_within_budget(limit, dtype):
 @pytest.mark.parametrize("limit", [0, 1, 2])
 def test_every_half_number_survives_conversion(limit, dtype):
     """All 65,536 of them, subnormal, infinite and signed zeros too, loaded, widened, rounded and stored: h = x + (-0)."""
-    if unavailable("rms_norm", "cpu", "cpu"):
-        pytest.skip(unavailable("rms_norm", "cpu", "cpu"))
+    device_or_skip("rms_norm", "cpu")
     x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)[None]
     try:
         torch.ops.fastprimer.limit_cpu_instruction_set(limit)
@@ -313,8 +309,7 @@ def test_shapes_beyond_31_bits_on_meta():
 def test_more_than_31_bits_of_elements():
     """Offsets are 64 bits wide: the last of 2^31 + 4096 elements is right. The input is one row, expanded."""
     device, backend = ("cuda", "cuda") if torch.cuda.is_available() else ("cpu", "cpu")
-    if unavailable("rms_norm", backend, device):
-        pytest.skip(unavailable("rms_norm", backend, device))
+    device_or_skip("rms_norm", backend)
     if device == "cpu" and os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 9e9:
         pytest.skip("needs 9 GB of free memory")
     row = torch.randn(1, 4096, dtype=torch.bfloat16, device=device)
