@@ -37,6 +37,7 @@ def faults(rows):
     return {(row.kernel, row.target): row.faults for row in rows if row.faults}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.source.stem)
 def test_gate(case):
     rows = inspect(case)

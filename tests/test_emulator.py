@@ -19,7 +19,7 @@ def require(kind):
         pytest.skip(reason_not(kind))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind if kind == "plain" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS])
 @pytest.mark.parametrize("name", CHECKS)
 def test_check(name, kind, tmp_path):
     require(kind)

@@ -21,6 +21,7 @@ HERE = Path(__file__).parent
 needs_interpreter = pytest.mark.skipif(not interpreting(), reason="runs in the process that test_in_the_interpreter starts")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(interpreting(), reason="this is the process with the interpreter")
 def test_in_the_interpreter():
     """This file and test_triton_*.py once more, in a process that has TRITON_INTERPRET set when it imports Triton."""

@@ -64,6 +64,7 @@ def losses(name, steps, task):
     return torch.tensor(trainer.losses, dtype=torch.float64)
 
 
+@pytest.mark.slow
 def test_the_loss_curves_of_reference_and_fast_model_coincide(task, monkeypatch):
     """Over 50 steps the curves differ by no more than rounding makes them differ: three times what noise of one unit in the
     last place of the initial weights does to the reference's own curve, plus a floor of eight units. A wrong eps does not pass."""
@@ -96,6 +97,7 @@ def tensors(out):
     return load_checkpoint(out / CHECKPOINT)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ("fast", "reference"))
 def test_a_resumed_run_has_the_same_bits(model, tmp_path, quick):
     straight, parts = tmp_path / "straight", tmp_path / "parts"
@@ -110,6 +112,7 @@ def test_a_resumed_run_has_the_same_bits(model, tmp_path, quick):
         assert (straight / name).read_bytes() == (parts / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_the_bits_differ_when_a_state_is_left_out(tmp_path, quick, monkeypatch):
     """The test above would see a forgotten moment of the optimizer, or a forgotten number of the step."""
     straight = tmp_path / "straight"
@@ -177,6 +180,7 @@ def test_training_on_emulated_cuda_kernels(tmp_path, quick, capsys):
     assert start["served_by"]["rms_norm"] == "cuda" and last["backend"] == "cuda"
 
 
+@pytest.mark.slow
 def test_training_on_interpreted_triton_kernels(tmp_path):
     """In a process of its own: the interpreter must be asked for before Triton is imported."""
     pytest.importorskip("triton")
