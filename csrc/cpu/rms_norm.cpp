@@ -2,8 +2,9 @@
 //
 // Both passes are memory-bound: the floor is to read and write every row once (forward 2 C, backward 3 C numbers a row).
 // A row is swept twice, first for its sum, then for its result, but stays in the L1 or L2 cache in between. The backward
-// sweep adds the row's share of dweight on the way, into one of `partials` sums over consecutive rows; how many there are
-// depends on the shape alone, and they are added up in their order, so the bits do not depend on the number of threads.
+// sweep adds the row's share of dweight on the way: rows are summed by FEW, those sums join one of `partials` sums over
+// consecutive rows, and these are added up in their order. How many there are depends on the shape alone, so the bits do
+// not depend on the number of threads.
 #include "rms_norm.h"
 
 #include <cstdlib>

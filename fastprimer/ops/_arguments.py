@@ -38,8 +38,7 @@ def check_like(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
     """The two must agree in dtype and device (shape is each operation's own business)."""
     if tensor.dtype != like.dtype:
         raise TypeError(f"{name}: expected {like_name}'s dtype {like.dtype}, got {tensor.dtype}")
-    if tensor.device != like.device:
-        raise ValueError(f"{name}: expected {like_name}'s device {like.device}, got {tensor.device}")
+    check_device(name, tensor, like, like_name)
 
 
 def check_device(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
