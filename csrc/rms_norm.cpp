@@ -8,9 +8,6 @@
 namespace fastprimer {
 namespace {
 
-constexpr int64_t ZERO[] = {0};
-const torch::headeronly::IntHeaderOnlyArrayRef NOTHING(ZERO, 1);  // the shape of an output that is absent
-
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_, std::optional<Tensor> weight_, double eps, std::optional<Tensor> residual_,
                                            double weight_offset) {

@@ -10,6 +10,10 @@
 STABLE_TORCH_LIBRARY(FASTPRIMER_NAMESPACE, m) {
   m.def("rms_norm_forward(Tensor x, Tensor? weight, float eps, Tensor? residual, float weight_offset) -> (Tensor, Tensor, Tensor)");
   m.def("rms_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor? weight, Tensor rstd, float weight_offset) -> (Tensor, Tensor)");
+  m.def("rope_forward(Tensor q, Tensor? k, Tensor cos, Tensor sin, Tensor? positions, bool interleaved) -> (Tensor, Tensor)");
+  m.def("rope_backward(Tensor dq, Tensor? dk, Tensor cos, Tensor sin, Tensor? positions, bool interleaved) -> (Tensor, Tensor)");
+  m.def("swiglu_forward(Tensor gate, Tensor? up, float alpha, float beta, float? limit, float offset) -> Tensor");
+  m.def("swiglu_backward(Tensor dy, Tensor gate, Tensor? up, float alpha, float beta, float? limit, float offset) -> (Tensor, Tensor)");
 #ifndef FASTPRIMER_EMULATED
   m.def("limit_cpu_instruction_set(int limit) -> int");  // for tests: csrc/cpu/dispatch.cpp
 #endif

@@ -51,12 +51,26 @@ inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef
   return Tensor(handle);
 }
 
+// The shape of an output that is absent.
+constexpr int64_t ZERO[] = {0};
+inline const torch::headeronly::IntHeaderOnlyArrayRef NOTHING(ZERO, 1);
+
 // The operators check what the public functions promise, for they can be called without them: never a read out of bounds.
+inline void check_shape(const char* name, const Tensor& t, torch::headeronly::IntHeaderOnlyArrayRef shape) {
+  bool fits = t.dim() == static_cast<int64_t>(shape.size());
+  for (int64_t d = 0; fits && d < t.dim(); d++) fits = t.size(d) == shape[d];
+  STD_TORCH_CHECK(fits, "fastprimer: ", name, ": expected another shape");
+}
+
+inline void check_kind(const char* name, const Tensor& t, const Tensor& like) {
+  STD_TORCH_CHECK(t.scalar_type() == like.scalar_type() && t.get_device_index() == like.get_device_index(), "fastprimer: ", name,
+                  ": expected dtype and device of its partner");
+}
+
 inline void check_like(const char* name, const std::optional<Tensor>& t, const Tensor& like) {
   if (!t) return;
-  bool fits = t->scalar_type() == like.scalar_type() && t->dim() == like.dim() && t->get_device_index() == like.get_device_index();
-  for (int64_t d = 0; fits && d < like.dim(); d++) fits = t->size(d) == like.size(d);
-  STD_TORCH_CHECK(fits, "fastprimer: ", name, ": expected shape, dtype and device of its partner");
+  check_kind(name, *t, like);
+  check_shape(name, *t, like.sizes());
 }
 
 inline void check_weight(const std::optional<Tensor>& weight, const Tensor& x) {
@@ -66,13 +80,13 @@ inline void check_weight(const std::optional<Tensor>& weight, const Tensor& x) {
                   "fastprimer: weight: expected shape (C,), x's dtype or float32, and x's device");
 }
 
-// A tensor (..., C) seen as N rows of C adjacent numbers. Views whose leading dimensions fold into one stride are read in
-// place; any other is copied once.
+// A tensor (..., C) seen as N rows of C adjacent numbers; a scalar is one row of one. Views whose leading dimensions fold into one stride
+// are read in place; any other is copied once.
 struct Rows {
   Tensor tensor;
   int64_t N, C, stride_row;
 
-  explicit Rows(const Tensor& t) : tensor(t), N(1), C(t.size(t.dim() - 1)), stride_row(C) {
+  explicit Rows(const Tensor& t) : tensor(t), N(1), C(t.dim() > 0 ? t.size(t.dim() - 1) : 1), stride_row(C) {
     for (int64_t d = 0; d + 1 < t.dim(); d++) N *= t.size(d);
     if (!fold()) {
       tensor = torch::stable::contiguous(t);

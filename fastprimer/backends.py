@@ -310,13 +310,13 @@ def _register_fake(name: str, function) -> None:
     torch.library.register_fake(name, function)
 
 
-def dtype_limit(x: Tensor, weight: Tensor | None, names: str) -> str:
-    """Why a kernel for x's dtype in `names`, and weight in x's dtype or float32, cannot take these, or ""."""
+def dtype_limit(x: Tensor, constant: Tensor | None, names: str, what: str = "a weight") -> str:
+    """Why a kernel for x's dtype in `names`, and a constant in x's dtype or float32, cannot take these, or ""."""
     dtype = str(x.dtype).removeprefix("torch.")
     if dtype not in names.split():
         return f"its kernel takes {names.replace(' ', ', ')}, not {dtype}"
-    if weight is not None and weight.dtype not in (x.dtype, torch.float32):
-        return f"its kernel takes a weight of {dtype} or float32, not {str(weight.dtype).removeprefix('torch.')}"
+    if constant is not None and constant.dtype not in (x.dtype, torch.float32):
+        return f"its kernel takes {what} of {dtype} or float32, not {str(constant.dtype).removeprefix('torch.')}"
     return ""
 
 

@@ -1,10 +1,12 @@
 """Independent formulations of every operation, differentiated by autograd: what the reference itself is checked against.
 
-Written on purpose in another way than the chapters: torch.nn.functional where it has the operation, complex numbers for
+Written on purpose in another way than the chapters: torch.nn.functional where it has the operation, matrices for
 rotations, loops over sequences, tokens and experts where the chapters use masks. Slow, and nothing but right.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -23,22 +25,30 @@ def rms_norm(x, weight=None, eps=1e-6, *, residual=None, weight_offset=0.0):
 
 
 def rope(q, k, cos, sin, *, positions=None, interleaved=False):
-    """A pair of features is a complex number, a rotation a product with cos + i sin."""
-    turn = torch.complex(_wide(cos), _wide(sin))
+    """A pair of features is a vector, a rotation a product with a 2 x 2 matrix."""
+    turn = torch.stack((torch.stack((_wide(cos), -_wide(sin)), -1), torch.stack((_wide(sin), _wide(cos)), -1)), -2)
     R = 2 * cos.shape[1]
 
     def rotate(x):
         rows = torch.arange(x.shape[-3], device=x.device) if positions is None else positions
         pairs = _wide(x[..., :R]).unflatten(-1, (-1, 2)) if interleaved else _wide(x[..., :R]).unflatten(-1, (2, -1)).transpose(-1, -2)
-        rotated = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turn[rows].unsqueeze(-2))
+        rotated = (turn[rows].unsqueeze(-4) @ pairs.unsqueeze(-1)).squeeze(-1)
         rotated = rotated if interleaved else rotated.transpose(-1, -2)
         return torch.cat((rotated.flatten(-2).to(x.dtype), x[..., R:]), -1)
 
     return rotate(q), None if k is None else rotate(k)
 
 
-def swiglu(gate, up):
-    return (F.silu(_wide(gate)) * _wide(up)).to(gate.dtype)
+def swiglu(gate, up=None, *, activation="silu", limit=None):
+    a, b = (_wide(t) for t in (gate.unflatten(-1, (2, gate.shape[-1] // 2)).unbind(-2) if up is None else (gate, up)))
+    if activation == "gpt_oss" or limit is not None:
+        limit = 7.0 if limit is None else limit
+        a, b = a.clamp(max=limit), b.clamp(-limit, limit)
+    if activation == "gpt_oss":
+        return (a / (1 + torch.exp(-1.702 * a)) * (b + 1)).to(gate.dtype)
+    if activation == "gelu_tanh":  # F.gelu's 1 + tanh cancels where a < 0: less exact than the chapter
+        return (a * torch.exp(F.logsigmoid(math.sqrt(8 / math.pi) * (a + 0.044715 * a**3))) * b).to(gate.dtype)
+    return (F.silu(a) * b).to(gate.dtype)
 
 
 def attention(q, k, v, *, causal=False, window=None, scale=None, softcap=None, sinks=None, cu_seqlens_q=None, cu_seqlens_k=None,

@@ -6,10 +6,15 @@
 #include "isa.h"
 #include "parallel.h"
 #include "rms_norm.h"
+#include "rope.h"
+#include "swiglu.h"
 
-#define FASTPRIMER_CPU_KERNELS(KERNEL)     \
-  KERNEL(rms_norm_forward, RmsNormForward) \
-  KERNEL(rms_norm_backward, RmsNormBackward)
+#define FASTPRIMER_CPU_KERNELS(KERNEL)       \
+  KERNEL(rms_norm_forward, RmsNormForward)   \
+  KERNEL(rms_norm_backward, RmsNormBackward) \
+  KERNEL(rope, Rope)                         \
+  KERNEL(swiglu_forward, SwiGluForward)      \
+  KERNEL(swiglu_backward, SwiGluBackward)
 
 namespace fastprimer {
 

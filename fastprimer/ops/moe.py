@@ -32,7 +32,9 @@ from torch import Tensor
 
 from fastprimer.backends import choose, implementation
 from fastprimer.ops import _arguments as arguments
-from fastprimer.ops.swiglu import swiglu_backward, swiglu_forward
+from fastprimer.ops.swiglu import ACTIVATIONS, swiglu_backward, swiglu_forward
+
+SILU = ACTIVATIONS["silu"]
 
 
 def moe_forward(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,7 +42,7 @@ def moe_forward(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, exper
     x_wide, gate_up_wide, down_wide, w = _widened(x, gate_up, down, weights)
     chosen = _chosen(experts, gate_up.shape[0])
     hidden = sum(_where(c, (x_wide @ m.t()).unsqueeze(1)) for c, m in zip(chosen, gate_up_wide.unbind(), strict=True)).to(x.dtype)
-    u = w * swiglu_forward(*hidden.to(w.dtype).chunk(2, -1))
+    u = w * swiglu_forward(hidden.to(w.dtype), None, *SILU)
     y = sum(_where(c.any(1), _where(c, u).sum(1) @ m.t()) for c, m in zip(chosen, down_wide.unbind(), strict=True))
     return y.to(x.dtype).contiguous(), hidden.contiguous()
 
@@ -52,12 +54,11 @@ def moe_backward(
     x_wide, gate_up_wide, down_wide, w = _widened(x, gate_up, down, weights)
     dy, hidden = dy.to(x_wide.dtype), hidden.to(x_wide.dtype)
     chosen = _chosen(experts, gate_up.shape[0])
-    a, b = hidden.chunk(2, -1)
-    u = swiglu_forward(a, b)
+    u = swiglu_forward(hidden, None, *SILU)
     d = sum(_where(c, (dy @ m).unsqueeze(1)) for c, m in zip(chosen, down_wide.unbind(), strict=True))
     dweights = (d * u).sum(-1)
     ddown = torch.stack([dy.t() @ _where(c, w * u).sum(1) for c in chosen])
-    dhidden = torch.cat(swiglu_backward(w * d, a, b), -1)
+    dhidden, _ = swiglu_backward(w * d, hidden, None, *SILU)
     routed = [_where(c, dhidden).sum(1) for c in chosen]  # (N, 2F) for each expert
     dgate_up = torch.stack([r.t() @ x_wide for r in routed])
     dx = sum(_where(c.any(1), r @ m) for c, r, m in zip(chosen, routed, gate_up_wide.unbind(), strict=True))

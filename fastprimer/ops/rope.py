@@ -14,7 +14,9 @@ rotated key at position n depends on m − n alone: R(m)ᵀ R(n) = R(n − m).
 
 **The two pairings.** Let π be the permutation that lists the even features first, then the odd ones. Then
 half_split(π x) = π interleaved(x): a model's query and key projections, permuted row-wise by π per head, give under one
-pairing the very scores that the unpermuted ones give under the other.
+pairing the very scores that the unpermuted ones give under the other. A third convention reads pairs (2i, 2i + 1) and
+writes all a' before all b', x -> cat(x[0::2] c − x[1::2] s, x[0::2] s + x[1::2] c): that is half_split(π x), and since a
+permutation of the features of both q and k changes no score, it too gives the scores of the interleaved pairing.
 
 **Backward.** The map is linear and orthogonal, so its transpose is the rotation by the opposite angle:
 
@@ -31,7 +33,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from fastprimer.backends import choose, implementation
+from fastprimer.backends import choose, dtype_limit, implementation
 from fastprimer.ops import _arguments as arguments
 
 
@@ -66,7 +68,26 @@ def rope_backward(
     return rope_forward(dq, dk, cos, -sin, positions, interleaved)
 
 
-LIMITS = {"rope": {}}
+def _limit(names: str):
+    """What a kernel for queries of these dtypes cannot take: tables of other dtypes than q's or float32."""
+
+    def reason(q, k, cos, sin, *_) -> str:
+        return (
+            dtype_limit(q, cos, names, "cos and sin")
+            or dtype_limit(q, sin, names, "cos and sin")
+            or ("" if cos.dtype == sin.dtype else "its kernel takes cos and sin of one dtype")
+        )
+
+    return reason
+
+
+LIMITS = {
+    "rope": {
+        "cpu": _limit("float32 bfloat16 float16 float64"),
+        "triton": _limit("float32 bfloat16 float16 float64"),
+        "cuda": _limit("float32 bfloat16 float16"),
+    }
+}
 
 
 class RoPE(torch.autograd.Function):
@@ -99,7 +120,8 @@ def rope(
 
     Raises:
         TypeError, ValueError: an argument's dtype, shape or device does not fit; the message names it.
-        IndexError: a position outside 0..P-1 (checked on the CPU only).
+        IndexError: a position outside 0..P-1. Checked on the CPU only: elsewhere, and in compiled code, the kernels give
+            NaN for such a token (the reference fails as torch's indexing does).
 
     Source: Su et al. (2021), section 3.2.2.
     """
