@@ -3,6 +3,7 @@
 from fastprimer import layers, reference
 from fastprimer.backends import BackendError, backends, explain, use_backend
 from fastprimer.config import Config
+from fastprimer.memory import keep_freed_memory
 from fastprimer.model import Model
 from fastprimer.ops import (
     attention,
@@ -28,6 +29,7 @@ __all__ = [
     "backends",
     "cross_entropy",
     "explain",
+    "keep_freed_memory",
     "layers",
     "linear_cross_entropy",
     "load_balancing_loss",

@@ -3,8 +3,9 @@
 No time is shown for a wrong result. All contestants are measured in every round, in random order, so that a noisy machine
 is noisy for all of them and nobody always finds the memory that another has just freed; medians are compared. The roof is
 the copy bandwidth (bytes read plus bytes written) of an array larger than the last-level cache, measured between the
-rounds; `of roof` is the share of it that the operation's least traffic (cases.py) reaches. Outputs are freshly allocated,
-as they are in use. On a GPU the L2 cache is cleared before every measurement, and events time the device.
+rounds; `of roof` is the share of it that the operation's least traffic (cases/) reaches. Outputs are freshly allocated, as
+they are in use; on the CPU from memory that the process keeps (fastprimer/memory.py), or with --memory fresh from the system,
+for everybody alike. On a GPU the L2 cache is cleared before every measurement, and events time the device.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import fastprimer
 from fastprimer.backends import BACKENDS, PREFERENCE, BackendError, declared, unavailable, use_backend
 from fastprimer.cases import CASES, Case, Inputs
 from fastprimer.generate import natural, positive
+from fastprimer.memory import keep_freed_memory
 from fastprimer.testing import compare
 
 PASSES = ("forward", "forward+backward")
@@ -45,7 +47,32 @@ def _rms_norm(x, weight=None, eps=1e-6, *, residual=None, weight_offset=0.0):
     return y if residual is None else (y, h)
 
 
-EAGER: dict[str, Callable] = {"rms_norm": _rms_norm}
+def _rope(q, k, cos, sin, *, positions=None, interleaved=False):
+    """Half-split as in Hugging Face's models, where the tables are as wide as a head and of q's dtype."""
+    rows = slice(0, q.shape[1]) if positions is None else positions
+    if interleaved:  # as in the paper: a pair is a complex number
+        turn = torch.complex(cos[rows], sin[rows]).unsqueeze(-2)
+        return tuple(
+            torch.view_as_real(torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turn).flatten(-2).to(x.dtype) for x in (q, k)
+        )
+    cos, sin = (torch.cat((t[rows], t[rows]), -1).to(q.dtype).unsqueeze(-2) for t in (cos, sin))
+    return tuple(x * cos + _rotate_half(x) * sin for x in (q, k))
+
+
+def _rotate_half(x):
+    half = x.shape[-1] // 2
+    return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+
+
+def _swiglu(gate, up=None, *, activation="silu", limit=None):
+    gate, up = gate.chunk(2, -1) if up is None else (gate, up)
+    if activation == "gpt_oss":
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+        return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+    return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
+
+
+EAGER: dict[str, Callable] = {"rms_norm": _rms_norm, "rope": _rope, "swiglu": _swiglu}
 """What a user without fastprimer would write. The same function, compiled, is the second peer."""
 
 
@@ -80,6 +107,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="the first case of each operation, few rounds")
     parser.add_argument("--rounds", type=positive, help="measurements of each contestant (default 21, quick 11)")
     parser.add_argument("--threads", type=positive, help="torch's CPU threads (default: as torch chooses)")
+    parser.add_argument(
+        "--memory",
+        choices=("kept", "fresh"),
+        default="kept",
+        help="where large CPU tensors come from: memory that was freed before (default), or fresh pages of the system each time",
+    )
     parser.add_argument("--seed", type=natural, default=0, help="of the random inputs and of the order (default 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object: machine, versions, results")
     parser.add_argument("--markdown", action="store_true", help="print the table of README.md")
@@ -90,6 +123,7 @@ def run(args: argparse.Namespace) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    memory = "kept" if args.memory == "kept" and keep_freed_memory() else "fresh"
     rounds = args.rounds or (11 if args.quick else 21)
     jobs = [job for op in args.op or EAGER for job in _jobs(op, device, args)]
     console = Console(stderr=args.json or args.markdown)
@@ -107,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
                 console.print(f"[red]fastprimer bench: error: {error}[/red]")
                 return 2
             bar.advance(task)
-    record = {"machine": about, "results": [asdict(r) for r in results]}
+    record = {"machine": about | {"memory": memory}, "results": [asdict(r) for r in results]}
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(record, indent=1) + "\n")

@@ -1,19 +1,114 @@
 """The shape of a decoder, under the field names of a Hugging Face config.json.
 
-Every field is honoured by both models. A config.json that asks for something else (another activation, biases, scaled rotary
-embeddings ...) is refused by name: a model that silently ignores a setting computes something else than its author meant.
+Every field is honoured by both models. A config.json that asks for something else (another activation, biases, another scaling
+of the rotary embedding ...) is refused by name: a model that silently ignores a setting computes something else than its author
+meant.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be built; the message names the field."""
+
+
+def expect(condition: bool, field: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ConfigError(f"config: {field}: expected {expected}, got {got!r}")
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+@dataclass(frozen=True)
+class Rope:
+    """All that a model's rotary embedding follows from, checked, and with the defaults of transformers filled in."""
+
+    head_dim: int
+    theta: float
+    partial_rotary_factor: float
+    max_position_embeddings: int
+    given: dict  # the fields of rope_scaling that were given, but for those that have a name of their own here
+    settings: dict  # all fields of this rope_type
+    kind: str = "default"
+
+    @classmethod
+    def read(cls, scaling: dict | None, head_dim: int, theta: float, partial_rotary_factor: float, max_position_embeddings: int) -> Rope:
+        """From `rope_scaling` and the fields next to it, or from `rope_parameters`, in which transformers 5 keeps all of them.
+
+        What stands inside counts. Raises ConfigError: a field of scaling is unknown, missing or wrong; the message names it.
+        """
+        expect(scaling is None or isinstance(scaling, dict), "rope_scaling", "an object or null", scaling)
+        given = dict(scaling or {})
+        kind = given.pop("type", "default")  # its name before it was called rope_type
+        kind = given.pop("rope_type", kind)
+        expect(isinstance(kind, str) and kind in ROPE_TYPES, "rope_scaling: rope_type", f"one of {', '.join(ROPE_TYPES)}", kind)
+        theta = given.pop("rope_theta", theta)
+        partial_rotary_factor = given.pop("partial_rotary_factor", partial_rotary_factor)
+        expect(is_count(head_dim, 2) and head_dim % 2 == 0, "head_dim", "an even number >= 2", head_dim)
+        expect(is_count(max_position_embeddings, 1), "max_position_embeddings", "an integer >= 1", max_position_embeddings)
+        least = 1 if kind == "yarn" else 0  # yarn divides by log(theta)
+        expect(is_number(theta) and theta > least, "rope_theta", f"a number > {least}", theta)
+        fits = is_number(partial_rotary_factor) and 0 < partial_rotary_factor <= 1
+        expect(fits, "partial_rotary_factor", "a number > 0, at most 1", partial_rotary_factor)
+        settings = _rope_settings(kind, given, max_position_embeddings)
+        rope = cls(head_dim, theta, partial_rotary_factor, max_position_embeddings, given, settings, kind)
+        rope._check_sizes()
+        return rope
+
+    def _check_sizes(self) -> None:
+        size = self.rotary_size
+        whole = f"an even number >= 2 of rotary features out of head_dim = {self.head_dim}"
+        expect(size >= 2 and size % 2 == 0, "partial_rotary_factor", whole, self.partial_rotary_factor)
+        expect(self.kind != "dynamic" or size > 2, "rope_scaling: rope_type", "another one for 2 rotary features", self.kind)
+        for field in ("short_factor", "long_factor") if self.kind == "longrope" else ():
+            length = len(self.settings[field])
+            expect(length == size // 2, f"rope_scaling: {field}", f"{size // 2} numbers, one per pair of rotary features", length)
+
+    @property
+    def rotary_size(self) -> int:
+        """R, the features of a head that are rotated; "proportional" forms pairs of all D and leaves some at rest."""
+        return self.head_dim if self.kind == "proportional" else int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the frequencies depend on the length of the sequence."""
+        return self.kind in ("dynamic", "longrope")
+
+
+def _rope_settings(kind: str, given: dict, max_position_embeddings: int) -> dict:
+    known = ROPE_TYPES[kind]
+    for field, value in given.items():
+        expect(field in known, f"rope_scaling: {field}", f"only {', '.join(known) or 'no fields'} for the type {kind!r}", value)
+        description, fits = known[field]
+        expect(fits(value), f"rope_scaling: {field}", description, value)
+    defaults = ROPE_DEFAULTS.get(kind, {})
+    if "original_max_position_embeddings" in known:
+        defaults = {"original_max_position_embeddings": max_position_embeddings, **defaults}
+    settings = defaults | {field: value for field, value in given.items() if value is not None or field not in defaults}
+    for field, (description, _) in known.items():
+        expect(field in settings, f"rope_scaling: {field}", f"{description} for the type {kind!r}", None)
+    if "factor" in known and settings["factor"] is None:
+        settings["factor"] = max_position_embeddings / settings["original_max_position_embeddings"]
+    if kind == "llama3":
+        low, high = settings["low_freq_factor"], settings["high_freq_factor"]
+        expect(high > low, "rope_scaling: high_freq_factor", f"a number > low_freq_factor = {low}", high)
+    if kind == "yarn":
+        slow, fast = settings["beta_slow"], settings["beta_fast"]
+        expect(fast >= slow, "rope_scaling: beta_fast", f"a number >= beta_slow = {slow}", fast)
+    return settings
 
 
 @dataclass(frozen=True)
@@ -28,8 +123,10 @@ class Config:
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None
+    rope_scaling: dict | None = None  # see fastprimer/rotary.py; rope_parameters of transformers 5 is taken too
+    partial_rotary_factor: float = 1.0  # the share of a head's features that are rotated
     sliding_window: int | None = None  # a query sees itself and the sliding_window - 1 keys before it
+    hidden_act: str = "silu"  # one of HIDDEN_ACTS; a mixture of experts has no other than silu
     qk_norm: bool = False  # RMSNorm on every head of q and k (Qwen3)
     tie_word_embeddings: bool = False
     num_local_experts: int = 0  # 0: a dense feed-forward layer
@@ -48,8 +145,6 @@ class Config:
         if self.head_dim is None:
             self._check(self.hidden_size % self.num_attention_heads == 0, "hidden_size", f"a multiple of {self.num_attention_heads} heads")
             object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
-        self._check_count("head_dim", 2)
-        self._check(self.head_dim % 2 == 0, "head_dim", "an even number")
         divides = self.num_attention_heads % self.num_key_value_heads == 0
         self._check(divides, "num_key_value_heads", f"a divisor of num_attention_heads = {self.num_attention_heads}")
         if self.sliding_window is not None:
@@ -59,26 +154,32 @@ class Config:
             self._check(fits, "num_experts_per_tok", f"at most num_local_experts = {self.num_local_experts}")
         for field in ("qk_norm", "tie_word_embeddings", "norm_topk_prob"):
             self._check(isinstance(getattr(self, field), bool), field, "true or false")
-        for field in ("rms_norm_eps", "rope_theta", "initializer_range"):
+        for field in ("rms_norm_eps", "initializer_range"):
             value = getattr(self, field)
-            self._check(isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0, field, "a number >= 0")
-        self._check(self.rope_theta > 0, "rope_theta", "a number > 0")
-        self._check_rope_scaling()
+            self._check(is_number(value) and value >= 0, field, "a number >= 0")
+        acts = [act for act, name in HIDDEN_ACTS.items() if name == "silu" or not self.is_moe]
+        known = isinstance(self.hidden_act, str) and self.hidden_act in acts
+        self._check(known, "hidden_act", f"one of {', '.join(acts)}{' in a mixture of experts' if self.is_moe else ''}")
+        rope = self.rope
+        object.__setattr__(self, "rope_theta", rope.theta)
+        object.__setattr__(self, "partial_rotary_factor", rope.partial_rotary_factor)
+        object.__setattr__(self, "rope_scaling", None if rope.kind == "default" else {"rope_type": rope.kind, **rope.given})
 
     def _check(self, condition: bool, field: str, expected: str) -> None:
-        if not condition:
-            raise ConfigError(f"config: {field}: expected {expected}, got {getattr(self, field)!r}")
+        expect(condition, field, expected, getattr(self, field))
 
     def _check_count(self, field: str, least: int) -> None:
-        value = getattr(self, field)
-        self._check(isinstance(value, int) and not isinstance(value, bool) and value >= least, field, f"an integer >= {least}")
+        self._check(is_count(getattr(self, field), least), field, f"an integer >= {least}")
 
-    def _check_rope_scaling(self) -> None:
-        if self.rope_scaling is None:
-            return
-        self._check(isinstance(self.rope_scaling, dict), "rope_scaling", "an object or null")
-        kind = self.rope_scaling.get("rope_type", self.rope_scaling.get("type", "default"))
-        self._check(kind == "default", "rope_scaling", "the type 'default' (scaled rotary embeddings are not supported yet)")
+    @cached_property
+    def rope(self) -> Rope:
+        sizes = self.head_dim, self.rope_theta, self.partial_rotary_factor, self.max_position_embeddings
+        return Rope.read(self.rope_scaling, *sizes)
+
+    @property
+    def longest_sequence(self) -> int | None:
+        """How many tokens a model takes. None: any number, since "dynamic" scaling extends max_position_embeddings as needed."""
+        return None if self.rope.kind == "dynamic" else self.max_position_embeddings
 
     @property
     def is_moe(self) -> bool:
@@ -87,6 +188,8 @@ class Config:
     @property
     def model_type(self) -> str:
         """The Hugging Face architecture that computes the same, or "fastprimer" where there is none."""
+        if self.rope.rotary_size < self.head_dim:
+            return "fastprimer"  # the four below rotate whole heads
         if self.qk_norm:
             return "fastprimer" if self.is_moe or self.sliding_window is not None else "qwen3"
         if self.is_moe:
@@ -118,12 +221,13 @@ class Config:
         kind = given.get("model_type", "llama")
         if kind not in MODEL_TYPES:
             raise ConfigError(f"config: model_type: expected one of {', '.join(MODEL_TYPES)}, got {kind!r}")
-        rope = given.get("rope_parameters")  # transformers 5 keeps all of it in one object
-        if isinstance(rope, dict):
-            for field in ("rope_theta", "partial_rotary_factor"):
-                if field in rope:
-                    given.setdefault(field, rope[field])
-            given["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
+        given["rope_scaling"] = rope = given.get("rope_scaling") or given.get("rope_parameters")
+        original = "original_max_position_embeddings"  # Phi-3 has it outside, where it counts more
+        if given.get(original) is not None and isinstance(rope, dict):
+            if original in ROPE_TYPES.get(str(rope.get("rope_type", rope.get("type"))), ()):
+                given["rope_scaling"] = rope | {original: given[original]}
+        if given.get("partial_rotary_factor", 1.0) is None:
+            given["partial_rotary_factor"] = 1.0
         if kind == "qwen3":
             given |= {"qk_norm": True, "sliding_window": None}
         layer = "full_attention" if given.get("sliding_window") is None else "sliding_attention"
@@ -142,7 +246,7 @@ class Config:
         fields = dataclasses.asdict(self)
         if not self.is_moe:
             fields = {k: v for k, v in fields.items() if k not in ("num_local_experts", "num_experts_per_tok", "norm_topk_prob")}
-        return {"architectures": [f"{architecture}ForCausalLM"], "model_type": self.model_type, "hidden_act": "silu", **fields}
+        return {"architectures": [f"{architecture}ForCausalLM"], "model_type": self.model_type, **fields}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2) + "\n"
@@ -150,12 +254,54 @@ class Config:
 
 MODEL_TYPES = ("llama", "mistral", "mixtral", "qwen3", "fastprimer")
 
+HIDDEN_ACTS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+"""{hidden_act: the activation of fp.swiglu}"""
+
+_FACTOR = "a number >= 1", lambda value: is_number(value) and value >= 1
+_POSITIVE = "a number > 0", lambda value: is_number(value) and value > 0
+_FACTORS = "a list of numbers > 0", lambda value: isinstance(value, list) and all(_POSITIVE[1](number) for number in value)
+_FLAG = "true or false", lambda value: isinstance(value, bool)
+_ORIGINAL = {"original_max_position_embeddings": ("an integer >= 2", lambda value: is_count(value, 2))}
+
+
+def _or_null(description, fits):
+    return f"{description} or null", lambda value: value is None or fits(value)
+
+
+ROPE_TYPES = {
+    "default": {},
+    "linear": {"factor": _FACTOR},
+    "dynamic": {"factor": _FACTOR},
+    "yarn": {
+        "factor": _or_null(*_FACTOR),
+        **_ORIGINAL,
+        **dict.fromkeys(("attention_factor", "beta_fast", "beta_slow"), _or_null(*_POSITIVE)),
+        **dict.fromkeys(("mscale", "mscale_all_dim"), _or_null("a number >= 0", lambda value: is_number(value) and value >= 0)),
+        "truncate": _FLAG,
+    },
+    "llama3": {"factor": _FACTOR, "low_freq_factor": _POSITIVE, "high_freq_factor": _POSITIVE, **_ORIGINAL},
+    "longrope": {
+        "short_factor": _FACTORS,
+        "long_factor": _FACTORS,
+        "factor": _or_null(*_FACTOR),
+        "attention_factor": _or_null(*_POSITIVE),
+        **_ORIGINAL,
+    },
+    "proportional": {"factor": _FACTOR},
+}
+"""{rope_type: {field of rope_scaling: (what is expected, a test of it)}}"""
+
+ROPE_DEFAULTS = {
+    "yarn": {"attention_factor": None, "beta_fast": 32, "beta_slow": 1, "mscale": None, "mscale_all_dim": None, "truncate": True},
+    "longrope": {"factor": None, "attention_factor": None},
+    "proportional": {"factor": 1},
+}
+"""A field that is in none of them must be given, or (original_max_position_embeddings, null factors) follows from the others."""
+
 REQUIRED_VALUES = {
-    "hidden_act": ("swish", "silu"),
     "attention_bias": (None, False),
     "mlp_bias": (None, False),
     "use_sliding_window": (None, False),
-    "partial_rotary_factor": (None, 1.0),
     "attention_dropout": (None, 0.0),
     "router_jitter_noise": (None, 0.0),
     "pretraining_tp": (None, 1),

@@ -72,7 +72,8 @@ def generate(
     """Continue every row of tokens (B, S) until `end` or max_new_tokens.
 
     A temperature of 0 takes the most probable token, else tokens are drawn from softmax(logits / temperature). A model that
-    offers new_cache(B, T) reads each token once; any other reads the whole sequence at each step.
+    offers new_cache(B, T) reads each token once; any other reads the whole sequence at each step. Rotary frequencies that depend
+    on the length (rope_type "dynamic", "longrope") are from the start those for S + max_new_tokens positions.
 
     Returns:
         per row, the new tokens without `end`, and the probability that the model gave to them (and to `end`, if it came).
@@ -82,8 +83,10 @@ def generate(
     log_probability = torch.zeros(batch, dtype=torch.float64, device=tokens.device)
     running = torch.ones(batch, dtype=torch.bool, device=tokens.device)
     unread = tokens
+    config = getattr(model, "config", None)
+    options = {"longest": length + max_new_tokens} if config is not None and config.rope.adaptive else {}
     for _ in range(max_new_tokens):
-        logits = model(tokens) if cache is None else model(unread, cache=cache)
+        logits = model(tokens, **options) if cache is None else model(unread, cache=cache)
         log_p = logits[:, -1].double().log_softmax(-1)
         if temperature == 0:
             chosen = log_p.argmax(-1)
@@ -107,9 +110,9 @@ def answer(model: nn.Module, vocabulary: Vocabulary, prompt: str, max_new_tokens
     encoded = vocabulary.encode(prompt)
     if not encoded:
         raise PromptError("the prompt is empty")
-    room = model.config.max_position_embeddings - len(encoded)
-    if room < max_new_tokens:
-        raise PromptError(f"the model reads {model.config.max_position_embeddings} words at most, prompt and answer together")
+    longest = model.config.longest_sequence
+    if longest is not None and len(encoded) + max_new_tokens > longest:
+        raise PromptError(f"the model reads {longest} words at most, prompt and answer together")
     device = next(model.parameters()).device
     rows, probabilities = generate(model, torch.tensor([encoded], device=device), max_new_tokens, end=vocabulary.end, **options)
     return vocabulary.decode(rows[0]), probabilities[0]

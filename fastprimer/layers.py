@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from fastprimer import ops
-from fastprimer.config import Config
+from fastprimer.config import HIDDEN_ACTS, Config
 from fastprimer.ops.decoding import MAX_QUERIES
+from fastprimer.rotary import RotaryEmbedding as RotaryEmbedding
 
 
 class RMSNorm(nn.Module):
@@ -24,33 +25,18 @@ class RMSNorm(nn.Module):
         return ops.rms_norm(x, self.weight, self.eps, residual=residual)
 
 
-class RotaryEmbedding(nn.Module):
-    """The cosine and sine tables of fp.rope; it has no state, so that no .to(dtype) can round its frequencies."""
-
-    def __init__(self, head_dim: int, theta: float = 10000.0):
-        super().__init__()
-        self.head_dim = head_dim
-        self.theta = theta
-
-    def forward(self, positions: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """positions (P,) -> cos, sin (P, D/2), float32 at least."""
-        dtype = torch.promote_types(dtype, torch.float32)
-        exponents = torch.arange(0, self.head_dim, 2, device=positions.device, dtype=dtype) / self.head_dim
-        angles = positions.to(dtype)[:, None] / self.theta**exponents
-        return angles.cos(), angles.sin()
-
-
 class SwiGLU(nn.Module):
-    """The dense feed-forward layer: down(silu(gate(x)) * up(x))."""
+    """The dense feed-forward layer: down(silu(gate(x)) * up(x)), or with another activation or limit of fp.swiglu."""
 
-    def __init__(self, width: int, inner: int):
+    def __init__(self, width: int, inner: int, activation: str = "silu", limit: float | None = None):
         super().__init__()
+        self.activation, self.limit = activation, limit
         self.gate_proj = nn.Linear(width, inner, bias=False)
         self.up_proj = nn.Linear(width, inner, bias=False)
         self.down_proj = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., C) -> (..., C)
-        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x), activation=self.activation, limit=self.limit))
 
 
 class LayerCache:
@@ -60,11 +46,16 @@ class LayerCache:
         self.k, self.v = k, v
         self.length = 0
 
+    @property
+    def room(self) -> int:
+        """T."""
+        return self.k.shape[1]
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, window: tuple | None) -> Tensor:
         """Append k and v, then let q, the same tokens' queries, see all keys up to its own."""
         start, stop = self.length, self.length + q.shape[1]
-        if stop > self.k.shape[1]:
-            raise ValueError(f"cache: expected at most {self.k.shape[1]} tokens, got {stop}")
+        if stop > self.room:
+            raise ValueError(f"cache: expected at most {self.room} tokens, got {stop}")
         self.length = stop
         if q.shape[1] <= MAX_QUERIES:  # more are a prompt
             lengths = torch.full((q.shape[0],), start, dtype=torch.int32, device=q.device)
@@ -90,7 +81,7 @@ class Attention(nn.Module):
         self.window = None if config.sliding_window is None else (config.sliding_window - 1, 0)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
-        """x (B, S, C), and for fp.rope cos, sin (P, D/2) and the rows of them (B, S), by default 0..S-1 -> (B, S, C)."""
+        """x (B, S, C), and for fp.rope cos, sin (P, R/2) and the rows of them (B, S), by default 0..S-1 -> (B, S, C)."""
         q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -141,7 +132,7 @@ class DecoderLayer(nn.Module):
         if config.is_moe:
             self.mlp = MoE(*sizes, config.num_local_experts, config.num_experts_per_tok, config.norm_topk_prob)
         else:
-            self.mlp = SwiGLU(*sizes)
+            self.mlp = SwiGLU(*sizes, HIDDEN_ACTS[config.hidden_act])
 
     def forward(
         self,

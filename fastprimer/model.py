@@ -23,9 +23,11 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary = RotaryEmbedding(config.head_dim, config.rope_theta)
+        self.rotary = RotaryEmbedding.from_config(config)
 
-    def forward(self, tokens: Tensor, positions: Tensor | None, cache: list[LayerCache] | None) -> Tensor:  # (B, S) -> (B, S, C)
+    def forward(
+        self, tokens: Tensor, positions: Tensor | None, cache: list[LayerCache] | None, longest: int | Tensor | None
+    ) -> Tensor:  # (B, S) -> (B, S, C)
         x, residual = self.embed_tokens(tokens), None
         rows = None
         if positions is None:
@@ -33,7 +35,7 @@ class Decoder(nn.Module):
             positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
         else:  # a table of just these positions, in order
             rows = torch.arange(positions.numel(), device=tokens.device).view(positions.shape)
-        cos, sin = self.rotary(positions.flatten(), x.dtype)
+        cos, sin = self.rotary(positions.flatten(), x.dtype, longest)
         for index, layer in enumerate(self.layers):
             x, residual = layer(x, residual, cos, sin, rows, None if cache is None else cache[index])
         return self.norm(x, residual)[0]
@@ -60,6 +62,7 @@ class Model(nn.Module):
         labels: Tensor | None = None,
         positions: Tensor | None = None,
         cache: list[LayerCache] | None = None,
+        longest: int | Tensor | None = None,
     ) -> Tensor:
         """tokens (B, S) -> logits (B, S, V), or with labels (B, S) the mean loss of predicting each from the tokens before it.
 
@@ -67,21 +70,33 @@ class Model(nn.Module):
             labels: -100 is not counted. The logits are never formed.
             positions: (B, S), by default 0..S-1 after what the cache holds.
             cache: from new_cache; the tokens follow those that it holds, and are added to it. Needs torch.no_grad().
+            longest: the number of positions that the frequencies of a rope_type "dynamic" or "longrope" are for; by default the
+                room of the cache, and without one the greatest position + 1. See fastprimer/rotary.py.
         """
-        if tokens.dim() != 2 or tokens.shape[1] > self.config.max_position_embeddings:
-            expected = f"shape (B, S) with S <= max_position_embeddings = {self.config.max_position_embeddings}"
+        limit = self.config.longest_sequence
+        if tokens.dim() != 2 or (limit is not None and tokens.shape[1] > limit):
+            expected = "shape (B, S)" + ("" if limit is None else f" with S <= max_position_embeddings = {limit}")
             raise ValueError(f"Model: tokens: expected {expected}, got {tuple(tokens.shape)}")
         if positions is not None and positions.shape != tokens.shape:
             raise ValueError(f"Model: positions: expected shape (B, S) = {tuple(tokens.shape)}, got {tuple(positions.shape)}")
         if labels is not None and labels.shape != tokens.shape:
             raise ValueError(f"Model: labels: expected shape (B, S) = {tuple(tokens.shape)}, got {tuple(labels.shape)}")
+        if longest is None and self.model.rotary.adaptive:
+            if cache is not None:
+                longest = cache[0].room
+            else:
+                longest = tokens.shape[1] if positions is None else positions.max() + 1
         if labels is None:
-            return F.linear(self.model(tokens, positions, cache), self.head)
-        x = self.model(tokens[:, :-1], None if positions is None else positions[:, :-1], cache)  # the last has no successor
+            return F.linear(self.model(tokens, positions, cache, longest), self.head)
+        tokens, positions = tokens[:, :-1], None if positions is None else positions[:, :-1]  # the last has no successor
+        x = self.model(tokens, positions, cache, longest)
         return ops.linear_cross_entropy(x, self.head, labels[:, 1:])
 
     def new_cache(self, batch: int, length: int) -> list[LayerCache]:
-        """Room for the keys and values of `length` tokens in each of `batch` sequences."""
+        """Room for the keys and values of `length` tokens in each of `batch` sequences.
+
+        With a rope_type "dynamic" or "longrope" the frequencies are those for `length` positions from the first token on.
+        """
         weight = self.model.embed_tokens.weight
         shape = (batch, length, self.config.num_key_value_heads, self.config.head_dim)
         return [LayerCache(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.model.layers]

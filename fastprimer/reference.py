@@ -3,17 +3,19 @@
 Nothing here comes from fastprimer.ops. What it computes is what fastprimer.Model must compute; parameter names are those of
 Hugging Face's LLaMA, Qwen3 (q_norm, k_norm) and Mixtral, so that weights pass between all of them.
 
-Letters: B batch, S sequence, H query heads, Hk key/value heads, D head size, C width, F feed-forward width, E experts,
-K experts per token, V vocabulary.
+Letters: B batch, S sequence, H query heads, Hk key/value heads, D head size, R rotary size, C width, F feed-forward width,
+E experts, K experts per token, V vocabulary.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastprimer.config import Config
+from fastprimer.config import Config, Rope
 
 
 class RMSNorm(nn.Module):
@@ -30,17 +32,78 @@ class RMSNorm(nn.Module):
         return (wide / torch.sqrt(mean_square + self.eps) * self.weight).to(x.dtype)
 
 
-def rotary_angles(config: Config, positions: Tensor, dtype: torch.dtype) -> Tensor:
-    """positions (B, S) -> angles (B, S, D/2): pair i of a head turns by position / theta^(2i/D)."""
-    exponents = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=dtype) / config.head_dim
-    return positions[..., None].to(dtype) / config.rope_theta**exponents
+def frequency(rope: Rope, pair: int, length: int) -> float:
+    """The angle per position of one pair of features in a sequence of this length; sources: see fastprimer/rotary.py."""
+    size, own = rope.rotary_size, rope.settings
+    plain = 1 / math.pow(rope.theta, 2 * pair / size)
+    if rope.kind == "linear":
+        return plain / own["factor"]
+    if rope.kind == "proportional":
+        return plain / own["factor"] if pair < int(size * rope.partial_rotary_factor // 2) else 0.0
+    if rope.kind == "dynamic":
+        beyond = max(0, length - rope.max_position_embeddings) / rope.max_position_embeddings
+        theta = rope.theta * math.pow(1 + own["factor"] * beyond, size / (size - 2))
+        return 1 / math.pow(theta, 2 * pair / size)
+    if rope.kind == "longrope":
+        return plain / own["long_factor" if length > own["original_max_position_embeddings"] else "short_factor"][pair]
+    if rope.kind == "llama3":
+        wavelength, original = 2 * math.pi / plain, own["original_max_position_embeddings"]
+        if wavelength < original / own["high_freq_factor"]:
+            return plain
+        if wavelength > original / own["low_freq_factor"]:
+            return plain / own["factor"]
+        smooth = (original / wavelength - own["low_freq_factor"]) / (own["high_freq_factor"] - own["low_freq_factor"])
+        return (1 - smooth) * plain / own["factor"] + smooth * plain
+    if rope.kind == "yarn":
+        weight = yarn_interpolation(rope, pair)
+        return weight * plain / own["factor"] + (1 - weight) * plain
+    return plain
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """x (B, S, H, D): the pair (x_i, x_{i + D/2}) is a point in the plane, turned by angles (B, S, D/2)."""
-    cos, sin = angles.cos()[:, :, None], angles.sin()[:, :, None]  # (B, S, 1, D/2): all heads alike
-    first, second = x.to(angles.dtype).chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+def yarn_interpolation(rope: Rope, pair: int) -> float:
+    """How much of pair's frequency is interpolated: 0 up to the last pair that turns often, 1 from the first that turns seldom."""
+    own = rope.settings
+    often, seldom = (
+        rope.rotary_size / 2 * math.log(own["original_max_position_embeddings"] / (2 * math.pi * own[turns]), rope.theta)
+        for turns in ("beta_fast", "beta_slow")
+    )
+    if own["truncate"]:
+        often, seldom = math.floor(often), math.ceil(seldom)
+    often, seldom = max(often, 0), min(seldom, rope.rotary_size - 1)
+    width = seldom - often or 0.001
+    return min(1.0, max(0.0, (pair - often) / width))
+
+
+def rotary_scale(rope: Rope) -> float:
+    """YaRN and LongRoPE lengthen queries and keys, which sharpens attention in long sequences."""
+    own = rope.settings
+    if own.get("attention_factor") is not None:
+        return own["attention_factor"]
+    if rope.kind == "longrope" and own["factor"] > 1:
+        return math.sqrt(1 + math.log(own["factor"], own["original_max_position_embeddings"]))
+    if rope.kind == "yarn" and own["factor"] > 1:
+        tenth = math.log(own["factor"]) / 10
+        if own["mscale"] and own["mscale_all_dim"]:
+            return (own["mscale"] * tenth + 1) / (own["mscale_all_dim"] * tenth + 1)
+        return tenth + 1
+    return 1.0
+
+
+def rotary_angles(config: Config, positions: Tensor, dtype: torch.dtype, longest: int | None = None) -> Tensor:
+    """positions (B, S) -> angles (B, S, R/2); longest, the number of positions in use, is by default the greatest + 1."""
+    rope = config.rope
+    if longest is None:
+        longest = int(positions.max()) + 1 if rope.adaptive else 0  # the others do not ask for it
+    frequencies = [frequency(rope, pair, longest) for pair in range(rope.rotary_size // 2)]
+    return positions[..., None].to(dtype) * torch.tensor(frequencies, dtype=dtype, device=positions.device)
+
+
+def rotate(x: Tensor, angles: Tensor, scale: float) -> Tensor:
+    """x (B, S, H, D): the pair (x_i, x_{i + R/2}) is a point in the plane, turned by angles (B, S, R/2), and scaled."""
+    cos, sin = scale * angles.cos()[:, :, None], scale * angles.sin()[:, :, None]  # (B, S, 1, R/2): all heads alike
+    half = angles.shape[-1]
+    first, second, rest = x.to(angles.dtype).split((half, half, x.shape[-1] - 2 * half), dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -58,14 +121,15 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(size, config.rms_norm_eps)
             self.k_norm = RMSNorm(size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, angles: Tensor) -> Tensor:  # x (B, S, C), angles (B, S, D/2) -> (B, S, C)
+    def forward(self, x: Tensor, angles: Tensor) -> Tensor:  # x (B, S, C), angles (B, S, R/2) -> (B, S, C)
         batch, length, _ = x.shape
         q = self.q_proj(x).view(batch, length, -1, self.config.head_dim)  # (B, S, H, D)
         k = self.k_proj(x).view(batch, length, -1, self.config.head_dim)  # (B, S, Hk, D)
         v = self.v_proj(x).view(batch, length, -1, self.config.head_dim)
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, angles), rotate(k, angles)
+        scale = rotary_scale(self.config.rope)
+        q, k = rotate(q, angles, scale), rotate(k, angles, scale)
         shared_by = q.shape[2] // k.shape[2]
         k, v = k.repeat_interleave(shared_by, dim=2), v.repeat_interleave(shared_by, dim=2)  # (B, S, H, D)
 
@@ -83,16 +147,18 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU: down(silu(gate(x)) * up(x))."""
+    """SwiGLU: down(silu(gate(x)) * up(x)), or GEGLU with the tanh form of gelu in place of silu."""
 
     def __init__(self, config: Config):
         super().__init__()
+        self.gelu = config.hidden_act == "gelu_pytorch_tanh"
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, S, C) -> (B, S, C)
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate = self.gate_proj(x)
+        return self.down_proj((F.gelu(gate, approximate="tanh") if self.gelu else F.silu(gate)) * self.up_proj(x))
 
 
 class Experts(nn.Module):
@@ -154,11 +220,11 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, tokens: Tensor, positions: Tensor | None) -> Tensor:  # (B, S) -> (B, S, C)
+    def forward(self, tokens: Tensor, positions: Tensor | None, longest: int | None) -> Tensor:  # (B, S) -> (B, S, C)
         x = self.embed_tokens(tokens)
         if positions is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        angles = rotary_angles(self.config, positions, torch.promote_types(x.dtype, torch.float32))
+        angles = rotary_angles(self.config, positions, torch.promote_types(x.dtype, torch.float32), longest)
         for layer in self.layers:
             x = layer(x, angles)
         return self.norm(x)
@@ -179,12 +245,13 @@ class Model(nn.Module):
     def head(self) -> Tensor:  # (V, C)
         return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, labels: Tensor | None = None, positions: Tensor | None = None, longest: int | None = None) -> Tensor:
         """tokens (B, S) -> logits (B, S, V), or with labels (B, S) the mean loss of predicting each from the tokens before it.
 
-        A label of -100 is not counted.
+        A label of -100 is not counted. Frequencies that depend on the length are those for `longest` positions, by default those in
+        the call.
         """
-        logits = F.linear(self.model(tokens, positions), self.head)
+        logits = F.linear(self.model(tokens, positions, longest), self.head)
         if labels is None:
             return logits
         wide = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))

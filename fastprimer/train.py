@@ -34,6 +34,7 @@ from fastprimer.calculator import Calculator
 from fastprimer.checkpoint import CheckpointError, Tensors, load_checkpoint, save_checkpoint
 from fastprimer.config import ConfigError
 from fastprimer.generate import answer, natural, positive
+from fastprimer.memory import keep_freed_memory
 from fastprimer.model import Model
 from fastprimer.train_report import Report, is_simulated, prepare_backend, serving, write_loss_curve
 
@@ -254,6 +255,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     threads = torch.get_num_threads()
     torch.set_num_threads(args.threads or THREADS)
+    keep_freed_memory()
     try:
         return _run(args)
     except (ConfigError, CheckpointError, BackendError, TrainingError, OSError) as error:

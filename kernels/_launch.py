@@ -1,4 +1,4 @@
-"""What every launch needs: tensors as rows, the device's size, and the right device made current."""
+"""What every launch needs: tensors as rows, the type to compute in, the device's size, and the right device made current."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import functools
 
 import torch
+import triton.language as tl
 from torch import Tensor
 
 INTERPRETED_PROCESSORS = 4
@@ -17,6 +18,11 @@ def as_rows(x: Tensor) -> Tensor:
     C = x.shape[-1]
     rows = x.reshape(x.numel() // C, C)
     return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def wide(x: Tensor) -> tl.dtype:
+    """The type a kernel computes in: float32, or float64 for float64 tensors."""
+    return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
 def processors(device: torch.device) -> int:

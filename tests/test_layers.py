@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from fastprimer import layers, ops, reference
 from fastprimer.config import Config
@@ -24,6 +25,10 @@ CONFIGS = {
     "window": dataclasses.replace(DENSE, sliding_window=5),
     "head norm": dataclasses.replace(DENSE, qk_norm=True, head_dim=12),
     "experts": dataclasses.replace(DENSE, num_local_experts=5),
+    "gelu": dataclasses.replace(DENSE, hidden_act="gelu_pytorch_tanh"),
+    "partial": dataclasses.replace(DENSE, partial_rotary_factor=0.5),
+    "yarn": dataclasses.replace(DENSE, rope_theta=100.0, rope_scaling={"rope_type": "yarn", "factor": 8.0, "beta_fast": 4.0}),
+    "dynamic": dataclasses.replace(DENSE, max_position_embeddings=10, rope_scaling={"rope_type": "dynamic", "factor": 2.0}),
     "one expert": dataclasses.replace(DENSE, num_local_experts=5, num_experts_per_tok=1, norm_topk_prob=False),
 }
 
@@ -55,7 +60,7 @@ def slow_results(config, dtype):
 def fast_results(config, dtype):
     _, fast = twins(config, dtype)
     x = numbers(BATCH, LENGTH, config.hidden_size).to(dtype).requires_grad_()
-    cos, sin = layers.RotaryEmbedding(config.head_dim, config.rope_theta)(torch.arange(LENGTH), dtype)
+    cos, sin = layers.RotaryEmbedding.from_config(config)(torch.arange(LENGTH), dtype)
     y, residual = fast(x, None, cos, sin)
     return results(fast, x, y + residual)
 
@@ -98,8 +103,23 @@ def wrong_route(logits, k, renormalize):
     return ops.route(logits, k, renormalize=not renormalize)
 
 
-def wrong_swiglu(gate, up):
-    return ops.swiglu(up, gate)
+def wrong_halves(q, k, cos, sin, positions=None):
+    """The whole of a partly rotated head, as if the other angles were 0."""
+    rest = q.shape[-1] // 2 - cos.shape[-1]
+    return ops.rope(q, k, F.pad(cos, (0, rest), value=1.0), F.pad(sin, (0, rest)), positions=positions)
+
+
+def wrong_scale(q, k, cos, sin, positions=None):
+    scale = torch.hypot(cos, sin)
+    return ops.rope(q, k, cos / scale, sin / scale, positions=positions)
+
+
+def wrong_swiglu(gate, up, **options):
+    return ops.swiglu(up, gate, **options)
+
+
+def wrong_activation(gate, up, activation, limit):
+    return ops.swiglu(gate, up, limit=limit)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +130,9 @@ def wrong_swiglu(gate, up):
         ("rms_norm", wrong_norm, "dense"),
         ("route", wrong_route, "experts"),
         ("swiglu", wrong_swiglu, "dense"),
+        ("rope", wrong_halves, "partial"),
+        ("rope", wrong_scale, "yarn"),
+        ("swiglu", wrong_activation, "gelu"),
     ],
 )
 def test_the_check_sees_a_planted_bug(op, planted, config, monkeypatch):
@@ -137,6 +160,27 @@ def test_rotary_embedding_keeps_float32_tables_in_a_bfloat16_model():
     assert (cos - angles.cos()).abs().max() < 1000 * 2**-23 and (sin - angles.sin()).abs().max() < 1000 * 2**-23
 
 
+@pytest.mark.parametrize("activation", ("silu", "gelu_tanh", "gpt_oss"))
+@pytest.mark.parametrize("limit", (None, 0.5))
+def test_swiglu_passes_activation_and_limit_on(activation, limit):
+    mlp = layers.SwiGLU(8, 12, activation, limit)
+    x = 3 * numbers(5, 8)
+    gate, up = F.linear(x, mlp.gate_proj.weight), F.linear(x, mlp.up_proj.weight)
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    y = {
+        "silu": lambda: F.silu(gate) * up,
+        "gelu_tanh": lambda: F.gelu(gate, approximate="tanh") * up,
+        "gpt_oss": lambda: gate * torch.sigmoid(1.702 * gate) * (up + 1),
+    }[activation]()
+    torch.testing.assert_close(mlp(x), F.linear(y, mlp.down_proj.weight))
+
+
+def test_swiglu_names_an_unknown_activation():
+    with pytest.raises(ValueError, match="activation: expected one of silu, .*, got 'relu'"):
+        layers.SwiGLU(8, 12, "relu")(numbers(5, 8))
+
+
 def test_moe_keeps_leading_dimensions():
     moe = layers.MoE(8, 12, experts=4, per_token=2)
     x = numbers(2, 3, 8)
@@ -147,7 +191,7 @@ def test_moe_keeps_leading_dimensions():
 def test_autocast(config):
     slow, fast = twins(config, torch.float32)
     x = numbers(BATCH, LENGTH, config.hidden_size)
-    cos, sin = layers.RotaryEmbedding(config.head_dim, config.rope_theta)(torch.arange(LENGTH))
+    cos, sin = layers.RotaryEmbedding.from_config(config)(torch.arange(LENGTH))
     truth = slow(x, reference.rotary_angles(config, torch.arange(LENGTH).expand(BATCH, -1), x.dtype))
     with torch.autocast("cpu", torch.bfloat16):
         y, residual = fast(x, None, cos, sin)
@@ -157,20 +201,19 @@ def test_autocast(config):
 
 
 @pytest.mark.parametrize("chunks", ([21], [17, 1, 3], [1, 16, 4], [5, 16]), ids=str)
-@pytest.mark.parametrize("name", ("dense", "window"))
+@pytest.mark.parametrize("name", ("dense", "window", "partial", "dynamic"))
 def test_cached_attention_is_attention(name, chunks):
     config = CONFIGS[name]
     _, fast = twins(config, torch.float64)
     x = numbers(BATCH, LENGTH, config.hidden_size).double()
-    rotary = layers.RotaryEmbedding(config.head_dim, config.rope_theta)
+    rotary = layers.RotaryEmbedding.from_config(config)
     whole = fast.self_attn(x, *rotary(torch.arange(LENGTH), x.dtype))
     kv = torch.zeros(BATCH, LENGTH, config.num_key_value_heads, config.head_dim, dtype=x.dtype)
     cache = layers.LayerCache(kv, kv.clone())
     with torch.no_grad():
-        parts = [
-            fast.self_attn(part, *rotary(torch.arange(cache.length, cache.length + part.shape[1]), x.dtype), cache=cache)
-            for part in x.split(chunks, dim=1)
-        ]
-        torch.testing.assert_close(torch.cat(parts, dim=1), whole)
+        for part in x.split(chunks, dim=1):
+            start, stop = cache.length, cache.length + part.shape[1]
+            tables = rotary(torch.arange(start, stop), x.dtype, longest=cache.room)
+            torch.testing.assert_close(fast.self_attn(part, *tables, cache=cache), whole[:, start:stop])
         with pytest.raises(ValueError, match="at most 21 tokens, got 22"):
             fast.self_attn(x[:, :1], *rotary(torch.arange(1), x.dtype), cache=cache)

@@ -23,13 +23,34 @@ DENSE = Config(
     num_key_value_heads=2,
     initializer_range=0.2,
 )
+
+
+def scaled(kind, max_position_embeddings=256, **settings):
+    scaling = {"rope_type": kind, **settings}
+    return dataclasses.replace(DENSE, rope_theta=100.0, rope_scaling=scaling, max_position_embeddings=max_position_embeddings)
+
+
 CONFIGS = {
     "llama": DENSE,
     "tied": dataclasses.replace(DENSE, tie_word_embeddings=True, rope_theta=100.0),
     "mistral": dataclasses.replace(DENSE, sliding_window=4),
     "mixtral": dataclasses.replace(DENSE, num_local_experts=4),
     "qwen3": dataclasses.replace(DENSE, qk_norm=True, head_dim=16, tie_word_embeddings=True),
+    "partial": dataclasses.replace(DENSE, partial_rotary_factor=0.5, qk_norm=True),
+    "linear": scaled("linear", factor=4.0),
+    "dynamic": scaled("dynamic", factor=2.0, max_position_embeddings=10),
+    "yarn": scaled("yarn", factor=8.0, beta_fast=4.0, original_max_position_embeddings=32),
+    "llama3": scaled("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32),
+    "longrope": scaled(
+        "longrope", short_factor=[1.0, 1.5, 2.0, 2.5], long_factor=[2.0, 4.0, 6.0, 8.0], factor=4.0, original_max_position_embeddings=20
+    ),
+    "proportional": scaled("proportional", partial_rotary_factor=0.5),
+    "mixtral-yarn": dataclasses.replace(
+        DENSE, num_local_experts=4, partial_rotary_factor=0.5, rope_scaling={"rope_type": "yarn", "factor": 4.0}
+    ),
+    "gelu": dataclasses.replace(DENSE, hidden_act="gelu_pytorch_tanh"),
 }
+MODEL_TYPES = {"mistral": "mistral", "mixtral": "mixtral", "qwen3": "qwen3", "partial": "fastprimer", "mixtral-yarn": "fastprimer"}
 TOKENS = torch.randint(50, (3, 14), generator=torch.Generator().manual_seed(0))
 LABELS = torch.where(torch.rand(TOKENS.shape, generator=torch.Generator().manual_seed(1)) < 0.3, -100, TOKENS)
 
@@ -76,8 +97,29 @@ def test_the_two_models_agree(name, dtype):
 
 def test_the_comparison_sees_a_planted_bug(monkeypatch):
     assert worst_share(DENSE, torch.float32, LABELS.roll(1, 1))[0] > 1
-    monkeypatch.setattr(layers.RotaryEmbedding, "forward", lambda self, p, dtype: two_thetas(self, p, dtype))
+    monkeypatch.setattr(layers.RotaryEmbedding, "forward", lambda self, p, dtype, longest: two_thetas(self, p, dtype))
     assert worst_share(DENSE, torch.float32)[0] > 1
+
+
+@pytest.mark.parametrize("name", ("dynamic", "yarn", "longrope", "proportional"))
+def test_the_comparison_sees_an_ignored_scaling(name, monkeypatch):
+    unscaled = layers.RotaryEmbedding(DENSE.head_dim, 100.0)
+    monkeypatch.setattr(layers.RotaryEmbedding, "from_config", lambda config: unscaled)
+    assert worst_share(CONFIGS[name], torch.float32)[0] > 1
+
+
+def test_the_comparison_sees_an_ignored_activation(monkeypatch):
+    monkeypatch.setitem(layers.HIDDEN_ACTS, "gelu_pytorch_tanh", "silu")
+    assert worst_share(CONFIGS["gelu"], torch.float32)[0] > 1
+
+
+def test_the_loss_counts_the_last_token_for_the_length():
+    config = scaled("dynamic", factor=4.0, max_position_embeddings=4)
+    slow, fast = models(config, torch.float64)
+    losses = [fast(TOKENS, LABELS).item(), slow(TOKENS, LABELS).item()]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+    shorter = torch.nn.functional.cross_entropy(fast(TOKENS[:, :-1]).flatten(0, 1), LABELS[:, 1:].flatten()).item()
+    assert abs(shorter - losses[0]) > 1e-6
 
 
 def two_thetas(rotary, positions, dtype):
@@ -148,7 +190,7 @@ def test_a_saved_model_is_read_back_bit_by_bit(name, tmp_path):
     again = Model.from_pretrained(tmp_path / "model")
     assert again.config == CONFIGS[name]
     assert all(torch.equal(t, again.state_dict()[n]) for n, t in fast.state_dict().items())
-    assert json.loads((tmp_path / "model/config.json").read_text())["model_type"] == ("llama" if name == "tied" else name)
+    assert json.loads((tmp_path / "model/config.json").read_text())["model_type"] == MODEL_TYPES.get(name, "llama")
     assert Model.from_pretrained(tmp_path / "model", dtype=torch.bfloat16).head.dtype == torch.bfloat16
 
 
@@ -255,11 +297,15 @@ def test_presets(name):
         ("rms_norm_eps", None),
         ("tie_word_embeddings", "yes"),
         ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
+        ("rope_scaling", {"rope_type": "mrope"}),
+        ("partial_rotary_factor", 0.4),
         ("hidden_act", "gelu"),
+        ("hidden_act", "gelu_pytorch_tanh"),
+        ("hidden_act", None),
         ("attention_bias", True),
         ("layer_types", ["full_attention", "sliding_attention"]),
         ("model_type", "gemma3"),
-        ("rope_parameters", {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5}),
+        ("rope_parameters", {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.4}),
     ],
 )
 def test_a_config_that_is_not_honoured_is_refused_by_name(field, value):
@@ -284,10 +330,47 @@ def test_config_reads_both_ways_of_writing_rope(tmp_path):
 def test_a_config_without_a_twin_says_so():
     assert dataclasses.replace(CONFIGS["mixtral"], qk_norm=True).model_type == "fastprimer"
     assert dataclasses.replace(CONFIGS["mixtral"], norm_topk_prob=False).model_type == "fastprimer"
+    assert dataclasses.replace(DENSE, partial_rotary_factor=0.5).model_type == "fastprimer"
+
+
+def test_only_a_dense_layer_has_another_activation():
+    assert Config.from_dict({**DENSE.to_dict(), "hidden_act": "gelu_pytorch_tanh"}).hidden_act == "gelu_pytorch_tanh"
+    assert Config.from_dict({**CONFIGS["mixtral"].to_dict(), "hidden_act": "swish"}).hidden_act == "swish"
+    with pytest.raises(ConfigError, match="hidden_act: expected one of silu, swish in a mixture of experts, got 'gelu_pytorch_tanh'"):
+        dataclasses.replace(CONFIGS["mixtral"], hidden_act="gelu_pytorch_tanh")
+
+
+def test_only_dynamic_scaling_reads_beyond_its_positions():
+    assert CONFIGS["dynamic"].longest_sequence is None
+    assert CONFIGS["yarn"].longest_sequence == 256
+    with torch.no_grad():
+        assert models(CONFIGS["dynamic"])[1](TOKENS).shape == (3, 14, 50)
+
+
+@pytest.mark.parametrize("name", ("dynamic", "longrope"))
+@pytest.mark.parametrize("room", (14, 40))
+def test_a_cache_has_the_frequencies_of_its_room(name, room):
+    slow, fast = models(CONFIGS[name], torch.float64)
+    with torch.no_grad():
+        cache = fast.new_cache(3, room)
+        steps = torch.cat([fast(TOKENS[:, start:stop], cache=cache) for start, stop in ((0, 8), (8, 13), (13, 14))], dim=1)
+        torch.testing.assert_close(steps, fast(TOKENS, longest=room))
+        torch.testing.assert_close(steps, slow(TOKENS, longest=room))
+        assert torch.allclose(steps, fast(TOKENS)) == (room == 14)
+        assert torch.allclose(steps, slow(TOKENS)) == (room == 14)
+
+
+def test_both_models_take_the_greatest_position_for_the_length():
+    slow, fast = models(CONFIGS["dynamic"], torch.float64)
+    with torch.no_grad():
+        for model in (slow, fast):
+            given = model(TOKENS, positions=TOKENS)
+            torch.testing.assert_close(given, model(TOKENS, positions=TOKENS, longest=int(TOKENS.max()) + 1), rtol=0, atol=0)
+            assert not torch.allclose(given, model(TOKENS, positions=TOKENS, longest=14))
 
 
 def test_reference_imports_no_operation():
     source = open(reference.__file__).read()
     imports = [line for line in source.splitlines() if line.startswith(("import", "from"))]
-    assert [line for line in imports if "fastprimer" in line] == ["from fastprimer.config import Config"]
+    assert [line for line in imports if "fastprimer" in line] == ["from fastprimer.config import Config, Rope"]
     assert not hasattr(reference, "ops") and hasattr(layers, "ops")

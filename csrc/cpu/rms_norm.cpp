@@ -61,6 +61,12 @@ void widen_weight(const void* weight, Dtype dtype, double offset, int64_t C, T* 
   }
 }
 
+// How the N rows of an output, C numbers each, are stored.
+template <class T>
+bool past_cache(const void* output, int64_t N, int64_t C) {
+  return N * C * static_cast<int64_t>(sizeof(T)) >= PAST_CACHE && aligned(output, C * sizeof(T));
+}
+
 template <class T>
 Error forward(const RmsNormForward& a) {
   using A = Wide<T>;
@@ -91,7 +97,9 @@ Error forward(const RmsNormForward& a) {
     const A rstd = A(1) / square_root(squares / A(a.C) + A(a.eps));
     static_cast<A*>(a.rstd)[row] = rstd;
     const T* source = residual ? h : x;
-    for_columns<A>(0, a.C, [&](int64_t c, auto n, int) { store(y + c, load(source + c, n) * rstd * load(w + c, n), n); });
+    with_stores(past_cache<T>(a.y, a.N, a.C), [&](auto put) {
+      for_columns<A>(0, a.C, [&](int64_t c, auto n, int) { put(y + c, load(source + c, n) * rstd * load(w + c, n), n); });
+    });
   });
   return nullptr;
 }
@@ -111,14 +119,16 @@ inline void backward_row(const RmsNormBackward& a, int64_t row, const Wide<T>* w
     return dy_h * load(w + c, n);
   });
   const A shrink = products / A(a.C) * rstd * rstd;
-  if (dh == nullptr) {
-    for_columns<A>(0, a.C,
-                   [&](int64_t c, auto n, int) { store(dx + c, rstd * (load(dy + c, n) * load(w + c, n) - load(h + c, n) * shrink), n); });
-  } else {
-    for_columns<A>(0, a.C, [&](int64_t c, auto n, int) {
-      store(dx + c, rstd * (load(dy + c, n) * load(w + c, n) - load(h + c, n) * shrink) + load(dh + c, n), n);
-    });
-  }
+  with_stores(past_cache<T>(a.dx, a.N, a.C), [&](auto put) {
+    if (dh == nullptr) {
+      for_columns<A>(0, a.C,
+                     [&](int64_t c, auto n, int) { put(dx + c, rstd * (load(dy + c, n) * load(w + c, n) - load(h + c, n) * shrink), n); });
+    } else {
+      for_columns<A>(0, a.C, [&](int64_t c, auto n, int) {
+        put(dx + c, rstd * (load(dy + c, n) * load(w + c, n) - load(h + c, n) * shrink) + load(dh + c, n), n);
+      });
+    }
+  });
 }
 
 template <class T>

@@ -1,9 +1,136 @@
+// RoPE on the CPU. The mathematics: fastprimer/ops/rope.py; the arguments: csrc/rope.h.
+//
+// Memory-bound: the floor is to read and write q and k once, 2 (H + Hk) D numbers a token, beside R numbers of tables. A token's
+// cosines and sines are widened once, a block at a time, and all of its heads are rotated by them.
 #include "rope.h"
+
+#include "memory.h"
+#include "parallel.h"
+#include "simd.h"
 
 namespace fastprimer {
 inline namespace FASTPRIMER_ISA {
+namespace {
 
-Error rope(const Rope&) { return "not written yet"; }
+constexpr int64_t BLOCK = 128;      // features that are rotated at a time
+constexpr int64_t GRAIN = 1 << 15;  // numbers that are worth a thread of their own
+
+// The factors of BLOCK features: x' = x c + x_partner s, where the sign of s is that of the formula.
+template <class A>
+struct Factors {
+  A c[BLOCK], s[BLOCK];
+};
+
+// Row `position` of the tables, columns begin..begin+n-1; NaN where there is no such row. Interleaved, every factor stands twice,
+// as its pair does, the first time with -s.
+template <class A, class T>
+void load_factors(const Rope& a, int64_t position, int64_t begin, int64_t n, Factors<A>& factors) {
+  const T* cos = static_cast<const T*>(a.cos) + position * a.stride_cos_row + begin;
+  const T* sin = static_cast<const T*>(a.sin) + position * a.stride_sin_row + begin;
+  const bool inside = 0 <= position && position < a.P;
+  const int64_t step = a.interleaved ? 2 : 1;
+  for (int64_t i = 0; i < n; i++) {
+    const A c = inside ? to_wide(cos[i]) : A(__builtin_nan("")), s = inside ? to_wide(sin[i]) : A(__builtin_nan(""));
+    factors.c[step * i] = c;
+    factors.s[step * i] = a.inverse ? -s : s;
+  }
+  if (!a.interleaved) return;
+  for (int64_t i = 0; i < n; i++) {
+    factors.c[2 * i + 1] = factors.c[2 * i];
+    factors.s[2 * i + 1] = factors.s[2 * i];
+    factors.s[2 * i] = -factors.s[2 * i];
+  }
+}
+
+template <class A, class T>
+void load_factors_of(const Rope& a, int64_t position, int64_t begin, int64_t n, Factors<A>& factors) {
+  if (a.table_dtype == a.dtype)
+    load_factors<A, T>(a, position, begin, n, factors);
+  else
+    load_factors<A, float>(a, position, begin, n, factors);
+}
+
+// n pairs (x[i], x[i + half]) of one head.
+template <class T, class Put>
+inline void rotate_halves(const T* x, T* y, int64_t half, int64_t n, const Factors<Wide<T>>& factors, Put put) {
+  using A = Wide<T>;
+  for_columns<A>(0, n, [&](int64_t i, auto count, int) {
+    const Vec<A> a = load(x + i, count), b = load(x + half + i, count);
+    const Vec<A> c = load(factors.c + i, count), s = load(factors.s + i, count);
+    put(y + i, a * c - b * s, count);
+    put(y + half + i, a * s + b * c, count);
+  });
+}
+
+// n features, neighbours in pairs, of one head.
+template <class T, class Put>
+inline void rotate_neighbours(const T* x, T* y, int64_t n, const Factors<Wide<T>>& factors, Put put) {
+  using A = Wide<T>;
+  for_columns<A>(0, n, [&](int64_t i, auto count, int) {
+    const Vec<A> v = load(x + i, count);
+    put(y + i, v * load(factors.c + i, count) + swap_neighbours(v) * load(factors.s + i, count), count);
+  });
+}
+
+template <class T, class Put>
+inline void rotate_heads(const Rope& a, const RopeHeads& heads, int64_t batch, int64_t token, int64_t begin, int64_t n,
+                         const Factors<Wide<T>>& factors, Put put) {
+  const T* x = static_cast<const T*>(heads.x) + batch * heads.stride_batch + token * heads.stride_token;
+  T* y = static_cast<T*>(heads.rotated) + (batch * a.S + token) * heads.heads * a.D;
+  for (int64_t head = 0; head < heads.heads; head++, x += heads.stride_head, y += a.D) {
+    if (a.interleaved)
+      rotate_neighbours(x + 2 * begin, y + 2 * begin, 2 * n, factors, put);
+    else
+      rotate_halves(x + begin, y + begin, a.R / 2, n, factors, put);
+    if (begin == 0 && a.R < a.D) __builtin_memcpy(y + a.R, x + a.R, (a.D - a.R) * sizeof(T));
+  }
+}
+
+int64_t position_of(const Rope& a, int64_t batch, int64_t token) {
+  if (a.positions == nullptr) return token;
+  const int64_t offset = batch * a.stride_positions_batch + token * a.stride_positions_token;
+  return a.positions_are_64_bit ? static_cast<const int64_t*>(a.positions)[offset] : static_cast<const int32_t*>(a.positions)[offset];
+}
+
+template <class T>
+bool past_cache(const Rope& a, const RopeHeads& heads) {
+  return a.B * a.S * heads.heads * a.D * static_cast<int64_t>(sizeof(T)) >= PAST_CACHE && aligned(heads.rotated, a.D * sizeof(T)) &&
+         aligned(nullptr, a.R / 2 * sizeof(T));
+}
+
+template <class T>
+Error rotate(const Rope& a) {
+  const int64_t numbers = (a.q.heads + a.k.heads) * a.D, pairs = a.interleaved ? BLOCK / 2 : BLOCK;
+  const RopeHeads queries_and_keys[] = {a.q, a.k};
+  for (const RopeHeads& heads : queries_and_keys) expect_writes(heads.rotated, a.B * a.S * heads.heads * a.D * sizeof(T));
+  parallel_for(a.B * a.S, numbers < GRAIN ? GRAIN / numbers : 1, [&](int64_t i) {
+    const int64_t batch = i / a.S, token = i % a.S, position = position_of(a, batch, token);
+    Factors<Wide<T>> factors;
+    for (int64_t begin = 0; begin < a.R / 2; begin += pairs) {
+      const int64_t n = a.R / 2 - begin < pairs ? a.R / 2 - begin : pairs;
+      load_factors_of<Wide<T>, T>(a, position, begin, n, factors);
+      for (const RopeHeads& heads : queries_and_keys)
+        with_stores(past_cache<T>(a, heads), [&](auto put) { rotate_heads<T>(a, heads, batch, token, begin, n, factors, put); });
+    }
+  });
+  return nullptr;
+}
+
+}  // namespace
+
+Error rope(const Rope& args) {
+  switch (args.dtype) {
+    case Dtype::float32:
+      return rotate<float>(args);
+    case Dtype::bfloat16:
+      return rotate<bfloat16>(args);
+    case Dtype::float16:
+      return rotate<float16>(args);
+    case Dtype::float64:
+      return rotate<double>(args);
+  }
+  return "unknown dtype";
+}
 
 }  // namespace FASTPRIMER_ISA
 }  // namespace fastprimer

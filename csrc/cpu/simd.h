@@ -90,8 +90,14 @@ inline float16 from_wide(double v) {
 inline Vec<float> load(const float* p) { return *reinterpret_cast<const Unaligned<float>::type*>(p); }
 inline Vec<double> load(const double* p) { return *reinterpret_cast<const Unaligned<double>::type*>(p); }
 inline Vec<float> load(const bfloat16* p) {
-  const Half half = *reinterpret_cast<const UnalignedHalf*>(p);
-  return reinterpret_cast<Vec<float>>(__builtin_convertvector(half, Bits) << 16);
+#if defined(__AVX512F__)
+  const Bits wide = reinterpret_cast<Bits>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+#elif defined(__AVX2__)
+  const Bits wide = reinterpret_cast<Bits>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  const Bits wide = __builtin_convertvector(*reinterpret_cast<const UnalignedHalf*>(p), Bits);
+#endif
+  return reinterpret_cast<Vec<float>>(wide << 16);
 }
 inline Vec<float> load(const float16* p) {
 #if defined(__AVX512F__)
@@ -179,6 +185,53 @@ inline __attribute__((always_inline)) void for_columns(int64_t begin, int64_t en
   if (c < end) body(c, end - c, 0);
 }
 
+// A whole register to memory, past the caches; p is aligned to the bytes that are stored.
+template <class T>
+inline void stream(T* p, Vec<Wide<T>> v) {
+#if defined(__AVX512F__) || defined(__AVX2__)
+  alignas(REGISTER_BYTES) T stored[VecOf<Wide<T>>::size];
+  store(stored, v);
+#if defined(__AVX512F__)
+  if constexpr (sizeof(stored) == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), *reinterpret_cast<__m512i*>(stored));
+#endif
+  if constexpr (sizeof(stored) == 32) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), *reinterpret_cast<__m256i*>(stored));
+#endif
+  store(p, v);
+}
+
+// How an operation stores a large output: put(p, v, n), as store.
+struct ToCache {
+  template <class T, class V, class N>
+  void operator()(T* p, V v, N n) const {
+    store(p, v, n);
+  }
+};
+struct PastCache {
+  template <class T, class V>
+  void operator()(T* p, V v, All) const {
+    stream(p, v);
+  }
+  template <class T, class V>
+  void operator()(T* p, V v, int64_t n) const {
+    store(p, v, n);
+  }
+};
+
+// body(put), then makes the stores visible to other threads.
+template <class Body>
+inline __attribute__((always_inline)) void with_stores(bool past_cache, const Body& body) {
+  if (!past_cache) return body(ToCache{});
+  body(PastCache{});
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// Whether rows that begin at p, stride_bytes apart, may be stored by PastCache.
+inline bool aligned(const void* p, int64_t stride_bytes) {
+  return (reinterpret_cast<uintptr_t>(p) | static_cast<uintptr_t>(stride_bytes)) % REGISTER_BYTES == 0;
+}
+
 // What reading back a stored number gives.
 template <class T>
 inline Vec<Wide<T>> rounded(Vec<Wide<T>> v) {
@@ -217,6 +270,31 @@ inline __attribute__((always_inline)) T sum_columns(int64_t C, const Term& term)
     total += sum<T>((sums[0] + sums[1]) + (sums[2] + sums[3]));
   }
   return total;
+}
+
+// (1, 0, 3, 2, ...): every lane has its neighbour's number.
+template <class T>
+inline T swap_neighbours(T v) {
+  T swapped;
+  constexpr int size = sizeof(v) / sizeof(v[0]);
+  for (int i = 0; i < size; i++) swapped[i] = v[i ^ 1];
+  return swapped;
+}
+
+// The larger, the smaller of v and the bound; NaN stays NaN.
+inline Vec<float> at_least(Vec<float> v, float bound) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec<float>>(_mm512_max_ps(_mm512_set1_ps(bound), reinterpret_cast<__m512>(v)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vec<float>>(_mm256_max_ps(_mm256_set1_ps(bound), reinterpret_cast<__m256>(v)));
+#else
+  return v < bound ? Vec<float>{} + bound : v;
+#endif
+}
+inline Vec<double> at_least(Vec<double> v, double bound) { return v < bound ? Vec<double>{} + bound : v; }
+template <class V, class A>
+inline V at_most(V v, A bound) {
+  return -at_least(-v, -bound);
 }
 
 inline float square_root(float v) { return __builtin_sqrtf(v); }

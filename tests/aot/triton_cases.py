@@ -5,14 +5,28 @@ from __future__ import annotations
 import torch
 
 from aot.triton_gate import Case, inspect
-from fastprimer.kernels import rms_norm
+from fastprimer.kernels import rms_norm, rope, swiglu
+from fastprimer.ops.swiglu import ACTIVATIONS
 
-BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
+BFLOAT16, FLOAT32, FLOAT64 = torch.bfloat16, torch.float32, torch.float64
 
 WIDE_ACCESS = dict.fromkeys(("sm_80", "sm_90", "sm_100"), (r"LDG\.E\S*\.128", r"STG\.E\S*\.128")) | {
-    "gfx942": (r"_load_dwordx[24]", r"_store_dwordx[24]")
+    "gfx942": (r"(global|buffer)_load_dwordx[24]", r"(global|buffer)_store_dwordx[24]")
 }
-"""16-byte accesses; on AMD, where 16 warps are twice as many threads, 8 bytes do."""
+"""16-byte accesses; on AMD, where a warp is twice as many threads, 8 bytes do."""
+
+
+def never(pattern: str) -> str:
+    """Matches code in which the pattern occurs nowhere."""
+    return rf"\A(?![\s\S]*{pattern})"
+
+
+NARROW_ACCESS = dict.fromkeys(("sm_80", "sm_90", "sm_100"), (r"LDG\S*\.U16", r"STG(?!\S*\.128)")) | {
+    "gfx942": (r"_load_u?short", r"_store_(?!dwordx[24])")
+}
+"""A load of one half-precision number, a store of less than the above."""
+
+WIDE_ONLY = {target: (*wide, *map(never, NARROW_ACCESS[target])) for target, wide in WIDE_ACCESS.items()}
 
 
 def meta(dtype: torch.dtype, *shape: int) -> torch.Tensor:
@@ -35,25 +49,86 @@ def _name(operation: str, dtype: torch.dtype, N: int, C: int, residual: bool, we
     return f"{operation} {str(dtype)[6:]} N={N} C={C}{' +residual' * residual}{' -weight' * (not weight)}"
 
 
+def rope_case(
+    dtype: torch.dtype,
+    B: int,
+    S: int,
+    H: int,
+    Hk: int,
+    D: int,
+    R: int,
+    interleaved: bool = False,
+    positions: bool = False,
+    heads_first: bool = False,
+    inverse: bool = False,
+    kernels=rope,
+) -> Case:
+    heads = lambda n: meta(dtype, B, n, S, D).transpose(1, 2) if heads_first else meta(dtype, B, S, n, D)  # noqa: E731
+    cos, at = meta(FLOAT32, S, R // 2), meta(torch.int64, B, S) if positions else None
+    function = kernels.rope_backward if inverse else kernels.rope_forward
+    options = " interleaved" * interleaved + " positions" * positions + " heads-first" * heads_first + " inverse" * inverse
+    call = lambda: function(heads(H), heads(Hk) if Hk else None, cos, cos, at, interleaved)  # noqa: E731
+    name = f"rope {str(dtype)[6:]} B={B} S={S} H={H}/{Hk} D={D} R={R}{options}"
+    return Case(name, call, WIDE_ONLY if D % 16 == 0 and R % 16 == 0 else {})
+
+
+def swiglu_case(dtype: torch.dtype, N: int, F: int, activation: str = "silu", packed: bool = False, kernels=swiglu) -> Case:
+    """Forward and backward."""
+    gate, up, dy = meta(dtype, N, 2 * F if packed else F), None if packed else meta(dtype, N, F), meta(dtype, N, F)
+
+    def call():
+        kernels.swiglu_forward(gate, up, *ACTIVATIONS[activation])
+        kernels.swiglu_backward(dy, gate, up, *ACTIVATIONS[activation])
+
+    name = f"swiglu {str(dtype)[6:]} N={N} F={F} {activation}{' packed' * packed}"
+    return Case(name, call, WIDE_ONLY if F % 16 == 0 else {})
+
+
 CASES = [
-    make(*arguments)
-    for make in (rms_norm_forward, rms_norm_backward)
-    for arguments in [
-        (BFLOAT16, 4096, 128),
-        (FLOAT32, 4096, 128, True),
-        (BFLOAT16, 4096, 1024, True),
-        (FLOAT32, 4096, 2048, True),
-        (BFLOAT16, 1, 4096),
-        (BFLOAT16, 4096, 4096, False, False),
-        (BFLOAT16, 4096, 4096, True),
-        (FLOAT32, 4096, 4096, True),
-        (BFLOAT16, 4096, 8192, True),
-        (FLOAT32, 4096, 8192),
-        (FLOAT32, 4096, 8192, True),
-        (BFLOAT16, 4096, 65536, True),
-        (FLOAT32, 4096, 65536, True),
-        (BFLOAT16, 3 * 2**30, 1),
-    ]
+    *(
+        make(*arguments)
+        for make in (rms_norm_forward, rms_norm_backward)
+        for arguments in [
+            (BFLOAT16, 4096, 128),
+            (FLOAT32, 4096, 128, True),
+            (BFLOAT16, 4096, 1024, True),
+            (FLOAT32, 4096, 2048, True),
+            (BFLOAT16, 1, 4096),
+            (BFLOAT16, 4096, 4096, False, False),
+            (BFLOAT16, 4096, 4096, True),
+            (FLOAT32, 4096, 4096, True),
+            (BFLOAT16, 4096, 8192, True),
+            (FLOAT32, 4096, 8192),
+            (FLOAT32, 4096, 8192, True),
+            (BFLOAT16, 4096, 65536, True),
+            (FLOAT32, 4096, 65536, True),
+            (BFLOAT16, 3 * 2**30, 1),
+        ]
+    ),
+    rope_case(BFLOAT16, 1, 2048, 32, 8, 128, 128),
+    rope_case(BFLOAT16, 1, 2048, 32, 8, 128, 128, interleaved=True, positions=True),
+    rope_case(FLOAT32, 1, 2048, 32, 8, 128, 128, positions=True, inverse=True),
+    rope_case(FLOAT32, 4, 2048, 32, 8, 128, 128, interleaved=True),
+    rope_case(BFLOAT16, 4, 2048, 32, 32, 64, 64, heads_first=True),
+    rope_case(BFLOAT16, 1, 2048, 32, 32, 80, 32),
+    rope_case(BFLOAT16, 1, 2048, 48, 1, 96, 48, interleaved=True),
+    rope_case(BFLOAT16, 64, 1, 32, 8, 128, 128, positions=True),
+    rope_case(BFLOAT16, 128, 10, 4, 2, 16, 16),
+    rope_case(FLOAT64, 1, 512, 8, 0, 256, 128),
+    rope_case(FLOAT64, 1, 2, 1, 1, 32768, 16384, interleaved=True),
+    rope_case(BFLOAT16, 1, 1, 1, 1, 3, 2),
+    rope_case(BFLOAT16, 2, 3 * 2**30, 1, 0, 2, 2),
+    swiglu_case(BFLOAT16, 2048, 14336),
+    swiglu_case(BFLOAT16, 2048, 14336, "gelu_tanh", packed=True),
+    swiglu_case(BFLOAT16, 2048, 2880, "gpt_oss", packed=True),
+    swiglu_case(FLOAT32, 1024, 5632),
+    swiglu_case(FLOAT32, 1024, 5632, "gpt_oss", packed=True),
+    swiglu_case(FLOAT64, 1024, 5632, "gelu_tanh"),
+    swiglu_case(BFLOAT16, 1280, 176, packed=True),
+    swiglu_case(FLOAT32, 65536, 16, packed=True),
+    swiglu_case(BFLOAT16, 1, 1),
+    swiglu_case(BFLOAT16, 3 * 2**20, 1024),
+    swiglu_case(BFLOAT16, 3 * 2**30, 1, packed=True),
 ]
 """Sizes in use, absent tensors, and the extremes that Triton compiles specially: a size of 1, a size beyond 32 bits."""
 

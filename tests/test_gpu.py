@@ -1,0 +1,83 @@
+"""What only large memories and GPUs show: offsets of 64 bits, streams, CUDA graphs, a second GPU."""
+
+import os
+
+import pytest
+import torch
+
+import fastprimer as fp
+from conftest import device_or_skip
+from fastprimer import testing
+from fastprimer.backends import declared, operations, use_backend
+from fastprimer.cases import CASES, Inputs
+
+KERNELS = [(op, backend) for op in operations() for backend in ("triton", "cuda") if backend in declared(op)]
+ROW = 4096
+
+
+def rotated(x):
+    angles = torch.arange(64, device=x.device).float()[None]
+    return fp.rope(x.view(1, -1, ROW // 128, 128), None, angles.cos(), angles.sin(), positions=torch.zeros(1, len(x)).long().to(x.device))[
+        0
+    ]
+
+
+ROW_BY_ROW = {"rms_norm": fp.rms_norm, "rope": rotated, "swiglu": lambda x: fp.swiglu(x, x)}
+"""Operations as functions of (N, ROW), whose rows are independent."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ROW_BY_ROW)
+def test_more_than_31_bits_of_elements(op):
+    """Offsets are 64 bits wide: the last of 2^31 + 4096 elements is right. The input is one row, expanded."""
+    backends = ["cuda", "triton"] if torch.cuda.is_available() else ["cpu"]
+    if not torch.cuda.is_available() and os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") < 9e9:
+        pytest.skip("needs 9 GB of free memory")
+    for backend in backends:
+        device = device_or_skip(op, backend)
+        row = torch.randn(1, ROW, dtype=torch.bfloat16, device=device)
+        with use_backend(backend):
+            y = ROW_BY_ROW[op](row.expand(2**19 + 1, ROW)).view(-1, ROW)
+            expected = ROW_BY_ROW[op](row).view(ROW)
+            assert torch.equal(y[-1], expected) and torch.equal(y[2**18], expected)
+
+
+def forward_and_backward(op):
+    """A call of the first small case of op on the GPU, outputs and gradients in a list; always the same tensors."""
+    case = next(c for c in CASES if c.op == op and not c.bench)
+    arguments = case.arguments(Inputs(torch.bfloat16, "cuda", 0))
+    leaves = [t for t in arguments.values() if isinstance(t, torch.Tensor) and t.requires_grad]
+
+    def call():
+        outputs = getattr(fp, op)(**arguments)
+        outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o is not None]
+        return [*outputs, *torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs])]
+
+    return call
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("op", "backend"), KERNELS)
+def test_side_stream_and_cuda_graph(op, backend):
+    with use_backend(backend):
+        call = forward_and_backward(op)
+        expected = [t.clone() for t in call()]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            assert all(torch.equal(a, b) for a, b in zip(call(), expected, strict=True))
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = call()
+        for t in results:
+            t.detach().zero_()
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize(("op", "backend"), KERNELS)
+def test_second_gpu(op, backend):
+    case = next(c for c in CASES if c.op == op and not c.bench)
+    assert all(row.ok for row in testing.compare(case, torch.bfloat16, backend, device="cuda:1"))
