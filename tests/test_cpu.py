@@ -115,7 +115,7 @@ def assert_like_its_parts(function, tensors, dys, parts=4):
 @pytest.mark.parametrize("op", ["rms_norm", "rope", "swiglu", "swiglu-packed"])
 @pytest.mark.parametrize("limit", [1, 2])
 def test_large_outputs_are_stored_right(op, dtype, width, limit):
-    """Beyond 16 MiB they go past the caches, if their rows are aligned; a part of them is small enough not to."""
+    """Beyond 8 MiB they go past the caches, if their rows are aligned; a part of them is small enough not to."""
     rows = (20 << 20) // (width * dtype.itemsize)
     generator = torch.Generator().manual_seed(0)
 

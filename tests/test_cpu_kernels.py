@@ -39,11 +39,7 @@ PLANTED = {
     "rope": {
         "backward turns the same way": ("rope.cpp", "a.inverse ? -s : s", "s"),
         "positions ignored": ("rope.cpp", "if (a.positions == nullptr) return token;", "return token;"),
-        "k where q lies": (
-            "rope.cpp",
-            "queries_and_keys[] = {a.q, a.k};",
-            "queries_and_keys[] = {a.q, a.k}; if (a.k.x) queries_and_keys[1].x = a.q.x;",
-        ),
+        "k where q lies": ("rope.cpp", "x = static_cast<const T*>(heads.x)", "x = static_cast<const T*>(a.q.x)"),
         "the rest is not copied": ("rope.cpp", "if (begin == 0 && a.R < a.D)", "if (begin > 0 && a.R < a.D)"),
         "a pair's factors do not alternate": ("rope.cpp", "factors.s[2 * i] = -factors.s[2 * i];", ""),
     },
@@ -93,7 +89,8 @@ class Build:
         self.folder, self.source = folder, folder / "source"
         self.source.mkdir()
         shutil.copytree(ROOT / "csrc", self.source / "csrc")
-        shutil.copy(ROOT / "CMakeLists.txt", self.source)
+        recipe = (ROOT / "CMakeLists.txt").read_text()
+        (self.source / "CMakeLists.txt").write_text(recipe.replace(" -O3 ", " -O1 "))  # half the time, and no other results
         self.configure = ["cmake", "-S", self.source, "-B", folder / "build", f"-DPython_EXECUTABLE={sys.executable}"]
         self.configure += [f"-DFASTPRIMER_TORCH={Path(torch.__file__).parent}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
         self.configure += ["-DFASTPRIMER_CUDA=OFF"]

@@ -17,6 +17,9 @@ inline void parallel_for(int64_t n, int64_t grain, const Body& body) {
       n, grain,
       [](void* context, int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++) (*static_cast<const Body*>(context))(i);
+#if defined(__x86_64__)
+        __builtin_ia32_sfence();  // for stores past the caches (simd.h)
+#endif
       },
       const_cast<Body*>(&body));
 }

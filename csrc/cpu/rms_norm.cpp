@@ -49,16 +49,10 @@ void widen_weight(const void* weight, Dtype dtype, double offset, int64_t C, T* 
     for (int64_t c = 0; c < C; c++) w[c] = 1;
     return;
   }
-  switch (dtype) {
-    case Dtype::float64:
-      return convert<T, double>(weight, offset, C, w);
-    case Dtype::float32:
-      return convert<T, float>(weight, offset, C, w);
-    case Dtype::bfloat16:
-      return convert<T, bfloat16>(weight, offset, C, w);
-    case Dtype::float16:
-      return convert<T, float16>(weight, offset, C, w);
-  }
+  by_dtype(dtype, [&](auto element) -> Error {
+    convert<T, decltype(element)>(weight, offset, C, w);
+    return nullptr;
+  });
 }
 
 // How the N rows of an output, C numbers each, are stored.
@@ -186,31 +180,11 @@ Error backward(const RmsNormBackward& a) {
 }  // namespace
 
 Error rms_norm_forward(const RmsNormForward& args) {
-  switch (args.dtype) {
-    case Dtype::float32:
-      return forward<float>(args);
-    case Dtype::bfloat16:
-      return forward<bfloat16>(args);
-    case Dtype::float16:
-      return forward<float16>(args);
-    case Dtype::float64:
-      return forward<double>(args);
-  }
-  return "unknown dtype";
+  return by_dtype(args.dtype, [&](auto element) { return forward<decltype(element)>(args); });
 }
 
 Error rms_norm_backward(const RmsNormBackward& args) {
-  switch (args.dtype) {
-    case Dtype::float32:
-      return backward<float>(args);
-    case Dtype::bfloat16:
-      return backward<bfloat16>(args);
-    case Dtype::float16:
-      return backward<float16>(args);
-    case Dtype::float64:
-      return backward<double>(args);
-  }
-  return "unknown dtype";
+  return by_dtype(args.dtype, [&](auto element) { return backward<decltype(element)>(args); });
 }
 
 }  // namespace FASTPRIMER_ISA

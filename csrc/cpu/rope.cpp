@@ -119,17 +119,7 @@ Error rotate(const Rope& a) {
 }  // namespace
 
 Error rope(const Rope& args) {
-  switch (args.dtype) {
-    case Dtype::float32:
-      return rotate<float>(args);
-    case Dtype::bfloat16:
-      return rotate<bfloat16>(args);
-    case Dtype::float16:
-      return rotate<float16>(args);
-    case Dtype::float64:
-      return rotate<double>(args);
-  }
-  return "unknown dtype";
+  return by_dtype(args.dtype, [&](auto element) { return rotate<decltype(element)>(args); });
 }
 
 }  // namespace FASTPRIMER_ISA

@@ -28,6 +28,10 @@ struct bfloat16 {
 struct float16 {
   uint16_t bits;
 };
+template <class T>
+constexpr bool is_bfloat16 = false;
+template <>
+constexpr bool is_bfloat16<bfloat16> = true;
 
 template <class T>
 struct VecOf {
@@ -113,13 +117,15 @@ inline Vec<float> load(const float16* p) {
 
 inline void store(float* p, Vec<float> v) { *reinterpret_cast<Unaligned<float>::type*>(p) = v; }
 inline void store(double* p, Vec<double> v) { *reinterpret_cast<Unaligned<double>::type*>(p) = v; }
+#if defined(__AVX512BF16__)
+inline void store_flushed(bfloat16* p, Vec<float> v) {  // subnormal numbers become zero
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v))));
+}
+#endif
 inline void store(bfloat16* p, Vec<float> v) {
 #if defined(__AVX512BF16__)
-  constexpr int subnormal = 0x20;  // which the conversion instruction would make zero
-  if (__builtin_expect(_mm512_fpclass_ps_mask(reinterpret_cast<__m512>(v), subnormal) == 0, 1)) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v))));
-    return;
-  }
+  constexpr int subnormal = 0x20;
+  if (__builtin_expect(_mm512_fpclass_ps_mask(reinterpret_cast<__m512>(v), subnormal) == 0, 1)) return store_flushed(p, v);
 #endif
   const Bits u = reinterpret_cast<Bits>(v);
   Bits rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
@@ -134,6 +140,22 @@ inline void store(float16* p, Vec<float> v) {
 #else
   for (int i = 0; i < LANES; i++) p[i] = from_wide<float16>(v[i]);
 #endif
+}
+
+// Calls run(T{}) with the element type T that dtype stands for.
+template <class Run>
+inline Error by_dtype(Dtype dtype, const Run& run) {
+  switch (dtype) {
+    case Dtype::float32:
+      return run(float{});
+    case Dtype::bfloat16:
+      return run(bfloat16{});
+    case Dtype::float16:
+      return run(float16{});
+    case Dtype::float64:
+      return run(double{});
+  }
+  return "unknown dtype";
 }
 
 // The accumulator type of an element type, and how many numbers one step handles.
@@ -185,9 +207,30 @@ inline __attribute__((always_inline)) void for_columns(int64_t begin, int64_t en
   if (c < end) body(c, end - c, 0);
 }
 
-// A whole register to memory, past the caches; p is aligned to the bytes that are stored.
+// A result for which a subnormal bfloat16 is as good as zero: that spares a look at every register.
 template <class T>
-inline void stream(T* p, Vec<Wide<T>> v) {
+struct Flushable {
+  Vec<Wide<T>> v;
+};
+template <class T>
+inline void store(T* p, Flushable<T> flushable) {
+#if defined(__AVX512BF16__)
+  if constexpr (is_bfloat16<T>) return store_flushed(p, flushable.v);
+#endif
+  store(p, flushable.v);
+}
+template <class T>
+inline void store(T* p, Flushable<T> flushable, int64_t n) {
+  store(p, flushable.v, n);
+}
+template <class T>
+inline void store(T* p, Flushable<T> flushable, All) {
+  store(p, flushable);
+}
+
+// A whole register, as V = Vec or Flushable, to memory, past the caches; p is aligned to the bytes that are stored.
+template <class T, class V>
+inline void stream(T* p, V v) {
 #if defined(__AVX512F__) || defined(__AVX2__)
   alignas(REGISTER_BYTES) T stored[VecOf<Wide<T>>::size];
   store(stored, v);
@@ -199,7 +242,8 @@ inline void stream(T* p, Vec<Wide<T>> v) {
   store(p, v);
 }
 
-// How an operation stores a large output: put(p, v, n), as store.
+// How an operation stores an output, body(put): put(p, v, n), as store. A thread's stores past the caches are visible to others
+// when its part of a parallel_for ends.
 struct ToCache {
   template <class T, class V, class N>
   void operator()(T* p, V v, N n) const {
@@ -217,14 +261,12 @@ struct PastCache {
   }
 };
 
-// body(put), then makes the stores visible to other threads.
 template <class Body>
 inline __attribute__((always_inline)) void with_stores(bool past_cache, const Body& body) {
-  if (!past_cache) return body(ToCache{});
-  body(PastCache{});
-#if defined(__x86_64__)
-  _mm_sfence();
-#endif
+  if (past_cache)
+    body(PastCache{});
+  else
+    body(ToCache{});
 }
 
 // Whether rows that begin at p, stride_bytes apart, may be stored by PastCache.

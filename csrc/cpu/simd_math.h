@@ -9,8 +9,8 @@ inline namespace FASTPRIMER_ISA {
 inline Vec<float> minus_magnitude(Vec<float> v) { return reinterpret_cast<Vec<float>>(reinterpret_cast<Bits>(v) | 0x80000000u); }
 inline Vec<double> minus_magnitude(Vec<double> v) { return v > 0 ? -v : v; }
 
-// e^x for x <= 0, to about one unit in the last place of float32, for 16-bit elements to 3e-6 of the value; what is smaller than the
-// smallest normal number is 0. NaN stays NaN.
+// e^x for x <= 0, to about one unit in the last place of float32, to 3e-6 of the value for float16 and to 5e-5 for bfloat16; what is
+// smaller than the smallest normal number is 0. NaN stays NaN.
 //
 // e^x = 2^n e^r with n = round(x / ln 2) and |r| <= ln(2) / 2, where e^r is its Taylor polynomial. Adding 1.5 * 2^23 rounds to an
 // integer, which then stands in the low bits of the sum; adding 127 more makes it the exponent field of 2^n.
@@ -26,10 +26,12 @@ inline Vec<float> exp_of_negative(Vec<float> x) {
     r -= n * 0x1.7f7d1cp-20f;
     p = r * (1 / 5040.0f) + (1 / 720.0f);
     p = p * r + (1 / 120.0f);
+    p = p * r + (1 / 24.0f);
+  } else if constexpr (is_bfloat16<T>) {
+    p = Vec<float>{} + (1 / 24.0f);
   } else {
-    p = Vec<float>{} + (1 / 120.0f);
+    p = r * (1 / 120.0f) + (1 / 24.0f);
   }
-  p = p * r + (1 / 24.0f);
   p = p * r + (1 / 6.0f);
   p = p * r + 0.5f;
   p = p * r + 1.0f;
@@ -46,9 +48,9 @@ inline Vec<double> exp_of_negative(Vec<double> x) {
 template <class T>
 inline Vec<float> reciprocal(Vec<float> v) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 2) {  // an estimate to 14 bits and one step of Newton's method
+  if constexpr (sizeof(T) == 2) {  // an estimate to 14 bits, for float16 improved by a step of Newton's method
     const Vec<float> estimate = reinterpret_cast<Vec<float>>(_mm512_rcp14_ps(reinterpret_cast<__m512>(v)));
-    return estimate * (2.0f - v * estimate);
+    return is_bfloat16<T> ? estimate : estimate * (2.0f - v * estimate);
   }
 #endif
   return 1.0f / v;

@@ -74,7 +74,7 @@ Error forward(const SwiGluForward& args) {
       for_columns<A>(begin, end, [&](int64_t c, auto n, int) {
         const Vec<A> a = parameters.clamped_gate(load(gate + c, n)), b = parameters.clamped_up(load(up + c, n));
         const Sigmoid<T> sigma(parameters.exponent(a));
-        put(y + c, a * sigma.value * parameters.factor(b), n);
+        put(y + c, Flushable<T>{a * sigma.value * parameters.factor(b)}, n);
       });
     });
   });
@@ -101,13 +101,13 @@ Error backward(const SwiGluBackward& args) {
         const Vec<A> a = parameters.clamped_gate(gate_c), b = parameters.clamped_up(up_c);
         const Sigmoid<T> sigma(parameters.exponent(a));
         const Vec<A> p = a * sigma.e * sigma.r * sigma.r;
-        Vec<A> dgate_c = dy_c * parameters.factor(b) * parameters.slope(sigma.value, p, a), dup_c = dy_c * a * sigma.value;
+        Vec<A> dgate_c = dy_c * parameters.slope(sigma.value, p, a) * parameters.factor(b), dup_c = dy_c * (a * sigma.value);
         if (!PLAIN) {  // where it clamps, a clamp passes no gradient on
           dgate_c = gate_c > parameters.limit ? Vec<A>{} : dgate_c;
           dup_c = (up_c > parameters.limit) | (up_c < -parameters.limit) ? Vec<A>{} : dup_c;
         }
-        put(dgate + c, dgate_c, n);
-        put(dup + c, dup_c, n);
+        put(dgate + c, Flushable<T>{dgate_c}, n);
+        put(dup + c, Flushable<T>{dup_c}, n);
       });
     });
   });
@@ -117,33 +117,17 @@ Error backward(const SwiGluBackward& args) {
 }  // namespace
 
 Error swiglu_forward(const SwiGluForward& args) {
-  const bool silu = plain(args.activation);
-  switch (args.dtype) {
-    case Dtype::float32:
-      return silu ? forward<float, true>(args) : forward<float, false>(args);
-    case Dtype::bfloat16:
-      return silu ? forward<bfloat16, true>(args) : forward<bfloat16, false>(args);
-    case Dtype::float16:
-      return silu ? forward<float16, true>(args) : forward<float16, false>(args);
-    case Dtype::float64:
-      return silu ? forward<double, true>(args) : forward<double, false>(args);
-  }
-  return "unknown dtype";
+  return by_dtype(args.dtype, [&](auto element) {
+    using T = decltype(element);
+    return plain(args.activation) ? forward<T, true>(args) : forward<T, false>(args);
+  });
 }
 
 Error swiglu_backward(const SwiGluBackward& args) {
-  const bool silu = plain(args.activation);
-  switch (args.dtype) {
-    case Dtype::float32:
-      return silu ? backward<float, true>(args) : backward<float, false>(args);
-    case Dtype::bfloat16:
-      return silu ? backward<bfloat16, true>(args) : backward<bfloat16, false>(args);
-    case Dtype::float16:
-      return silu ? backward<float16, true>(args) : backward<float16, false>(args);
-    case Dtype::float64:
-      return silu ? backward<double, true>(args) : backward<double, false>(args);
-  }
-  return "unknown dtype";
+  return by_dtype(args.dtype, [&](auto element) {
+    using T = decltype(element);
+    return plain(args.activation) ? backward<T, true>(args) : backward<T, false>(args);
+  });
 }
 
 }  // namespace FASTPRIMER_ISA

@@ -1,10 +1,12 @@
 // What CUDA kernels are written in: one set of names for hardware (nvcc) and for the emulator of tests/emulator. PTX and
 // <<<>>> stand nowhere else. Beyond this file kernels use CUDA's own names: threadIdx, __syncthreads, __shfl_xor_sync ...
 //
-//   launch, multiprocessors                     host side
+//   launch, multiprocessors, aligned, by_dtype  host side
 //   FASTPRIMER_SHARED, dynamic_shared           shared memory
-//   Vector, load, store                         accesses of up to 16 bytes
+//   Vector, load, store, whole, issue_loads     accesses of up to 16 bytes
 //   bfloat16, float16, widen, narrow            element types; arithmetic is in float32
+//   smaller, larger                             minimum and maximum that pass NaN on
+//   fast_exp, fast_reciprocal                   good enough for results of 16 bits
 //   warp_sum                                    reductions
 //   copy_async, _commit, _wait                  cp.async: global to shared memory, without registers
 //   load_matrix, multiply_accumulate            ldmatrix, mma.sync m16n8k16
@@ -88,6 +90,15 @@ __device__ __forceinline__ Vector<T, V> load(const T* p) {
   return *reinterpret_cast<const Vector<T, V>*>(p);
 }
 
+// An offset that the compiler does not take apart: parts of it moved out of a loop leave a store of 16 bytes in four.
+__device__ __forceinline__ int64_t whole(int64_t offset) {
+  asm("" : "+l"(offset));
+  return offset;
+}
+
+// What was loaded above is asked for here, all of it: the compiler does not put a load off until its number is used.
+__device__ __forceinline__ void issue_loads() { asm volatile("" ::: "memory"); }
+
 template <class T, int V>
 __device__ __forceinline__ void store(T* p, const Vector<T, V>& v) {
   *reinterpret_cast<Vector<T, V>*>(p) = v;
@@ -123,6 +134,30 @@ template <>
 __device__ __forceinline__ float16 narrow<float16>(float v) {
   float16 result;
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result.bits) : "f"(v));
+  return result;
+}
+
+// NaN if one is, unlike fminf and fmaxf.
+__device__ __forceinline__ float smaller(float a, float b) {
+  float result;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+__device__ __forceinline__ float larger(float a, float b) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
+// e^v and 1 / v within some 1e-5 and 1e-7 of themselves for |v| < 100; what is below 2^-126 becomes 0.
+__device__ __forceinline__ float fast_exp(float v) {
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v * 1.44269504f));
+  return result;
+}
+__device__ __forceinline__ float fast_reciprocal(float v) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
   return result;
 }
 
@@ -196,6 +231,27 @@ __device__ __forceinline__ void multiply_accumulate(float (&d)[4], const uint32_
 namespace fastprimer {
 
 constexpr unsigned FULL_WARP = 0xFFFFFFFFu;
+
+// Whether load<V> and store may be used at p, and as many times `stride` elements further as one likes. Null: yes.
+template <class T, int V>
+bool aligned(const void* p, int64_t stride) {
+  return (reinterpret_cast<uintptr_t>(p) | (static_cast<uintptr_t>(stride) * sizeof(T))) % alignof(Vector<T, V>) == 0;
+}
+
+// Calls launch(T{}) with the element type T that dtype stands for.
+template <class Launch>
+Error by_dtype(Dtype dtype, Launch launch) {
+  switch (dtype) {
+    case Dtype::float32:
+      return launch(float{});
+    case Dtype::bfloat16:
+      return launch(bfloat16{});
+    case Dtype::float16:
+      return launch(float16{});
+    default:
+      return "tensors must be float32, bfloat16 or float16";
+  }
+}
 
 // The sum over each aligned group of `lanes` lanes (a power of two), given to all of them. The whole warp must call it.
 __device__ __forceinline__ float warp_sum(float v, int lanes = 32) {

@@ -32,22 +32,22 @@ int64_t blocks_for(int64_t N, const Layout& layout, int blocks_per_multiprocesso
   return std::min<int64_t>((N + layout.block.y - 1) / layout.block.y, blocks_per_multiprocessor * multiprocessors());
 }
 
-// Whether rows that start at p, stride_row elements apart, allow 16-byte accesses everywhere. Null does.
+// Elements in 16 bytes.
 template <class T>
-bool aligned(const void* p, int64_t stride_row) {
-  return (reinterpret_cast<uintptr_t>(p) | (static_cast<uintptr_t>(stride_row) * sizeof(T))) % 16 == 0;
-}
+constexpr int WIDE = 16 / sizeof(T);
 
 template <class T>
 bool vectorizable(const RmsNormForward& args) {
-  return args.C * sizeof(T) % 16 == 0 && aligned<T>(args.x, args.stride_x_row) && aligned<T>(args.residual, args.stride_residual_row) &&
-         aligned<T>(args.weight, 0) && aligned<T>(args.y, 0) && aligned<T>(args.residual == nullptr ? nullptr : args.h, 0);
+  return args.C % WIDE<T> == 0 && aligned<T, WIDE<T>>(args.x, args.stride_x_row) &&
+         aligned<T, WIDE<T>>(args.residual, args.stride_residual_row) && aligned<T, WIDE<T>>(args.weight, 0) &&
+         aligned<T, WIDE<T>>(args.y, 0) && aligned<T, WIDE<T>>(args.residual == nullptr ? nullptr : args.h, 0);
 }
 
 template <class T>
 bool vectorizable(const RmsNormBackward& args) {
-  return args.C * sizeof(T) % 16 == 0 && aligned<T>(args.dy, args.stride_dy_row) && aligned<T>(args.dh, args.stride_dh_row) &&
-         aligned<T>(args.h, args.stride_h_row) && aligned<T>(args.weight, 0) && aligned<T>(args.dx, 0) && aligned<T>(args.partial, 0);
+  return args.C % WIDE<T> == 0 && aligned<T, WIDE<T>>(args.dy, args.stride_dy_row) && aligned<T, WIDE<T>>(args.dh, args.stride_dh_row) &&
+         aligned<T, WIDE<T>>(args.h, args.stride_h_row) && aligned<T, WIDE<T>>(args.weight, 0) && aligned<T, WIDE<T>>(args.dx, 0) &&
+         aligned<T, WIDE<T>>(args.partial, 0);
 }
 
 template <class Args>
@@ -101,43 +101,20 @@ int64_t rms_norm_partials(Cuda, int64_t N, int64_t) { return std::min<int64_t>(N
 
 Error rms_norm_forward(Cuda device, const RmsNormForward& args) {
   if (Error error = unsupported(args.C, args.dtype, args.weight_dtype)) return error;
-  switch (args.dtype) {
-    case Dtype::float32:
-      return vectorizable<float>(args) ? forward<float, 4>(device, args) : forward<float, 1>(device, args);
-    case Dtype::bfloat16:
-      return vectorizable<bfloat16>(args) ? forward<bfloat16, 8>(device, args) : forward<bfloat16, 1>(device, args);
-    case Dtype::float16:
-      return vectorizable<float16>(args) ? forward<float16, 8>(device, args) : forward<float16, 1>(device, args);
-    default:
-      return "x must be float32, bfloat16 or float16";
-  }
+  return by_dtype(args.dtype, [&](auto element) -> Error {
+    using T = decltype(element);
+    return vectorizable<T>(args) ? forward<T, WIDE<T>>(device, args) : forward<T, 1>(device, args);
+  });
 }
 
 Error rms_norm_backward(Cuda device, const RmsNormBackward& args) {
-  Error error = unsupported(args.C, args.dtype, args.weight_dtype);
-  if (error != nullptr) return error;
-  switch (args.dtype) {
-    case Dtype::float32:
-      error = vectorizable<float>(args) ? backward<float, 4>(device, args) : backward<float, 1>(device, args);
-      break;
-    case Dtype::bfloat16:
-      error = vectorizable<bfloat16>(args) ? backward<bfloat16, 8>(device, args) : backward<bfloat16, 1>(device, args);
-      break;
-    case Dtype::float16:
-      error = vectorizable<float16>(args) ? backward<float16, 8>(device, args) : backward<float16, 1>(device, args);
-      break;
-    default:
-      return "x must be float32, bfloat16 or float16";
-  }
-  if (error != nullptr || args.weight == nullptr) return error;
-  switch (args.weight_dtype) {
-    case Dtype::float32:
-      return sum_partials<float>(device, args);
-    case Dtype::bfloat16:
-      return sum_partials<bfloat16>(device, args);
-    default:
-      return sum_partials<float16>(device, args);
-  }
+  if (Error error = unsupported(args.C, args.dtype, args.weight_dtype)) return error;
+  return by_dtype(args.dtype, [&](auto element) -> Error {
+    using T = decltype(element);
+    const Error error = vectorizable<T>(args) ? backward<T, WIDE<T>>(device, args) : backward<T, 1>(device, args);
+    if (error != nullptr || args.weight == nullptr) return error;
+    return args.weight_dtype == args.dtype ? sum_partials<T>(device, args) : sum_partials<float>(device, args);
+  });
 }
 
 }  // namespace fastprimer

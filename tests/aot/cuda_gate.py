@@ -56,9 +56,9 @@ class Row:
 
 
 def wide_access(kernel: str) -> tuple[str, ...]:
-    """RMSNorm's kernels for vectors of 16 bytes must move them as such; those for V = 1 and the sum of partials cannot."""
-    vector = re.match(r"rms_norm_(forward|backward)_\w+<\w+, (\d+)", kernel)
-    return ("LDG.E.128", "STG.E.128") if vector and int(vector[2]) > 1 else ()
+    """Kernels are named <name><T, V, ...>: with V > 1 they must move vectors of 16 bytes as such; V = 1 and <name><T> cannot."""
+    width = re.match(r"\w+<\w+, (\d+)", kernel)
+    return ("LDG.E.128", "STG.E.128") if width and int(width[1]) > 1 else ()
 
 
 def tensor_core(kernel: str) -> tuple[str, ...]:
@@ -66,7 +66,7 @@ def tensor_core(kernel: str) -> tuple[str, ...]:
 
 
 CASES = (
-    Case(ROOT / "csrc/cuda/rms_norm.cu", wide_access),
+    *(Case(ROOT / f"csrc/cuda/{op}.cu", wide_access) for op in ("rms_norm", "rope", "swiglu")),
     Case(ROOT / "tests/emulator/probe.cu", tensor_core),
 )
 

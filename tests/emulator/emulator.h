@@ -72,6 +72,9 @@ Vector<T, V> load(const T* p) {
   return v;
 }
 
+inline int64_t whole(int64_t offset) { return offset; }
+inline void issue_loads() {}
+
 template <class T, int V>
 void store(T* p, const Vector<T, V>& v) {
   emulator::check_aligned(p, alignof(Vector<T, V>));
@@ -99,6 +102,11 @@ inline float16 narrow<float16>(float v) {
   if (v != v) return {0x7FFF};
   return {std::bit_cast<uint16_t>(static_cast<_Float16>(v))};
 }
+
+inline float smaller(float a, float b) { return a != a || a < b ? a : b; }
+inline float larger(float a, float b) { return a != a || a > b ? a : b; }
+inline float fast_exp(float v) { return std::exp(v); }
+inline float fast_reciprocal(float v) { return 1 / v; }
 
 inline void copy_async(void* shared, const void* global, int bytes) { emulator::copy_async(shared, global, bytes); }
 inline void copy_async_commit() { emulator::copy_async_commit(); }

@@ -1,0 +1,198 @@
+"""Bugs to plant in the CUDA kernels, and what catches each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .build import Patch
+
+RMS_NORM, RMS_NORM_LAUNCH, GEMM = "csrc/cuda/rms_norm.cuh", "csrc/cuda/rms_norm.cu", "tests/emulator/gemm.cuh"
+ROPE, ROPE_LAUNCH = "csrc/cuda/rope.cuh", "csrc/cuda/rope.cu"
+SWIGLU, SWIGLU_LAUNCH = "csrc/cuda/swiglu.cuh", "csrc/cuda/swiglu.cu"
+
+
+@dataclass(frozen=True)
+class Bug:
+    """A planted bug, and by {kind of build: words of its report} what catches it."""
+
+    name: str
+    check: str
+    patch: Patch
+    caught: dict[str, str]
+
+
+BUGS = [
+    Bug(
+        "missing barrier",
+        "rms_norm",
+        Patch(RMS_NORM, "  __syncthreads();\n  float sum = 0;\n", "  float sum = 0;\n"),
+        {"plain": "is wrong", "thread": "data race"},
+    ),
+    Bug(
+        "off-by-one tail",
+        "rms_norm",
+        Patch(RMS_NORM, "if (j < vectors) h[k] = load<V>(x + j * V);", "if (j <= vectors) h[k] = load<V>(x + j * V);"),
+        {"plain": "is wrong"},
+    ),
+    Bug(
+        "unmasked tail",
+        "rms_norm",
+        Patch(RMS_NORM, "if (j < vectors) h[k] = add(", "h[k] = add("),
+        {"address": "heap-buffer-overflow"},
+    ),
+    Bug(
+        "out-of-bounds store",
+        "rms_norm",
+        Patch(RMS_NORM, "if (j < vectors) store(h_out + j * V, h[k]);", "store(h_out + j * V, h[k]);"),
+        {"plain": "a write past its end", "address": "heap-buffer-overflow"},
+    ),
+    Bug(
+        "wrong dW reduction: a partial sum is dropped",
+        "rms_norm",
+        Patch(RMS_NORM, "for (int i = 1; i < lines; i++)", "for (int i = 1; i < lines - 1; i++)"),
+        {"plain": "dweight is wrong"},
+    ),
+    Bug(
+        "blocks share a row of partial sums",
+        "rms_norm",
+        Patch(
+            RMS_NORM, "at_row(static_cast<float*>(args.partial), blockIdx.x, args.C), static", "static_cast<float*>(args.partial), static"
+        ),
+        {"plain": "dweight is wrong", "thread": "data race"},
+    ),
+    Bug("dropped weight offset", "rms_norm", Patch(RMS_NORM, "w[i] += offset;", "w[i] += 0;"), {"plain": "y is wrong"}),
+    Bug(
+        "16-byte accesses without a look at the stride",
+        "rms_norm",
+        Patch(RMS_NORM_LAUNCH, "args.C % WIDE<T> == 0 && aligned<T, WIDE<T>>(args.dy, args.stride_dy_row)", "aligned<T, WIDE<T>>(args.dy, 0)"),
+        {"plain": "is not aligned"},
+    ),
+    Bug(
+        "wrong row of an mma fragment",
+        "gemm",
+        Patch(GEMM, "m_warp + 16 * i + lane / 4 + e / 2 * 8", "m_warp + 16 * i + lane % 8 + e / 2 * 8"),
+        {"plain": "d is wrong"},
+    ),
+    Bug("early use of cp.async data", "gemm", Patch(GEMM, "copy_async_wait<0>();", "copy_async_wait<1>();"), {"plain": "not waited for"}),
+    Bug(
+        "early use of all but the last cp.async data",
+        "gemm",
+        Patch(GEMM, "copy_async_wait<1>();", "copy_async_wait<2>();"),
+        {"plain": "d is wrong"},
+    ),
+    Bug(
+        "a stage is overwritten while others read it",
+        "gemm",
+        Patch(GEMM, "    __syncthreads();  // nobody reads the stage any more\n", ""),
+        {"plain": "d is wrong", "thread": "data race"},
+    ),
+    Bug(
+        "no permutation of the chunks of a tile",
+        "gemm",
+        Patch(GEMM, "((chunk ^ row) % 8)", "(chunk % 8)"),
+        {"plain": "bank conflicts"},
+    ),
+    Bug(
+        "all that a lane loads is stored",
+        "rope",
+        Patch(ROPE, "      if (head + k * lanes >= heads) break;\n      change", "      change"),
+        {"address": "heap-buffer-overflow"},
+    ),
+    Bug(
+        "heads past the end are loaded",
+        "rope",
+        Patch(ROPE, "head + k * lanes < heads ? head + k * lanes : heads - 1", "head + k * lanes"),
+        {"address": "heap-buffer-overflow"},
+    ),
+    Bug(
+        "a negative position is looked up",
+        "rope",
+        Patch(ROPE, "if (position >= 0 && position < args.P)", "if (position < args.P)"),
+        {"address": "AddressSanitizer"},
+    ),
+    Bug(
+        "positions past the tables are looked up",
+        "rope",
+        Patch(ROPE, "if (position >= 0 && position < args.P)", "if (position >= 0)"),
+        {"address": "AddressSanitizer"},
+    ),
+    Bug(
+        "positions of 32 bits are read as 64",
+        "rope",
+        Patch(ROPE, "return args.positions_are_64_bit ?", "return args.positions != nullptr ?"),
+        {"plain": "FAILED", "address": "heap-buffer-overflow"},
+    ),
+    Bug(
+        "16-byte accesses without a look at the stride of heads",
+        "rope",
+        Patch(ROPE_LAUNCH, "aligned<T, V>(heads.x, heads.stride_head) && ", ""),
+        {"plain": "is not aligned"},
+    ),
+    Bug(
+        "16-byte accesses without a look at the rows of the tables",
+        "rope",
+        Patch(ROPE_LAUNCH, "aligned<T, PAIRS>(args.cos, args.stride_cos_row) &&", "aligned<T, PAIRS>(args.cos, 0) ||"),
+        {"plain": "is not aligned"},
+    ),
+    Bug("backward by forward's angle", "rope", Patch(ROPE, "args.inverse ? -s[i] : s[i]", "s[i]"), {"plain": "is wrong"}),
+    Bug(
+        "k has q's strides",
+        "rope",
+        Patch(ROPE, "(of_q ? args.q.stride_head : args.k.stride_head)", "args.q.stride_head"),
+        {"plain": "k is wrong"},
+    ),
+    Bug(
+        "half of the rest of a head is forgotten",
+        "rope",
+        Patch(ROPE, "units = rotary + (D - R) / V", "units = rotary + (D - R) / V / 2"),
+        {"plain": "is not a copy"},
+    ),
+    Bug(
+        "blocks share tokens",
+        "rope",
+        Patch(ROPE, "static_cast<int64_t>(blockIdx.x) * blockDim.z + threadIdx.z", "static_cast<int64_t>(blockIdx.x) + threadIdx.z"),
+        {"plain": "is wrong", "thread": "data race"},
+    ),
+    Bug(
+        "vectors past the end are loaded",
+        "swiglu",
+        Patch(SWIGLU, "return j < vectors ? j : vectors - 1;", "return j;"),
+        {"address": "heap-buffer-overflow"},
+    ),
+    Bug(
+        "all that a thread loads is stored",
+        "swiglu",
+        Patch(SWIGLU, "if (j < at.vectors) store(y", "store(y"),
+        {"plain": "a write past its end", "address": "heap-buffer-overflow"},
+    ),
+    Bug(
+        "the last number of a row is forgotten",
+        "swiglu",
+        Patch(SWIGLU, "i < end; i += blockDim.x) {\n      store(y", "i < end - 1; i += blockDim.x) {\n      store(y"),
+        {"plain": "y is wrong"},
+    ),
+    Bug(
+        "blocks share a part of a row",
+        "swiglu",
+        Patch(SWIGLU, "static_cast<int64_t>(blockIdx.x) * blockDim.x * K", "static_cast<int64_t>(blockIdx.x) * blockDim.x"),
+        {"thread": "data race"},
+    ),
+    Bug(
+        "16-byte accesses without a look at the strides of rows",
+        "swiglu",
+        Patch(SWIGLU_LAUNCH, "many = args.N > 1;\n  return aligned<T, V>(args.dy", "many = 0;\n  return aligned<T, V>(args.dy"),
+        {"plain": "is not aligned"},
+    ),
+    Bug("a clamp swallows NaN", "swiglu", Patch(SWIGLU, "smaller(a, limit)", "fminf(a, limit)"), {"plain": "wrong for gate nan"}),
+    Bug(
+        "an infinite square meets beta = 0", "swiglu", Patch(SWIGLU, "fminf(a * a, 3e38f)", "(a * a)"), {"plain": "is wrong for gate -1000"}
+    ),
+    Bug("1 - sigma cancels", "swiglu", Patch(SWIGLU, "e * r * r}", "r - r * r}"), {"plain": "dgate is wrong"}),
+    Bug("a clamped gate has a gradient", "swiglu", Patch(SWIGLU, "(gate <= limit ? dy : 0)", "dy"), {"plain": "dgate is wrong"}),
+    Bug(
+        "a clamped up has a gradient",
+        "swiglu",
+        Patch(SWIGLU, "(fabsf(up) <= limit || limit == INFINITY ? dy : 0)", "dy"),
+        {"plain": "dup is wrong"},
+    ),
+]
