@@ -92,7 +92,7 @@ Error forward(const RmsNormForward& a) {
     static_cast<A*>(a.rstd)[row] = rstd;
     const T* source = residual ? h : x;
     with_stores(past_cache<T>(a.y, a.N, a.C), [&](auto put) {
-      for_columns<A>(0, a.C, [&](int64_t c, auto n, int) { put(y + c, load(source + c, n) * rstd * load(w + c, n), n); });
+      for_columns<A>(0, a.C, [&](int64_t c, auto n, int) { put(y + c, Flushable<T>{load(source + c, n) * rstd * load(w + c, n)}, n); });
     });
   });
   return nullptr;
@@ -115,11 +115,12 @@ inline void backward_row(const RmsNormBackward& a, int64_t row, const Wide<T>* w
   const A shrink = products / A(a.C) * rstd * rstd;
   with_stores(past_cache<T>(a.dx, a.N, a.C), [&](auto put) {
     if (dh == nullptr) {
-      for_columns<A>(0, a.C,
-                     [&](int64_t c, auto n, int) { put(dx + c, rstd * (load(dy + c, n) * load(w + c, n) - load(h + c, n) * shrink), n); });
+      for_columns<A>(0, a.C, [&](int64_t c, auto n, int) {
+        put(dx + c, Flushable<T>{rstd * (load(dy + c, n) * load(w + c, n) - load(h + c, n) * shrink)}, n);
+      });
     } else {
       for_columns<A>(0, a.C, [&](int64_t c, auto n, int) {
-        put(dx + c, rstd * (load(dy + c, n) * load(w + c, n) - load(h + c, n) * shrink) + load(dh + c, n), n);
+        put(dx + c, Flushable<T>{rstd * (load(dy + c, n) * load(w + c, n) - load(h + c, n) * shrink) + load(dh + c, n)}, n);
       });
     }
   });

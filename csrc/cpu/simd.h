@@ -5,11 +5,7 @@
 // This header includes as little as possible: an inline function of another header, compiled here for AVX-512, could be
 // the copy that the linker keeps for everybody.
 #pragma once
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
-#include "kernel.h"
+#include "numbers.h"
 
 namespace fastprimer {
 inline namespace FASTPRIMER_ISA {
@@ -21,17 +17,6 @@ constexpr int REGISTER_BYTES = 32;
 #else
 constexpr int REGISTER_BYTES = 16;
 #endif
-
-struct bfloat16 {
-  uint16_t bits;
-};
-struct float16 {
-  uint16_t bits;
-};
-template <class T>
-constexpr bool is_bfloat16 = false;
-template <>
-constexpr bool is_bfloat16<bfloat16> = true;
 
 template <class T>
 struct VecOf {
@@ -51,45 +36,6 @@ constexpr int LANES = VecOf<float>::size;
 typedef uint16_t Half __attribute__((vector_size(REGISTER_BYTES / 2)));  // LANES numbers of 16 bits
 typedef uint16_t UnalignedHalf __attribute__((vector_size(REGISTER_BYTES / 2), aligned(1), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(REGISTER_BYTES)));
-
-inline float to_wide(float v) { return v; }
-inline double to_wide(double v) { return v; }
-inline float to_wide(bfloat16 v) { return __builtin_bit_cast(float, uint32_t(v.bits) << 16); }
-inline float to_wide(float16 v) {
-#if defined(__F16C__)
-  return _cvtsh_ss(v.bits);
-#else
-  // The exponent is re-biased by a multiplication, which also makes subnormals right; infinity and NaN keep theirs.
-  const uint32_t magnitude = v.bits & 0x7FFFu, sign = uint32_t(v.bits & 0x8000u) << 16;
-  if (magnitude >= 0x7C00u) return __builtin_bit_cast(float, sign | 0x7F800000u | (magnitude & 0x3FFu) << 13);
-  return __builtin_bit_cast(float, sign | __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, magnitude << 13) * 0x1p112f));
-#endif
-}
-
-template <class T>
-inline T from_wide(double v) {
-  return T(v);
-}
-template <>
-inline bfloat16 from_wide(double v) {  // to nearest, ties to even; NaN stays NaN
-  const uint32_t u = __builtin_bit_cast(uint32_t, float(v));
-  return {v != v ? uint16_t(0x7FC0) : uint16_t((u + 0x7FFFu + ((u >> 16) & 1)) >> 16)};
-}
-template <>
-inline float16 from_wide(double v) {
-#if defined(__F16C__)
-  return {_cvtss_sh(float(v), 0)};
-#else
-  // Adding and subtracting a power of two that is 2^13 float ulps above v rounds it to half's 10 bits, subnormals included.
-  const uint32_t u = __builtin_bit_cast(uint32_t, float(v)), sign = (u >> 16) & 0x8000u, magnitude = u & 0x7FFFFFFFu;
-  if (magnitude > 0x7F800000u) return {uint16_t(sign | 0x7E00u)};
-  if (magnitude >= 0x477FF000u) return {uint16_t(sign | 0x7C00u)};  // rounds to 65536 or more
-  const uint32_t exponent = (magnitude & 0x7F800000u) < 0x38800000u ? 0x38800000u : magnitude & 0x7F800000u;
-  const float step = __builtin_bit_cast(float, exponent + (13u << 23));
-  const float rounded = (__builtin_bit_cast(float, magnitude) + step) - step;
-  return {uint16_t(sign | __builtin_bit_cast(uint32_t, rounded * 0x1p-112f) >> 13)};
-#endif
-}
 
 inline Vec<float> load(const float* p) { return *reinterpret_cast<const Unaligned<float>::type*>(p); }
 inline Vec<double> load(const double* p) { return *reinterpret_cast<const Unaligned<double>::type*>(p); }
@@ -142,44 +88,42 @@ inline void store(float16* p, Vec<float> v) {
 #endif
 }
 
-// Calls run(T{}) with the element type T that dtype stands for.
-template <class Run>
-inline Error by_dtype(Dtype dtype, const Run& run) {
-  switch (dtype) {
-    case Dtype::float32:
-      return run(float{});
-    case Dtype::bfloat16:
-      return run(bfloat16{});
-    case Dtype::float16:
-      return run(float16{});
-    case Dtype::float64:
-      return run(double{});
-  }
-  return "unknown dtype";
-}
-
-// The accumulator type of an element type, and how many numbers one step handles.
-template <class T>
-struct WideOf {
-  using type = float;
-};
-template <>
-struct WideOf<double> {
-  using type = double;
-};
-template <class T>
-using Wide = typename WideOf<T>::type;
-
 // The first n < size numbers, zeros behind them.
 template <class T>
 inline Vec<Wide<T>> load(const T* p, int64_t n) {
+#if defined(__AVX512F__)
+  alignas(REGISTER_BYTES) T first[VecOf<Wide<T>>::size];
+  const uint32_t mask = (1u << n) - 1;
+  if constexpr (sizeof(T) == 8) {
+    *reinterpret_cast<__m512i*>(first) = _mm512_maskz_loadu_epi64(mask, p);
+  } else if constexpr (sizeof(T) == 4) {
+    *reinterpret_cast<__m512i*>(first) = _mm512_maskz_loadu_epi32(mask, p);
+  } else {
+    *reinterpret_cast<__m256i*>(first) = _mm256_maskz_loadu_epi16(mask, p);
+  }
+  return load(first);
+#else
   Vec<Wide<T>> v{};
   for (int64_t i = 0; i < n; i++) v[i] = to_wide(p[i]);
   return v;
+#endif
 }
 template <class T>
 inline void store(T* p, Vec<Wide<T>> v, int64_t n) {
+#if defined(__AVX512F__)
+  alignas(REGISTER_BYTES) T stored[VecOf<Wide<T>>::size];
+  const uint32_t mask = (1u << n) - 1;
+  store(stored, v);
+  if constexpr (sizeof(T) == 8) {
+    _mm512_mask_storeu_epi64(p, mask, *reinterpret_cast<__m512i*>(stored));
+  } else if constexpr (sizeof(T) == 4) {
+    _mm512_mask_storeu_epi32(p, mask, *reinterpret_cast<__m512i*>(stored));
+  } else {
+    _mm256_mask_storeu_epi16(p, mask, *reinterpret_cast<__m256i*>(stored));
+  }
+#else
   for (int64_t i = 0; i < n; i++) p[i] = from_wide<T>(v[i]);
+#endif
 }
 
 // The columns begin..end-1 in steps of one register: body(c, n, i), where n is All or the length of the tail, and i = 0..3
@@ -338,9 +282,6 @@ template <class V, class A>
 inline V at_most(V v, A bound) {
   return -at_least(-v, -bound);
 }
-
-inline float square_root(float v) { return __builtin_sqrtf(v); }
-inline double square_root(double v) { return __builtin_sqrt(v); }
 
 }  // namespace FASTPRIMER_ISA
 }  // namespace fastprimer
