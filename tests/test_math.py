@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import fastprimer as fp
 from fastprimer.cases import rms_norm_case
@@ -72,6 +73,49 @@ def test_ties_go_to_the_lower_expert():
     logits = torch.tensor([[1.0, 3.0, 3.0, 3.0, 0.0]])
     assert fp.route(logits, 2)[1].tolist() == [[1, 2]]
     assert fp.route(torch.zeros(1, 8), 3, groups=4, top_groups=2)[1].tolist() == [[0, 1, 2]]
+
+
+def test_gated_activations_are_those_of_torch_and_gpt_oss():
+    gate, up = 4 * torch.randn(2, 200, dtype=torch.float64)
+    torch.testing.assert_close(fp.swiglu(gate, up), F.silu(gate) * up)
+    torch.testing.assert_close(fp.swiglu(gate, up, activation="gelu_tanh"), F.gelu(gate, approximate="tanh") * up)
+    a, b = (2 * gate).clamp(max=7), (2 * up).clamp(-7, 7)
+    torch.testing.assert_close(fp.swiglu(2 * gate, 2 * up, activation="gpt_oss"), (b + 1) * a * torch.sigmoid(1.702 * a))
+    for activation in ("silu", "gelu_tanh", "gpt_oss"):
+        whole = torch.cat((gate, up))
+        torch.testing.assert_close(fp.swiglu(whole, activation=activation), fp.swiglu(gate, up, activation=activation), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh", "gpt_oss"])
+def test_gated_activations_neither_overflow_nor_swallow_nan(activation):
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        gate = torch.tensor([-2e4, -200.0, -100.0, 0.0, 100.0, 200.0, 2e4], dtype=dtype, requires_grad=True)
+        y = fp.swiglu(gate, torch.ones_like(gate), activation=activation)
+        (dgate,) = torch.autograd.grad(y.sum(), gate)
+        assert y.isfinite().all() and dgate.isfinite().all()
+        nan = torch.full((3,), torch.nan, dtype=dtype)
+        assert fp.swiglu(nan, torch.ones_like(nan), activation=activation).isnan().all()
+        assert fp.swiglu(torch.ones_like(nan), nan, activation=activation).isnan().all()
+
+
+def test_the_third_convention_of_rope_gives_the_same_scores():
+    """Pairs (2i, 2i + 1) read, all a' written before all b': half-split after the permutation that puts even features first."""
+    S, H, D = 6, 2, 8
+    q, k = torch.randn(2, 1, S, H, D, dtype=torch.float64)
+    angle = torch.outer(torch.arange(S), 10.0 ** -torch.arange(D // 2)).double()
+    c, s = angle.cos()[None, :, None], angle.sin()[None, :, None]
+
+    def concatenated_halves(x):
+        x1, x2 = x[..., ::2], x[..., 1::2]
+        return torch.cat((x1 * c - x2 * s, x1 * s + x2 * c), dim=-1)
+
+    even_then_odd = torch.cat((torch.arange(0, D, 2), torch.arange(1, D, 2)))
+    half_split = fp.rope(q[..., even_then_odd], k[..., even_then_odd], angle.cos(), angle.sin())
+    for mine, theirs in zip(half_split, map(concatenated_halves, (q, k)), strict=True):
+        torch.testing.assert_close(mine, theirs)
+    scores = torch.einsum("bshd,bthd->bhst", concatenated_halves(q), concatenated_halves(k))
+    interleaved = fp.rope(q, k, angle.cos(), angle.sin(), interleaved=True)
+    torch.testing.assert_close(scores, torch.einsum("bshd,bthd->bhst", *interleaved))
 
 
 def test_half_split_and_interleaved_rope_differ_by_a_permutation():
