@@ -16,5 +16,7 @@ STABLE_TORCH_LIBRARY(FASTPRIMER_NAMESPACE, m) {
   m.def("swiglu_backward(Tensor dy, Tensor gate, Tensor? up, float alpha, float beta, float? limit, float offset) -> (Tensor, Tensor)");
 #ifndef FASTPRIMER_EMULATED
   m.def("limit_cpu_instruction_set(int limit) -> int");  // for tests: csrc/cpu/dispatch.cpp
+#else
+  m.def("take_traffic() -> int");  // for tests: tests/emulator/traffic.cpp
 #endif
 }

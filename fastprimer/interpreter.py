@@ -151,9 +151,31 @@ def _note(name: str, argument) -> None:
             _extents.append(Extent.of(name, tensor))
 
 
+@dataclass
+class Traffic:
+    """Bytes that kernels have loaded and stored."""
+
+    bytes: int = 0
+
+
+_traffic: list[Traffic] = []
+
+
+@contextlib.contextmanager
+def counted_traffic():
+    """Within the block, count the bytes of every load, store and atomic that is not masked out; yields a Traffic."""
+    _traffic.append(Traffic())
+    try:
+        yield _traffic[-1]
+    finally:
+        _traffic.pop()
+
+
 def _check_bounds(builder, access: str, pointers, mask) -> None:
     addresses = np.ascontiguousarray(pointers.data[np.broadcast_to(mask, pointers.data.shape)])
     size = max(1, pointers.get_element_ty().primitive_bitwidth // 8)
+    for traffic in _traffic:
+        traffic.bytes += addresses.size * size
     for extent in _extents:
         addresses = addresses[~extent.contains(addresses, size)]
         if not addresses.size:

@@ -24,8 +24,18 @@ needs_interpreter = pytest.mark.skipif(not interpreting(), reason="runs in the p
 @pytest.mark.slow
 @pytest.mark.skipif(interpreting(), reason="this is the process with the interpreter")
 def test_in_the_interpreter():
-    """This file and test_triton_*.py once more, in a process that has TRITON_INTERPRET set when it imports Triton."""
-    command = [sys.executable, "-m", "pytest", __file__, *map(str, HERE.glob("test_triton_*.py")), "-p", "no:cacheprovider", "--tb=short"]
+    """This file, test_traffic.py and test_triton_*.py once more, in a process that has TRITON_INTERPRET set when it imports Triton."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        __file__,
+        str(HERE / "test_traffic.py"),
+        *map(str, HERE.glob("test_triton_*.py")),
+        "-p",
+        "no:cacheprovider",
+        "--tb=short",
+    ]
     child = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if child.returncode:
         pytest.fail(f"under TRITON_INTERPRET=1:\n{child.stdout[-20000:]}", pytrace=False)

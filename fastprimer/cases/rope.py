@@ -8,9 +8,10 @@ from fastprimer.cases._case import Case, Inputs, Work, size
 
 
 def _rope_work(a: dict) -> Work:
-    # q and k are read, rotated, written; so are their gradients. Each position's cos and sin are read once.
-    tables = size(a["cos"], a["sin"]) if a.get("positions") is None else 0
-    moved = 2 * size(a["q"], a["k"]) + tables + size(a.get("positions"))
+    # q and k are read, rotated, written; so are their gradients. Each position in use has a row of cos and sin, read once.
+    q, positions = a["q"], a.get("positions")
+    rows = q.shape[-3] if positions is None else min(positions.numel(), a["cos"].shape[0])
+    moved = 2 * size(q, a["k"]) + size(a["cos"][:rows], a["sin"][:rows], positions)
     return Work(moved, moved)
 
 

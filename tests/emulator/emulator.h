@@ -24,6 +24,7 @@
 #include "copy.h"
 #include "launch.h"
 #include "matrix.h"
+#include "traffic.h"
 
 #define __global__
 #define __device__
@@ -67,6 +68,7 @@ inline int multiprocessors() { return emulator::MULTIPROCESSORS; }
 template <int V, class T>
 Vector<T, V> load(const T* p) {
   emulator::check_aligned(p, alignof(Vector<T, V>));
+  emulator::count_traffic(sizeof(Vector<T, V>));
   Vector<T, V> v;
   std::memcpy(&v, p, sizeof v);
   return v;
@@ -78,6 +80,7 @@ inline void issue_loads() {}
 template <class T, int V>
 void store(T* p, const Vector<T, V>& v) {
   emulator::check_aligned(p, alignof(Vector<T, V>));
+  emulator::count_traffic(sizeof v);
   std::memcpy(p, &v, sizeof v);
 }
 
