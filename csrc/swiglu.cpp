@@ -16,7 +16,8 @@ struct Halves {
   std::optional<Rows> separate_up;
   int64_t F;
 
-  Halves(const Tensor& gate_, const std::optional<Tensor>& up_) : gate(gate_), separate_up(rows_or_none(up_)), F(up_ ? gate.C : gate.C / 2) {}
+  Halves(const Tensor& gate_, const std::optional<Tensor>& up_)
+      : gate(gate_), separate_up(rows_or_none(up_)), F(up_ ? gate.C : gate.C / 2) {}
 
   const void* up() const {
     return separate_up ? separate_up->data() : static_cast<const char*>(gate.data()) + F * gate.tensor.element_size();

@@ -1,0 +1,1 @@
+"""fastprimer's operations under the names and signatures of other libraries."""

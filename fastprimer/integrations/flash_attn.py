@@ -1,0 +1,137 @@
+"""fp.attention and fp.attention_with_kv_cache with the signatures of the package flash_attn (Dao et al.), version 2.
+
+    from fastprimer.integrations.flash_attn import flash_attn_func
+
+Tensors have the same layout there as here: (B, S, H, D), packed (N, H, D). An argument that asks for what is not supported
+(dropout, ALiBi, a cache with a batch index or left padding) raises NotImplementedError, which names it. Hints (`deterministic`,
+`num_splits`) are taken and have no effect: every result is deterministic. float32 and the CPU are served too.
+"""
+
+from __future__ import annotations
+
+from typing import Optional, Union
+
+import torch
+from torch import Tensor
+
+from fastprimer import ops
+from fastprimer.ops.decoding import MAX_QUERIES
+
+UNLIMITED = (-1, -1)
+
+
+def _refuse(function: str, **arguments) -> None:
+    """Each argument as (its value, the value that asks for nothing)."""
+    for name, (value, nothing) in arguments.items():
+        if value is not nothing and value != nothing:
+            raise NotImplementedError(f"{function}: {name}: expected {nothing!r}, the only value that is supported, got {value!r}")
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: Optional[float] = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = UNLIMITED,
+    softcap: float = 0.0,
+    alibi_slopes: Optional[Tensor] = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+):
+    """q (B, S, H, D), k, v (B, T, Hk, D) -> o (B, S, H, D); with return_attn_probs (o, lse (B, H, S), None)."""
+    _refuse("flash_attn_func", dropout_p=(dropout_p, 0.0), alibi_slopes=(alibi_slopes, None))
+    o, lse = ops.attention(
+        q, k, v, causal=causal, window=tuple(window_size), scale=softmax_scale, softcap=softcap or None, return_lse=True
+    )  # fmt: skip
+    return (o, lse, None) if return_attn_probs else o
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: Optional[float] = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = UNLIMITED,
+    softcap: float = 0.0,
+    alibi_slopes: Optional[Tensor] = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Optional[Tensor] = None,
+):
+    """Packed sequences: q (N, H, D), k, v (M, Hk, D), cu_seqlens int32 (B + 1,) -> o (N, H, D); lse is (H, N)."""
+    name = "flash_attn_varlen_func"
+    _refuse(name, dropout_p=(dropout_p, 0.0), alibi_slopes=(alibi_slopes, None), block_table=(block_table, None))
+    o, lse = ops.attention(
+        q, k, v, causal=causal, window=tuple(window_size), scale=softmax_scale, softcap=softcap or None,
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, return_lse=True,
+    )  # fmt: skip
+    return (o, lse, None) if return_attn_probs else o
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Optional[Tensor] = None,
+    v: Optional[Tensor] = None,
+    rotary_cos: Optional[Tensor] = None,
+    rotary_sin: Optional[Tensor] = None,
+    cache_seqlens: Optional[Union[int, Tensor]] = None,
+    cache_batch_idx: Optional[Tensor] = None,
+    cache_leftpad: Optional[Tensor] = None,
+    block_table: Optional[Tensor] = None,
+    softmax_scale: Optional[float] = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = UNLIMITED,
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Optional[Tensor] = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+):
+    """q (B, S, H, D) attends to its sequence in the caches (B, T, Hk, D), or pages with block_table; new k, v are appended in place.
+
+    With rotary_cos and rotary_sin (P, R/2), q and k are rotated first: k at the positions that it is appended at, q at those of
+    its own tokens if causal or with a window, else all at the first of them. More than 16 queries are taken in parts, which only
+    causal attention to appended keys allows. Without cache_seqlens the caches are full.
+    """
+    name = "flash_attn_with_kvcache"
+    _refuse(name, cache_batch_idx=(cache_batch_idx, None), cache_leftpad=(cache_leftpad, None), alibi_slopes=(alibi_slopes, None))
+    B, S = q.shape[:2]
+    if cache_seqlens is None or isinstance(cache_seqlens, int):
+        room = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
+        length = room if cache_seqlens is None else cache_seqlens
+        cache_seqlens = torch.full((B,), length, dtype=torch.int32, device=q.device)
+    if rotary_cos is not None:
+        if k is None or rotary_sin is None:
+            raise ValueError(f"{name}: rotary_cos: expected rotary_sin and new keys k with it, got None")
+        own = cache_seqlens[:, None] + torch.arange(S, device=q.device, dtype=cache_seqlens.dtype)
+        local = causal or tuple(window_size) != UNLIMITED
+        rotary = {"cos": rotary_cos, "sin": rotary_sin, "interleaved": rotary_interleaved}
+        q, _ = ops.rope(q, None, positions=own if local else cache_seqlens[:, None].expand(B, S), **rotary)
+        k, _ = ops.rope(k, None, positions=own, **rotary)
+    options = {
+        "block_table": block_table,
+        "causal": causal,
+        "window": tuple(window_size),
+        "scale": softmax_scale,
+        "softcap": softcap or None,
+    }
+    if S > MAX_QUERIES and not (causal and k is not None):
+        raise NotImplementedError(f"{name}: q: expected at most {MAX_QUERIES} queries unless causal and with their own k and v, got {S}")
+    parts = []
+    for begin in range(0, S, MAX_QUERIES):
+        part = slice(begin, begin + MAX_QUERIES)
+        new = {} if k is None else {"k": k[:, part], "v": v[:, part]}
+        lengths = cache_seqlens + begin
+        parts.append(ops.attention_with_kv_cache(q[:, part], k_cache, v_cache, lengths, **new, **options, return_lse=True))
+    o, lse = torch.cat([o for o, _ in parts], 1), torch.cat([lse for _, lse in parts], 2)
+    return (o, lse) if return_softmax_lse else o
