@@ -41,13 +41,14 @@ Activation activation_of(double alpha, double beta, std::optional<double> limit,
   return {alpha, beta, limit.value_or(std::numeric_limits<double>::infinity()), offset};
 }
 
-// Rows without gaps between them are one long row.
+// Rows without gaps between them, in any tensor, are one long row.
 template <class Arguments>
-void join_rows(Arguments& args, std::initializer_list<int64_t> strides) {
-  for (int64_t stride : strides)
-    if (stride != args.F) return;
+void join_rows(Arguments& args, std::initializer_list<int64_t*> strides) {
+  for (const int64_t* stride : strides)
+    if (*stride != args.F) return;
   args.F *= args.N;
   args.N = 1;
+  for (int64_t* stride : strides) *stride = args.F;
 }
 
 template <class Device>
@@ -66,7 +67,7 @@ Tensor forward(const Tensor& gate_, std::optional<Tensor> up_, double alpha, dou
                         .F = halves.F,
                         .dtype = dtype_of(gate_),
                         .activation = activation_of(alpha, beta, limit, offset)};
-  join_rows(args, {args.stride_gate_row, args.stride_up_row});
+  join_rows(args, {&args.stride_gate_row, &args.stride_up_row});
   check(swiglu_forward(on.device, args), "swiglu_forward");
   return y;
 }
@@ -98,7 +99,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy_, const Tensor& gate_, std:
                          .F = halves.F,
                          .dtype = dtype_of(gate_),
                          .activation = activation_of(alpha, beta, limit, offset)};
-  join_rows(args, {args.stride_dy_row, args.stride_gate_row, args.stride_up_row, args.stride_dgate_row});
+  join_rows(args, {&args.stride_dy_row, &args.stride_gate_row, &args.stride_up_row, &args.stride_dgate_row, &args.stride_dup_row});
   check(swiglu_backward(on.device, args), "swiglu_backward");
   return {dgate, dup};
 }

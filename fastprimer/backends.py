@@ -181,7 +181,10 @@ def _look(op: str, backend: str, device: str) -> str:
         return f"there are no kernels for {device} tensors"
     reason = {"cpu": _no_cpu, "triton": _no_triton, "cuda": _no_cuda}[backend](device)
     if not reason:
-        _functions[op, backend] = _load(op, backend, device)
+        # All operations at once: while torch.compile traces a second one, it sees `_functions` as it was after the first.
+        for served in _chapters:
+            if backend in _chapters[served].LIMITS[served]:
+                _functions[served, backend] = _load(served, backend, device)
     return reason
 
 
@@ -316,7 +319,8 @@ def dtype_limit(x: Tensor, constant: Tensor | None, names: str, what: str = "a w
     if dtype not in names.split():
         return f"its kernel takes {names.replace(' ', ', ')}, not {dtype}"
     if constant is not None and constant.dtype not in (x.dtype, torch.float32):
-        return f"its kernel takes {what} of {dtype} or float32, not {str(constant.dtype).removeprefix('torch.')}"
+        allowed = dtype if x.dtype == torch.float32 else f"{dtype} or float32"
+        return f"its kernel takes {what} of {allowed}, not {str(constant.dtype).removeprefix('torch.')}"
     return ""
 
 

@@ -267,13 +267,15 @@ def machine(device: str) -> dict:
 def table(results: list[Result]) -> Table:
     """Fits 80 columns; --json has every figure."""
     roof = statistics.median([r.roof_gb_per_s for r in results if r.roof_gb_per_s] or [0])
-    title = f"medians; the roof, a copy in the same run, is {roof:.0f} GB/s"
+    one = len({r.backend for r in results}) == 1
+    title = f"{results[0].backend + ': ' if one else ''}medians; the roof, a copy in the same run, is {roof:.0f} GB/s"
     shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for heading in ("case", "dtype", "pass", "ms", "vs eager", "vs compiled", "of roof"):
         shown.add_column(heading, justify="left" if heading in ("case", "dtype", "pass") else "right", no_wrap=True)
     short = {"float32": "fp32", "bfloat16": "bf16", "forward": "fwd", "forward+backward": "fwd+bwd"}
     for r in results:
-        head = f"{r.op} {r.case.removeprefix('bench-')} {r.backend}", short[r.dtype], short[r.measured]
+        name = f"{r.op} {r.case.removeprefix('bench-')}"
+        head = name if one else f"{name} {r.backend}", short[r.dtype], short[r.measured]
         shown.add_row(*head, *(["[red]WRONG[/red]"] if r.wrong else [f"{r.ours_ms:.2f}", *_ratios(r)]))
     return shown
 

@@ -43,6 +43,10 @@ class Rope:
     given: dict  # the fields of rope_scaling that were given, but for those that have a name of their own here
     settings: dict  # all fields of this rope_type
     kind: str = "default"
+    rotary_size: int = 0
+    """R, the features of a head that are rotated; "proportional" forms pairs of all D and leaves some at rest."""
+    turning_pairs: int = 0
+    """The pairs that are not at rest."""
 
     @classmethod
     def read(cls, scaling: dict | None, head_dim: int, theta: float, partial_rotary_factor: float, max_position_embeddings: int) -> Rope:
@@ -64,7 +68,9 @@ class Rope:
         fits = is_number(partial_rotary_factor) and 0 < partial_rotary_factor <= 1
         expect(fits, "partial_rotary_factor", "a number > 0, at most 1", partial_rotary_factor)
         settings = _rope_settings(kind, given, max_position_embeddings)
-        rope = cls(head_dim, theta, partial_rotary_factor, max_position_embeddings, given, settings, kind)
+        rotated = head_dim * partial_rotary_factor
+        size = head_dim if kind == "proportional" else int(rotated)
+        rope = cls(head_dim, theta, partial_rotary_factor, max_position_embeddings, given, settings, kind, size, int(rotated // 2))
         rope._check_sizes()
         return rope
 
@@ -76,11 +82,6 @@ class Rope:
         for field in ("short_factor", "long_factor") if self.kind == "longrope" else ():
             length = len(self.settings[field])
             expect(length == size // 2, f"rope_scaling: {field}", f"{size // 2} numbers, one per pair of rotary features", length)
-
-    @property
-    def rotary_size(self) -> int:
-        """R, the features of a head that are rotated; "proportional" forms pairs of all D and leaves some at rest."""
-        return self.head_dim if self.kind == "proportional" else int(self.head_dim * self.partial_rotary_factor)
 
     @property
     def adaptive(self) -> bool:
@@ -230,8 +231,10 @@ class Config:
             given["partial_rotary_factor"] = 1.0
         if kind == "qwen3":
             given |= {"qk_norm": True, "sliding_window": None}
+        layers = given.get("num_hidden_layers")
+        layers = layers if is_count(layers, 1) else 0  # what it must be is checked with all other fields
         layer = "full_attention" if given.get("sliding_window") is None else "sliding_attention"
-        for field, supported in {**REQUIRED_VALUES, "layer_types": (None, [layer] * given.get("num_hidden_layers", 0))}.items():
+        for field, supported in {**REQUIRED_VALUES, "layer_types": (None, [layer] * layers)}.items():
             if given.get(field, supported[0]) not in supported:
                 raise ConfigError(f"config: {field}: only {supported[-1]!r} is supported, got {given[field]!r}")
         names = {field.name for field in dataclasses.fields(cls)}

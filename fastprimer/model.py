@@ -85,7 +85,7 @@ class Model(nn.Module):
             if cache is not None:
                 longest = cache[0].room
             else:
-                longest = tokens.shape[1] if positions is None else positions.max() + 1
+                longest = tokens.shape[1] if positions is None or not positions.numel() else positions.max() + 1
         if labels is None:
             return F.linear(self.model(tokens, positions, cache, longest), self.head)
         tokens, positions = tokens[:, :-1], None if positions is None else positions[:, :-1]  # the last has no successor

@@ -93,7 +93,7 @@ def rotary_angles(config: Config, positions: Tensor, dtype: torch.dtype, longest
     """positions (B, S) -> angles (B, S, R/2); longest, the number of positions in use, is by default the greatest + 1."""
     rope = config.rope
     if longest is None:
-        longest = int(positions.max()) + 1 if rope.adaptive else 0  # the others do not ask for it
+        longest = int(positions.max()) + 1 if rope.adaptive and positions.numel() else 0  # the others do not ask for it
     frequencies = [frequency(rope, pair, longest) for pair in range(rope.rotary_size // 2)]
     return positions[..., None].to(dtype) * torch.tensor(frequencies, dtype=dtype, device=positions.device)
 

@@ -116,8 +116,7 @@ def frequencies(rope: Rope, longest: int | Tensor, device: torch.device | None =
     if rope.kind == "linear":
         return f / settings["factor"]
     if rope.kind == "proportional":
-        turning = int(R * rope.partial_rotary_factor // 2)
-        return torch.where(pairs < turning, f / settings["factor"], 0.0)
+        return torch.where(pairs < rope.turning_pairs, f / settings["factor"], 0.0)
     if rope.kind == "dynamic":
         stretch = (longest * pairs.new_ones(()) / rope.max_position_embeddings).clamp(min=1)
         growth = settings["factor"] * stretch - (settings["factor"] - 1)

@@ -1,6 +1,6 @@
 """The proof machine: one table of CASES, the same for correctness, gradients and benchmarks, and the error budget.
 
-A case (cases.py) says what an operation is called with. It runs on any backend and in any dtype, on random inputs and with
+A case (cases/) says what an operation is called with. It runs on any backend and in any dtype, on random inputs and with
 random gradients of its outputs, and every output and every gradient is compared with a float64 computation on the same
 inputs. The error may be 2x (outputs) or 3x (gradients) the error of a yardstick in the same dtype, plus a floor of a few
 units in the last place, in the maximum norm and in the root-mean-square norm:

@@ -96,8 +96,8 @@ def swiglu_backward_kernel(
     dy_a, dy_b = dy, dy
     if LIMIT is not None:  # A clamp passes a gradient on only where it does not clamp.
         limit = tl.full((), LIMIT, WIDE)
-        dy_a = tl.where(gate <= limit, dy, 0.0)
-        dy_b = tl.where(tl.abs(up) <= limit, dy, 0.0)
+        dy_a = tl.where(gate > limit, 0.0, dy)
+        dy_b = tl.where(tl.abs(up) > limit, 0.0, dy)
     a, b = _clamp(gate, up, LIMIT)
     sigma, sigma_slope = _sigma(a, ALPHA, BETA)
     p = a * sigma_slope

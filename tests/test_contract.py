@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 
 import fastprimer as fp
@@ -122,6 +123,34 @@ def test_operators_check_what_they_are_given():
             call()
 
 
+def test_what_needs_no_gradient_gets_none():
+    q, k = torch.randn(1, 3, 2, 8, requires_grad=True), torch.randn(1, 3, 1, 8)
+    table = torch.rand(3, 4)
+    rotated, rotated_k = fp.rope(q, k, table, table)
+    assert rotated.requires_grad and not rotated_k.requires_grad
+    rotated_k, rotated = fp.rope(k, q, table, table)
+    assert rotated.requires_grad and not rotated_k.requires_grad
+    k.requires_grad_()
+    fp.rope(q, k, table, table)[1].sum().backward()  # q is rotated too, and not used
+    assert q.grad is None and k.grad is not None
+
+
+def test_clamps_treat_nan_alike(cell):
+    op, backend, device = cell
+    if op != "swiglu":
+        pytest.skip("it has no clamp")
+    nan = float("nan")
+    gate, up = torch.tensor([[nan, 1.0, 9.0, nan, 1.0], [1.0, nan, nan, 9.0, 9.0]], device=device)
+    patterns = []
+    for name in (backend, "reference"):
+        leaves = gate.clone().requires_grad_(), up.clone().requires_grad_()
+        with use_backend(name):
+            y = fp.swiglu(*leaves, activation="gpt_oss")
+            patterns.append([t.isnan().tolist() for t in (y, *torch.autograd.grad(y, leaves, torch.ones_like(y)))])
+    assert patterns[0] == patterns[1]
+    assert patterns[0][0] == [True, True, True, True, False]
+
+
 def test_no_grad_records_nothing(cell):
     op, backend, device = cell
     case = case_of(op)
@@ -189,6 +218,34 @@ def test_registered_operators_pass_opcheck(cell, monkeypatch):
     for function, args in calls:
         args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
         torch.library.opcheck(function, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+
+
+def test_fakes_have_the_strides_of_the_kernels(cell, monkeypatch):
+    """In every layout of CASES: what torch.compile is told is what comes out."""
+    op, backend, device = cell
+    if backend == "reference":
+        pytest.skip("the reference is plain torch, not an operator")
+    functions, calls = _functions[op, backend], []
+
+    def checked(function):
+        def call(*args):
+            outputs = function(*args)
+            mode = FakeTensorMode()
+            fake_args = [mode.from_tensor(a.detach()) if isinstance(a, torch.Tensor) else a for a in args]
+            with mode:
+                fakes = function(*fake_args)
+            for real, fake in zip(*((o if isinstance(o, tuple) else (o,)) for o in (outputs, fakes)), strict=True):
+                calls.append(op)
+                assert real.shape == fake.shape and real.stride() == fake.stride() and real.dtype == fake.dtype
+            return outputs
+
+        return call
+
+    monkeypatch.setitem(_functions, (op, backend), SimpleNamespace(**{k: checked(f) for k, f in vars(functions).items()}))
+    for case in CASES:
+        if case.op == op and not case.bench and case.name != "widest":
+            testing.run(case, torch.bfloat16, _with(backend, op), device=device)
+    assert calls
 
 
 def _with(backend, op):

@@ -44,7 +44,7 @@ PLANTED = {
         "a pair's factors do not alternate": ("rope.cpp", "factors.s[2 * i] = -factors.s[2 * i];", ""),
     },
     "swiglu": {
-        "a gradient through the clamp": ("swiglu.cpp", "gate_c > parameters.limit ? Vec<A>{} : dgate_c", "dgate_c"),
+        "a gradient through the clamp": ("swiglu.cpp", "gate_c > parameters.limit ? Vec<A>{} : dy_c;", "dy_c;"),
         "dropped offset": ("swiglu.cpp", "PLAIN ? b : b + offset", "b"),
         "the cubic term forgotten": ("swiglu.cpp", "return a * (alpha + beta * square);", "return a * alpha;"),
         "pieces of a row overlap": ("swiglu.cpp", "begin = i % pieces * BLOCK;", "begin = i % pieces * (BLOCK - 1);"),

@@ -23,9 +23,9 @@ pytestmark = [
 ]
 
 HALF_AND_SINGLE = [torch.float32, torch.bfloat16, torch.float16]
-OPTIONS = reference.ACTIVATIONS | {
+OPTIONS = {name: reference.constants(name) for name in reference.ACTIVATIONS} | {
     "clamped_silu": (1.0, 0.0, 0.5, 0.0),
-    "clamped_gelu": (*reference.ACTIVATIONS["gelu_tanh"][:2], 1.5, 0.25),
+    "clamped_gelu": (*reference.constants("gelu_tanh")[:2], 1.5, 0.25),
 }
 SIZES = [(1, 1), (3, 7), (70, 16), (5, 1000), (2, 1024), (3, 2500)]
 """(N, F): several rows a tile, one row a tile, a row of several tiles; a tail of each kind."""

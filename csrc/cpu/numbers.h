@@ -78,7 +78,7 @@ inline Error by_dtype(Dtype dtype, const Run& run) {
   return "unknown dtype";
 }
 
-// The accumulator type of an element type, and how many numbers one step handles.
+// The accumulator type of an element type.
 template <class T>
 struct WideOf {
   using type = float;

@@ -25,9 +25,9 @@ struct Factors {
 // as its pair does, the first time with -s.
 template <class A, class T>
 void load_factors(const Rope& a, int64_t position, int64_t begin, int64_t n, Factors<A>& factors) {
-  const T* cos = static_cast<const T*>(a.cos) + position * a.stride_cos_row + begin;
-  const T* sin = static_cast<const T*>(a.sin) + position * a.stride_sin_row + begin;
   const bool inside = 0 <= position && position < a.P;
+  const T* cos = static_cast<const T*>(a.cos) + (inside ? position : 0) * a.stride_cos_row + begin;
+  const T* sin = static_cast<const T*>(a.sin) + (inside ? position : 0) * a.stride_sin_row + begin;
   const int64_t step = a.interleaved ? 2 : 1;
   for (int64_t i = 0; i < n; i++) {
     const A c = inside ? to_wide(cos[i]) : A(__builtin_nan("")), s = inside ? to_wide(sin[i]) : A(__builtin_nan(""));

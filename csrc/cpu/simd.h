@@ -108,12 +108,13 @@ inline Vec<Wide<T>> load(const T* p, int64_t n) {
   return v;
 #endif
 }
-template <class T>
-inline void store(T* p, Vec<Wide<T>> v, int64_t n) {
-#if defined(__AVX512F__)
+// Stores the first n numbers of a register, as V = Vec or Flushable.
+template <class T, class V>
+inline void store_first(T* p, V v, int64_t n) {
   alignas(REGISTER_BYTES) T stored[VecOf<Wide<T>>::size];
-  const uint32_t mask = (1u << n) - 1;
   store(stored, v);
+#if defined(__AVX512F__)
+  const uint32_t mask = (1u << n) - 1;
   if constexpr (sizeof(T) == 8) {
     _mm512_mask_storeu_epi64(p, mask, *reinterpret_cast<__m512i*>(stored));
   } else if constexpr (sizeof(T) == 4) {
@@ -122,8 +123,12 @@ inline void store(T* p, Vec<Wide<T>> v, int64_t n) {
     _mm256_mask_storeu_epi16(p, mask, *reinterpret_cast<__m256i*>(stored));
   }
 #else
-  for (int64_t i = 0; i < n; i++) p[i] = from_wide<T>(v[i]);
+  for (int64_t i = 0; i < n; i++) p[i] = stored[i];
 #endif
+}
+template <class T>
+inline void store(T* p, Vec<Wide<T>> v, int64_t n) {
+  store_first(p, v, n);
 }
 
 // The columns begin..end-1 in steps of one register: body(c, n, i), where n is All or the length of the tail, and i = 0..3
@@ -165,7 +170,7 @@ inline void store(T* p, Flushable<T> flushable) {
 }
 template <class T>
 inline void store(T* p, Flushable<T> flushable, int64_t n) {
-  store(p, flushable.v, n);
+  store_first(p, flushable, n);
 }
 template <class T>
 inline void store(T* p, Flushable<T> flushable, All) {

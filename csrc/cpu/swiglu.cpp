@@ -85,7 +85,7 @@ template <class T, bool PLAIN>
 Error backward(const SwiGluBackward& args) {
   using A = Wide<T>;
   expect_writes(args.dgate, args.N * args.stride_dgate_row * sizeof(T));
-  if (args.stride_dgate_row == args.F) expect_writes(args.dup, args.N * args.F * sizeof(T));
+  if (args.stride_dgate_row == args.F) expect_writes(args.dup, args.N * args.F * sizeof(T));  // else dgate's other half
   const bool past_cache = args.N * args.F * sizeof(T) >= PAST_CACHE && aligned(args.dgate, args.stride_dgate_row * sizeof(T)) &&
                           aligned(args.dup, args.stride_dup_row * sizeof(T));
   for_pieces(args.N, args.F, [&](int64_t row, int64_t begin, int64_t end) {
@@ -101,11 +101,11 @@ Error backward(const SwiGluBackward& args) {
         const Vec<A> a = parameters.clamped_gate(gate_c), b = parameters.clamped_up(up_c);
         const Sigmoid<T> sigma(parameters.exponent(a));
         const Vec<A> p = a * sigma.e * sigma.r * sigma.r;
-        Vec<A> dgate_c = dy_c * parameters.slope(sigma.value, p, a) * parameters.factor(b), dup_c = dy_c * (a * sigma.value);
-        if (!PLAIN) {  // where it clamps, a clamp passes no gradient on
-          dgate_c = gate_c > parameters.limit ? Vec<A>{} : dgate_c;
-          dup_c = (up_c > parameters.limit) | (up_c < -parameters.limit) ? Vec<A>{} : dup_c;
-        }
+        // Where it clamps, a clamp passes no gradient on.
+        const Vec<A> dy_a = PLAIN ? dy_c : gate_c > parameters.limit ? Vec<A>{} : dy_c;
+        const Vec<A> dy_b = PLAIN ? dy_c : (up_c > parameters.limit) | (up_c < -parameters.limit) ? Vec<A>{} : dy_c;
+        const Vec<A> dgate_c = dy_a * parameters.slope(sigma.value, p, a) * parameters.factor(b);
+        const Vec<A> dup_c = dy_b * (a * sigma.value);
         put(dgate + c, Flushable<T>{dgate_c}, n);
         put(dup + c, Flushable<T>{dup_c}, n);
       });

@@ -61,8 +61,8 @@ struct GatedActivation {
     const Sigmoid sigma = sigmoid<T>(exponent(a));
     const float p = a * sigma.derivative;
     const float slope = sigma.value + alpha * p + 3 * beta * (p * a * a);
-    dgate = (gate <= limit ? dy : 0) * (b + offset) * slope;
-    dup = (fabsf(up) <= limit || limit == INFINITY ? dy : 0) * a * sigma.value;
+    dgate = (gate > limit ? 0 : dy) * slope * (b + offset);
+    dup = (fabsf(up) > limit ? 0 : dy) * (a * sigma.value);
   }
 };
 

@@ -65,6 +65,7 @@ ROPE = [
     rope_case("large-head", (1, 3), 2, 1, 256, 192),
     rope_case("heads-first", (2, 3), 9, 9, 32, 32, view=lambda t: t.transpose(1, 2)),
     rope_case("features-first", (2, 5), 16, 16, 16, 16, view=lambda t: t.transpose(-1, -2)),
+    rope_case("channels-last", (2, 4), 8, 8, 5, 6, view=lambda t: t.permute(0, 3, 1, 2)),
     rope_case("sliced", (2, 18), 2, 1, 32, 32, view=lambda t: t[:, ::2]),
     rope_case("unaligned", (2, 4), 3, 2, 34, 32, view=lambda t: t[..., 1:33]),
     rope_case("expanded", (1, 6), 2, 1, 32, 32, view=lambda t: t.expand(3, -1, -1, -1)),

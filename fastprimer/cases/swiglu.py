@@ -46,6 +46,8 @@ SWIGLU = [
     swiglu_case("large-numbers", 6, 50, scale=70.0),
     swiglu_case("large-numbers-gelu", 6, 50, scale=70.0, activation="gelu_tanh"),
     swiglu_case("transposed", 24, 17, view=lambda t: t.t()),
+    swiglu_case("channels-last", 2, 4, 6, 3, view=lambda t: t.permute(0, 3, 1, 2)),
+    swiglu_case("packed-channels-last", 2, 4, 6, 3, layout="packed", view=lambda t: t.permute(0, 3, 1, 2)),
     swiglu_case("expanded-middle", 4, 1, 40, view=lambda t: t.expand(4, 6, 40)),
     swiglu_case("no-rows", 0, 16),
     swiglu_case("no-columns", 4, 0, layout="packed"),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
 
 
@@ -25,6 +26,8 @@ def check_floating(name: str, tensor: object) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if not tensor.is_floating_point():
         raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}")
 
 
 def check_integer(name: str, tensor: object) -> None:
@@ -32,6 +35,17 @@ def check_integer(name: str, tensor: object) -> None:
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in INTEGERS:
         raise TypeError(f"{name}: expected int32 or int64, got {tensor.dtype}")
+
+
+def check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
+def inspectable(tensor: Tensor) -> bool:
+    """Whether the numbers of a tensor can be looked at without waiting for a device, and are there at all: not while tracing."""
+    traced = type(tensor) is not Tensor or torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return tensor.device.type == "cpu" and not traced
 
 
 def check_like(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Optional
 
-import torch
 from torch import Tensor
 
 from fastprimer.ops import _arguments as arguments
@@ -55,7 +54,7 @@ def check_packing(name: str, label: str, cu_seqlens: Tensor, like: Tensor, token
     arguments.check(cu_seqlens.dim() == 1 and cu_seqlens.shape[0] >= 2, label, "shape (B + 1,) with B >= 1", tuple(cu_seqlens.shape))
     arguments.check_shape(label, cu_seqlens, like.shape, "of cu_seqlens_q")
     arguments.check_device(label, cu_seqlens, tokens, "q")
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if arguments.inspectable(cu_seqlens):
         values, N = cu_seqlens.tolist(), tokens.shape[0]
         rising = values[0] == 0 and values[-1] == N and all(a <= b for a, b in zip(values, values[1:], strict=False))
         arguments.check(rising, label, f"lengths summed up, from 0 to N = {N}, never falling", values)

@@ -261,7 +261,7 @@ def _check_target(name: str, target: Tensor, x: Tensor, V: int, ignore_index: in
     arguments.check_integer(f"{name}: target", target)
     arguments.check_shape(f"{name}: target", target, x.shape[:-1], "of the tokens")
     arguments.check_device(f"{name}: target", target, x, "the logits")
-    if target.device.type == "cpu" and not torch.compiler.is_compiling():
+    if arguments.inspectable(target):
         wrong = (target != ignore_index) & ((target < 0) | (target >= V))
         if bool(wrong.any()):
             raise ValueError(

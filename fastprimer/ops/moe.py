@@ -32,9 +32,7 @@ from torch import Tensor
 
 from fastprimer.backends import choose, implementation
 from fastprimer.ops import _arguments as arguments
-from fastprimer.ops.swiglu import ACTIVATIONS, swiglu_backward, swiglu_forward
-
-SILU = ACTIVATIONS["silu"]
+from fastprimer.ops.swiglu import constants, swiglu_backward, swiglu_forward
 
 
 def moe_forward(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,7 +40,7 @@ def moe_forward(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, exper
     x_wide, gate_up_wide, down_wide, w = _widened(x, gate_up, down, weights)
     chosen = _chosen(experts, gate_up.shape[0])
     hidden = sum(_where(c, (x_wide @ m.t()).unsqueeze(1)) for c, m in zip(chosen, gate_up_wide.unbind(), strict=True)).to(x.dtype)
-    u = w * swiglu_forward(hidden.to(w.dtype), None, *SILU)
+    u = w * swiglu_forward(hidden.to(w.dtype), None, *constants("silu"))
     y = sum(_where(c.any(1), _where(c, u).sum(1) @ m.t()) for c, m in zip(chosen, down_wide.unbind(), strict=True))
     return y.to(x.dtype).contiguous(), hidden.contiguous()
 
@@ -54,11 +52,11 @@ def moe_backward(
     x_wide, gate_up_wide, down_wide, w = _widened(x, gate_up, down, weights)
     dy, hidden = dy.to(x_wide.dtype), hidden.to(x_wide.dtype)
     chosen = _chosen(experts, gate_up.shape[0])
-    u = swiglu_forward(hidden, None, *SILU)
+    u = swiglu_forward(hidden, None, *constants("silu"))
     d = sum(_where(c, (dy @ m).unsqueeze(1)) for c, m in zip(chosen, down_wide.unbind(), strict=True))
     dweights = (d * u).sum(-1)
     ddown = torch.stack([dy.t() @ _where(c, w * u).sum(1) for c in chosen])
-    dhidden, _ = swiglu_backward(w * d, hidden, None, *SILU)
+    dhidden, _ = swiglu_backward(w * d, hidden, None, *constants("silu"))
     routed = [_where(c, dhidden).sum(1) for c in chosen]  # (N, 2F) for each expert
     dgate_up = torch.stack([r.t() @ x_wide for r in routed])
     dx = sum(_where(c.any(1), r @ m) for c, r, m in zip(chosen, routed, gate_up_wide.unbind(), strict=True))
@@ -134,7 +132,7 @@ def moe(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tens
     arguments.check_like("moe: down", down, x, "x")
     arguments.check_device("moe: weights", weights, x, "x")
     arguments.check_device("moe: experts", experts, x, "x")
-    if experts.numel() and experts.device.type == "cpu" and not torch.compiler.is_compiling():
+    if experts.numel() and arguments.inspectable(experts):
         low, high = int(experts.min()), int(experts.max())
         arguments.check(0 <= low and high < E, "moe: experts", f"numbers in 0..{E - 1}", (low, high))
     backend = choose("moe", x, gate_up, down, weights, experts)

@@ -41,8 +41,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Optional[Tensor], in
     """x (B, S, H, D) or (N, H, D); the rotation itself is computed in float32 (float64 for float64)."""
     dtype = arguments.wide(x.dtype)
     half = cos.shape[-1]
-    rows = slice(0, x.shape[-3]) if positions is None else positions
-    c, s = cos[rows].to(dtype).unsqueeze(-2), sin[rows].to(dtype).unsqueeze(-2)  # (..., S, 1, R/2): shared by the heads
+    c, s = (_rows(t, x.shape[-3], positions).to(dtype).unsqueeze(-2) for t in (cos, sin))  # (..., S, 1, R/2): shared by the heads
     rotary, rest = x[..., : 2 * half].to(dtype), x[..., 2 * half :]
     if interleaved:
         a, b = rotary[..., 0::2], rotary[..., 1::2]
@@ -50,7 +49,15 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Optional[Tensor], in
     else:
         a, b = rotary[..., :half], rotary[..., half:]
         rotated = torch.cat((a * c - b * s, a * s + b * c), dim=-1)
-    return torch.cat((rotated.to(x.dtype), rest), dim=-1)
+    return torch.cat((rotated.to(x.dtype), rest), dim=-1).contiguous()
+
+
+def _rows(table: Tensor, S: int, positions: Optional[Tensor]) -> Tensor:
+    """The row of each token; NaN where there is none."""
+    if positions is None:
+        return table[:S]
+    rows = table[positions.clamp(0, table.shape[0] - 1)]
+    return rows.masked_fill(((positions < 0) | (positions >= table.shape[0])).unsqueeze(-1), torch.nan)
 
 
 def rope_forward(
@@ -94,16 +101,26 @@ class RoPE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, q, k, cos, sin, positions, interleaved):
         ctx.save_for_backward(cos, sin, positions)
-        ctx.backend, ctx.interleaved, ctx.has_k = backend, interleaved, k is not None
-        q, k = implementation("rope", backend).rope_forward(q, k, cos, sin, positions, interleaved)
-        return (q, k) if ctx.has_k else q
+        ctx.backend, ctx.interleaved = backend, interleaved
+        ctx.set_materialize_grads(False)
+        q_rotated, k_rotated = implementation("rope", backend).rope_forward(q, k, cos, sin, positions, interleaved)
+        if k is None:
+            return q_rotated
+        if not ctx.needs_input_grad[1]:
+            ctx.mark_non_differentiable(q_rotated)
+        if not ctx.needs_input_grad[2]:
+            ctx.mark_non_differentiable(k_rotated)
+        return q_rotated, k_rotated
 
     @staticmethod
     def backward(ctx, dq, dk=None):
-        cos, sin, positions = ctx.saved_tensors
-        backend = "reference" if torch.is_grad_enabled() else ctx.backend
-        dq, dk = implementation("rope", backend).rope_backward(dq, dk, cos, sin, positions, ctx.interleaved)
-        return None, dq, dk if ctx.has_k else None, None, None, None, None
+        functions = implementation("rope", "reference" if torch.is_grad_enabled() else ctx.backend)
+        if dq is not None:
+            dq, dk_rotated = functions.rope_backward(dq, dk, *ctx.saved_tensors, ctx.interleaved)
+            dk = None if dk is None else dk_rotated
+        elif dk is not None:  # q was not used
+            dk, _ = functions.rope_backward(dk, None, *ctx.saved_tensors, ctx.interleaved)
+        return None, dq, dk, None, None, None, None
 
 
 def rope(
@@ -120,8 +137,7 @@ def rope(
 
     Raises:
         TypeError, ValueError: an argument's dtype, shape or device does not fit; the message names it.
-        IndexError: a position outside 0..P-1. Checked on the CPU only: elsewhere, and in compiled code, the kernels give
-            NaN for such a token (the reference fails as torch's indexing does).
+        IndexError: a position outside 0..P-1. Checked on the CPU only: elsewhere, and in compiled code, such a token becomes NaN.
 
     Source: Su et al. (2021), section 3.2.2.
     """
@@ -148,10 +164,11 @@ def rope(
         arguments.check_integer("rope: positions", positions)
         arguments.check_shape("rope: positions", positions, q.shape[:-2], "(B, S) or (N,)")
         arguments.check_device("rope: positions", positions, q, "q")
-        if positions.numel() and positions.device.type == "cpu" and not torch.compiler.is_compiling():
+        if positions.numel() and arguments.inspectable(positions):
             low, high = int(positions.min()), int(positions.max())
             if low < 0 or high >= cos.shape[0]:
                 raise IndexError(f"rope: positions: expected numbers in 0..{cos.shape[0] - 1}, the rows of cos, got {(low, high)}")
+    arguments.check_flag("rope: interleaved", interleaved)
     backend = choose("rope", q, k, cos, sin, positions, interleaved)
     if arguments.needs_gradient(q, k):
         q, k, cos, sin = arguments.distinct(q, k, cos, sin)

@@ -23,8 +23,8 @@ The tanh form is of the same kind because (1 + tanh(t / 2)) / 2 = σ(t). So one 
 (multiplied from the left, p underflows before a_L² can overflow), and a clamp passes a gradient on only where it does not
 clamp:
 
-    dgate = dy (b_L + o) · (σ + α p + 3 β p a_L a_L) · [a ≤ L]
-    dup   = dy · a_L σ · [−L ≤ b ≤ L]
+    dgate = dy (b_L + o) · (σ + α p + 3 β p a_L a_L) · [not a > L]
+    dup   = dy · a_L σ · [not |b| > L]
 
 1 − σ is computed as σ(−t): the subtraction would cancel. With e = e^−|t| and r = 1 / (1 + e), which neither overflow nor
 cancel, σ is r or e r, depending on the sign of t, and σ (1 − σ) = e r². Only gate and up are saved; σ is recomputed.
@@ -32,7 +32,6 @@ cancel, σ is r or e r, depending on the sign of t, and σ (1 − σ) = e r². O
 
 from __future__ import annotations
 
-import math
 from typing import Optional
 
 import torch
@@ -41,10 +40,14 @@ from torch import Tensor
 from fastprimer.backends import choose, dtype_limit, implementation
 from fastprimer.ops import _arguments as arguments
 
-GELU = 2 * math.sqrt(2 / math.pi)
+ACTIVATIONS = ("silu", "gelu_tanh", "gpt_oss")
 
-ACTIVATIONS = {"silu": (1.0, 0.0, None, 0.0), "gelu_tanh": (GELU, 0.044715 * GELU, None, 0.0), "gpt_oss": (1.702, 0.0, 7.0, 1.0)}
-"""{name: (alpha, beta, limit, offset)}, the α, β, L and o of the table above."""
+
+def constants(activation: str) -> tuple[float, float, Optional[float], float]:
+    """(α, β, L, o) of the table above. Literals: torch.compile would take the numbers of a global table for inputs of its graph."""
+    if activation == "gelu_tanh":
+        return 1.5957691216057308, 0.07135481627260025, None, 0.0
+    return (1.702, 0.0, 7.0, 1.0) if activation == "gpt_oss" else (1.0, 0.0, None, 0.0)
 
 
 def halves(gate: Tensor, up: Optional[Tensor]) -> tuple[Tensor, Tensor]:
@@ -72,7 +75,7 @@ def swiglu_backward(
     a, b = (half.to(arguments.wide(gate.dtype)) for half in halves(gate, up))
     dy_a = dy_b = dy.to(a.dtype)
     if limit is not None:
-        dy_a, dy_b = dy_a.where(a <= limit, 0.0), dy_b.where(b.abs() <= limit, 0.0)
+        dy_a, dy_b = dy_a.masked_fill(a > limit, 0.0), dy_b.masked_fill(b.abs() > limit, 0.0)  # a NaN is not clamped
         a, b = a.clamp(max=limit), b.clamp(-limit, limit)
     t = exponent(a, alpha, beta)
     sigma = torch.sigmoid(t)
@@ -80,7 +83,7 @@ def swiglu_backward(
     slope = sigma + alpha * p + (3 * beta * p * a * a if beta else 0.0)
     dgate, dup = dy_a * (b + offset) * slope, dy_b * a * sigma
     if up is None:
-        return torch.cat((dgate, dup), dim=-1).to(gate.dtype), gate.new_empty(0)
+        return torch.cat((dgate, dup), dim=-1).to(gate.dtype).contiguous(), gate.new_empty(0)
     return dgate.to(gate.dtype).contiguous(), dup.to(gate.dtype).contiguous()
 
 
@@ -95,10 +98,10 @@ LIMITS = {
 
 class SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, backend, gate, up, *activation):
+    def forward(ctx, backend, gate, up, alpha, beta, limit, offset):
         ctx.save_for_backward(gate, up)
-        ctx.backend, ctx.activation = backend, activation
-        return implementation("swiglu", backend).swiglu_forward(gate, up, *activation)
+        ctx.backend, ctx.activation = backend, (alpha, beta, limit, offset)
+        return implementation("swiglu", backend).swiglu_forward(gate, up, alpha, beta, limit, offset)
 
     @staticmethod
     def backward(ctx, dy):
@@ -134,13 +137,16 @@ def swiglu(gate: Tensor, up: Optional[Tensor] = None, *, activation: str = "silu
         arguments.check_floating("swiglu: up", up)
         arguments.check_shape("swiglu: up", up, gate.shape, "of gate")
         arguments.check_like("swiglu: up", up, gate, "gate")
-    arguments.check(activation in ACTIVATIONS, "swiglu: activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
-    alpha, beta, usual_limit, offset = ACTIVATIONS[activation]
+    known = isinstance(activation, str) and activation in ACTIVATIONS
+    arguments.check(known, "swiglu: activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
+    alpha, beta, usual_limit, offset = constants(activation)
     if limit is None:
         limit = usual_limit
     else:
-        number = isinstance(limit, (int, float)) and limit > 0
-        arguments.check(number, "swiglu: limit", "a number > 0 or None", repr(limit))
+        number = isinstance(limit, (int, float)) and not isinstance(limit, bool) and limit > 0
+        arguments.check(number, "swiglu: limit", "a number > 0 or None", limit)
+        if limit > torch.finfo(arguments.wide(gate.dtype)).max:
+            limit = None
     options = alpha, beta, limit, offset
     backend = choose("swiglu", gate, up, *options)
     if arguments.needs_gradient(gate, up):

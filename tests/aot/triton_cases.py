@@ -6,7 +6,7 @@ import torch
 
 from aot.triton_gate import Case, inspect
 from fastprimer.kernels import rms_norm, rope, swiglu
-from fastprimer.ops.swiglu import ACTIVATIONS
+from fastprimer.ops.swiglu import constants
 
 BFLOAT16, FLOAT32, FLOAT64 = torch.bfloat16, torch.float32, torch.float64
 
@@ -77,8 +77,8 @@ def swiglu_case(dtype: torch.dtype, N: int, F: int, activation: str = "silu", pa
     gate, up, dy = meta(dtype, N, 2 * F if packed else F), None if packed else meta(dtype, N, F), meta(dtype, N, F)
 
     def call():
-        kernels.swiglu_forward(gate, up, *ACTIVATIONS[activation])
-        kernels.swiglu_backward(dy, gate, up, *ACTIVATIONS[activation])
+        kernels.swiglu_forward(gate, up, *constants(activation))
+        kernels.swiglu_backward(dy, gate, up, *constants(activation))
 
     name = f"swiglu {str(dtype)[6:]} N={N} F={F} {activation}{' packed' * packed}"
     return Case(name, call, WIDE_ONLY if F % 16 == 0 else {})

@@ -1,0 +1,85 @@
+"""torch.compile beyond single operations: cold starts, several operations in one graph, symbolic numbers."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastprimer as fp
+from conftest import device_or_skip
+from fastprimer.backends import native_reason, use_backend
+
+COLD = {
+    "two operations": """
+compiled = torch.compile(lambda x: fp.swiglu(fp.rms_norm(x)), fullgraph=True, backend="aot_eager")
+x = torch.randn(4, 64)
+torch.testing.assert_close(compiled(x), fp.swiglu(fp.rms_norm(x)))
+""",
+    "a model": """
+model = fp.Model(fp.Config.preset("calculator"))
+tokens = torch.randint(0, 35, (2, 9))
+compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+loss = compiled(tokens, labels=tokens)
+loss.backward()
+assert all(p.grad is not None for p in model.parameters())
+torch.testing.assert_close(compiled(tokens), model(tokens))
+""",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", COLD)
+def test_compiles_in_a_process_that_has_called_nothing_before(what):
+    program = "import torch\nimport fastprimer as fp\n" + COLD[what]
+    child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "llama3", "longrope", "proportional"])
+def test_scaled_models_compile(kind):
+    settings = {
+        "llama3": {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8},
+        "longrope": {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_max_position_embeddings": 8},
+    }
+    scaling = {"rope_type": kind, "factor": 2.0, **settings.get(kind, {})}
+    config = fp.Config(35, 32, 48, 1, 2, head_dim=16, max_position_embeddings=16, rope_scaling=scaling)
+    model = fp.Model(config)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for length in (5, 12):
+        tokens = torch.randint(0, 35, (2, length))
+        torch.testing.assert_close(compiled(tokens), model(tokens))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_the_limit_of_swiglu_may_be_symbolic(backend):
+    device_or_skip("swiglu", backend)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda g, limit: fp.swiglu(g, limit=limit), fullgraph=True, backend="aot_eager")
+    gate = 3 * torch.randn(4, 8)
+    with use_backend(backend):
+        for limit in (1.0, 2.0, 0.5, 3, 4, None):
+            torch.testing.assert_close(compiled(gate, limit), fp.swiglu(gate, limit=limit))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_a_position_without_a_row_is_nan_in_compiled_code(backend):
+    device_or_skip("rope", backend)
+    q, cos, sin = torch.randn(1, 4, 2, 8), torch.rand(6, 3), torch.rand(6, 3)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda p: fp.rope(q, None, cos, sin, positions=p)[0], fullgraph=True, backend="aot_eager")
+    with use_backend(backend):
+        rotated = compiled(torch.tensor([[0, -1, 6, 5]]))
+    assert rotated[:, [1, 2], :, :6].isnan().all() and rotated[:, [0, 3]].isfinite().all()
+    assert torch.equal(rotated[..., 6:], q[..., 6:])
+
+
+@pytest.mark.skipif(bool(native_reason()), reason=native_reason())
+def test_tracing_looks_at_no_numbers():
+    with torch._subclasses.FakeTensorMode():
+        q, positions = torch.randn(1, 4, 2, 8), torch.zeros(1, 4, dtype=torch.int64)
+        assert fp.rope(q, None, torch.rand(6, 3), torch.rand(6, 3), positions=positions)[0].shape == q.shape
