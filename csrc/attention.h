@@ -52,4 +52,9 @@ struct AttentionBackward {
   float* dsinks;  // (H,); null without sinks
 };
 
+Error attention_forward(Cpu, const AttentionForward& args);
+Error attention_forward(Cuda, const AttentionForward& args);
+Error attention_backward(Cpu, const AttentionBackward& args);
+Error attention_backward(Cuda, const AttentionBackward& args);
+
 }  // namespace fastprimer
