@@ -8,12 +8,6 @@
 namespace fastprimer {
 namespace {
 
-// A tensor (B, S, heads, D), or packed (N, heads, D), with its features next to each other; otherwise copied once.
-Tensor with_adjacent_features(const Tensor& x) {
-  const int64_t last = x.dim() - 1;
-  return x.size(last) == 1 || x.stride(last) == 1 ? x : torch::stable::contiguous(x);
-}
-
 RopeHeads heads_of(const Tensor& x, Tensor& rotated) {
   const bool packed = x.dim() == 3;
   return {.x = x.const_data_ptr(),

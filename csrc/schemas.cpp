@@ -14,8 +14,16 @@ STABLE_TORCH_LIBRARY(FASTPRIMER_NAMESPACE, m) {
   m.def("rope_backward(Tensor dq, Tensor? dk, Tensor cos, Tensor sin, Tensor? positions, bool interleaved) -> (Tensor, Tensor)");
   m.def("swiglu_forward(Tensor gate, Tensor? up, float alpha, float beta, float? limit, float offset) -> Tensor");
   m.def("swiglu_backward(Tensor dy, Tensor gate, Tensor? up, float alpha, float beta, float? limit, float offset) -> (Tensor, Tensor)");
+  m.def(
+      "attention_forward(Tensor q, Tensor k, Tensor v, Tensor? sinks, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q, "
+      "SymInt? max_seqlen_k, float scale, SymInt? left, SymInt? right, float? softcap) -> (Tensor, Tensor)");
+  m.def(
+      "attention_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor? sinks, Tensor? "
+      "cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q, SymInt? max_seqlen_k, float scale, SymInt? left, SymInt? right, float? "
+      "softcap) -> (Tensor, Tensor, Tensor, Tensor)");
 #ifndef FASTPRIMER_EMULATED
   m.def("limit_cpu_instruction_set(int limit) -> int");  // for tests: csrc/cpu/dispatch.cpp
+  m.def("allow_brgemm(bool allow) -> bool");             // for tests: csrc/cpu/brgemm.h
 #else
   m.def("take_traffic() -> int");  // for tests: tests/emulator/traffic.cpp
 #endif

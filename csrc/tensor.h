@@ -115,6 +115,12 @@ struct Rows {
   }
 };
 
+// A tensor (..., heads, D) with its features next to each other; otherwise copied once.
+inline Tensor with_adjacent_features(const Tensor& x) {
+  const int64_t last = x.dim() - 1;
+  return x.size(last) == 1 || x.stride(last) == 1 ? x : torch::stable::contiguous(x);
+}
+
 inline const void* data_or_null(const std::optional<Rows>& rows) { return rows ? rows->data() : nullptr; }
 inline int64_t stride_or_zero(const std::optional<Rows>& rows) { return rows ? rows->stride_row : 0; }
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import json
 import platform
 import random
@@ -74,7 +75,22 @@ def _swiglu(gate, up=None, *, activation="silu", limit=None):
     return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
 
 
-EAGER: dict[str, Callable] = {"rms_norm": _rms_norm, "rope": _rope, "swiglu": _swiglu}
+def _attention(q, k, v, *, causal=False, window=None, return_lse=False):
+    mask = None if window is None else _window_mask(q.shape[1], k.shape[1], *window, causal, q.device)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and mask is None, enable_gqa=gqa).transpose(1, 2)
+
+
+@functools.cache
+def _window_mask(S: int, T: int, left, right, causal: bool, device) -> torch.Tensor:
+    distance = torch.arange(T, device=device) - (torch.arange(S, device=device)[:, None] + T - S)
+    right = 0 if causal else right
+    visible = torch.ones_like(distance, dtype=torch.bool) if left is None else distance >= -left
+    return visible if right is None else visible & (distance <= right)
+
+
+EAGER: dict[str, Callable] = {"rms_norm": _rms_norm, "rope": _rope, "swiglu": _swiglu, "attention": _attention}
 """What a user without fastprimer would write. The same function, compiled, is the second peer."""
 
 

@@ -66,12 +66,13 @@ def how(backend: str, device: str) -> str:
     return stand_in.get(backend, backend) if device == "cpu" else f"{backend} (on the GPU)"
 
 
-def dtypes_of(backend: str) -> tuple[torch.dtype, ...]:
-    return DTYPES if backend in ("reference", "cpu") else tuple(d for d in DTYPES if d != torch.float64)
+def dtypes_of(backend: str, op: str = "") -> tuple[torch.dtype, ...]:
+    wide = backend == "reference" or (backend == "cpu" and op != "attention")
+    return DTYPES if wide else tuple(d for d in DTYPES if d != torch.float64)
 
 
 def work_of(op: str, backend: str) -> list[tuple]:
-    return [(case, dtype) for case in CASES if case.op == op and not case.bench for dtype in dtypes_of(backend)]
+    return [(case, dtype) for case in CASES if case.op == op and not case.bench for dtype in dtypes_of(backend, op)]
 
 
 def results(op: str, backend: str, device: str, seed: int) -> Iterator[dict]:

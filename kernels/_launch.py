@@ -40,3 +40,18 @@ def on_device(tensor: Tensor):
     if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)
+
+
+WITHOUT_GPU = "sm_80"
+"""What stands for the architecture where there is no GPU to ask; the compile gate sets what it compiles for."""
+
+
+def architecture(device: torch.device) -> str:
+    """ "sm_90" and the like, or AMD's name for its own."""
+    return _architecture(device) if device.type == "cuda" else WITHOUT_GPU
+
+
+@functools.cache
+def _architecture(device: torch.device) -> str:
+    properties = torch.cuda.get_device_properties(device)
+    return properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"

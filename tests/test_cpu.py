@@ -10,6 +10,8 @@ from conftest import device_or_skip
 from fastprimer import testing
 from fastprimer.backends import declared, operations, use_backend
 from fastprimer.cases import CASES, rms_norm_case, rope_case, swiglu_case
+from fastprimer.cases.attention import attention_case
+from fastprimer.verify import dtypes_of
 
 OPERATIONS = [op for op in operations() if "cpu" in declared(op)]
 HALVES = (torch.bfloat16, torch.float16)
@@ -40,10 +42,134 @@ def run(case, dtype):
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=name)
 @pytest.mark.parametrize("op", OPERATIONS)
 def test_every_instruction_set_is_within_budget(op, dtype, limit):
+    if dtype not in dtypes_of("cpu", op):
+        pytest.skip("its kernel does not take this dtype")
     small = [c for c in CASES if c.op == op and not c.bench and c.name != "widest"]
     with instruction_set(limit):
         wrong = [str(row) for case in small for row in testing.compare(case, dtype, "cpu") if not row.ok]
     assert not wrong
+
+
+ATTENTION = [
+    attention_case("blocks", (1, 300, 4, 64), (1, 300, 2, 64), causal=True),
+    attention_case("window", (1, 400, 3, 80), (1, 400, 1, 80), causal=True, window=(130, None), sinks=True),
+    attention_case("both-sides", (2, 150, 4, 24), (2, 333, 2, 24), window=(100, 31), softcap=4.0, Dv=100),
+    attention_case("packed", (700, 2, 64), (700, 1, 64), cu_q=[0, 300, 300, 333, 700], causal=True, sinks=True),
+    attention_case("many-heads", (1, 9, 130, 16), (1, 150, 1, 16), causal=True),
+    attention_case("rows-without-keys", (1, 300, 2, 32), (1, 140, 1, 32), causal=True),
+    attention_case("odd-heads", (1, 40, 2, 23), (1, 140, 1, 23), Dv=7),
+    attention_case("one-feature", (1, 40, 2, 1), (1, 140, 1, 1)),
+    attention_case("negative-scale", (1, 140, 2, 32), (1, 140, 1, 32), scale=-0.3, causal=True),
+    attention_case("no-scale", (1, 140, 2, 32), (1, 140, 1, 32), scale=0.0, causal=True),
+    attention_case("no-sequences", (0, 3, 2, 16), (0, 3, 1, 16), sinks=True),
+]
+"""Several blocks of keys and tiles of queries, and what only this kernel takes."""
+
+
+@pytest.mark.parametrize("dtype", dtypes_of("cpu", "attention"), ids=name)
+@pytest.mark.parametrize("limit, library", [(2, True), (2, False), (1, False), (0, False)])
+def test_attention_with_and_without_the_products_of_torch(limit, library, dtype):
+    with instruction_set(limit), products_of_torch(library):
+        small = [c for c in CASES if c.op == "attention" and not c.bench] if (limit, library) == (2, False) else []
+        wrong = [str(row) for case in [*small, *ATTENTION] for row in testing.compare(case, dtype, "cpu") if not row.ok]
+    assert not wrong
+
+
+@contextlib.contextmanager
+def products_of_torch(allowed):
+    """The matrix products that libtorch_cpu exports, or the project's own loops."""
+    try:
+        if torch.ops.fastprimer.allow_brgemm(allowed) != allowed:
+            pytest.skip("this torch or this processor has none")
+        yield
+    finally:
+        torch.ops.fastprimer.allow_brgemm(True)
+
+
+def spoil(t, index):
+    t = t.detach().clone()
+    t[index] = torch.nan
+    return t.requires_grad_()
+
+
+def attention_results(q, k, v, do, dlse, **options):
+    with use_backend("cpu"):
+        o, lse = fp.attention(q, k, v, return_lse=True, **options)
+        return [o, lse, *torch.autograd.grad((o, lse), (q, k, v), (do, dlse))]
+
+
+@pytest.mark.parametrize("dtype", dtypes_of("cpu", "attention"), ids=name)
+@pytest.mark.parametrize("spoiled", range(4), ids=["q", "k", "v", "do"])
+@pytest.mark.parametrize("library", [True, False])
+def test_nan_stays_where_the_mask_leaves_it(spoiled, dtype, library):
+    """Token 150 of 200 is NaN: outputs and gradients of all tokens that have no part in it keep their bits."""
+    device_or_skip("attention", "cpu")
+    S, token, left = 200, 150, 20
+    generator = torch.Generator().manual_seed(0)
+    shapes = (1, S, 4, 40), (1, S, 2, 40), (1, S, 2, 24), (1, S, 4, 24)
+    clean = [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes]
+    dirty = [spoil(t, (0, token)) if i == spoiled else t for i, t in enumerate(clean)]
+    dlse = torch.randn(1, 4, S, generator=generator)
+    with instruction_set(2), products_of_torch(library):
+        expected, got = (attention_results(*ts, dlse, causal=True, window=(left, None)) for ts in (clean, dirty))
+    i = torch.arange(S)
+    # dk and dv of a key that a spoiled query sees are NaN, and so are those of keys that meet a query which sees a spoiled key.
+    reached_queries = (i >= token) & (i <= token + left) if spoiled in (1, 2) else i == token
+    reached_keys = (i >= token - left) & (i <= token + left if spoiled in (1, 2) else i <= token)
+    for n, (a, b) in enumerate(zip(expected, got, strict=True)):
+        untouched = ~(reached_queries if n < 3 else reached_keys)
+        a, b = (t[:, :, untouched] if n == 1 else t[:, untouched] for t in (a, b))
+        assert torch.isfinite(b).all(), n
+        torch.testing.assert_close(b, a)
+    assert any(t.isnan().any() for t in got)
+
+
+@pytest.mark.parametrize("dtype", dtypes_of("cpu", "attention"), ids=name)
+def test_nan_stays_in_its_sequence(dtype):
+    device_or_skip("attention", "cpu")
+    lengths = torch.tensor([0, 40, 40, 77], dtype=torch.int32)
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(77, h, 16, generator=generator).to(dtype).requires_grad_() for h in (4, 2, 2, 4)]
+    dlse = torch.randn(4, 77, generator=generator)
+    expected = attention_results(*tensors, dlse, cu_seqlens_q=lengths)
+    got = attention_results(*(spoil(t, slice(40, None)) for t in tensors), dlse, cu_seqlens_q=lengths)
+    for n, (a, b) in enumerate(zip(expected, got, strict=True)):
+        assert torch.equal(*(t[:, :40] if n == 1 else t[:40] for t in (a, b))), n
+
+
+def test_upstream_gradients_of_rows_without_keys_are_ignored():
+    device_or_skip("attention", "cpu")
+    q, k, v = (torch.randn(1, n, 2, 16, requires_grad=True) for n in (40, 30, 30))
+    do, dlse = torch.randn(1, 40, 2, 16), torch.randn(1, 2, 40)
+    expected = attention_results(q, k, v, do, dlse, causal=True)
+    dlse[:, :, :10] = torch.tensor([torch.nan, torch.inf]).repeat(5)
+    got = attention_results(q, k, v, do, dlse, causal=True)
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+    assert (got[1][:, :, :10] == -torch.inf).all() and not got[0][:, :10].any() and not got[2][:, :10].any()
+
+
+def test_attention_checks_its_operators_arguments():
+    device_or_skip("attention", "cpu")
+    q, k = torch.randn(1, 4, 2, 8), torch.randn(1, 5, 1, 8)
+    packed, lengths = torch.randn(4, 2, 8), torch.tensor([0, 4], dtype=torch.int32)
+    forward, backward = torch.ops.fastprimer.attention_forward, torch.ops.fastprimer.attention_backward
+    rest = None, None, 1.0, None, None, None
+    o, lse = forward(q, k, k, None, None, None, *rest)
+    for call in (
+        lambda: forward(q, k[..., :4], k, None, None, None, *rest),
+        lambda: forward(q, k, k[:, :4], None, None, None, *rest),
+        lambda: forward(q, k.double(), k, None, None, None, *rest),
+        lambda: forward(q, k, k, torch.zeros(3), None, None, *rest),
+        lambda: forward(q, k, k, None, lengths, lengths, *rest),
+        lambda: forward(packed, packed, packed, None, lengths, lengths + 1, *rest),
+        lambda: forward(packed, packed, packed, None, lengths, None, *rest),
+        lambda: forward(q, k, k, None, None, None, None, None, 1.0, -2, None, None),
+        lambda: backward(o[:, :3], None, q, k, k, o, lse, None, None, None, *rest),
+        lambda: backward(o, None, q, k, k, o, lse[..., :3], None, None, None, *rest),
+        lambda: backward(o, lse[:, :1], q, k, k, o, lse, None, None, None, *rest),
+    ):
+        with pytest.raises(RuntimeError, match="fastprimer: .*: expected"):
+            call()
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=name)
@@ -78,6 +204,7 @@ CASES_FOR_THREADS = [
     rope_case("threads", (3, 333), 5, 2, 64, 48, P=400, positions=lambda p: p),
     swiglu_case("threads", 37, 20011),
     swiglu_case("threads-packed", 513, 300, layout="packed", activation="gpt_oss"),
+    *ATTENTION[:4],
 ]
 
 

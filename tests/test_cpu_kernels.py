@@ -3,6 +3,7 @@
 The native library is built once more from a copy of the sources, one changed line at a time.
 """
 
+import itertools
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ CASES = {
     "rms_norm": ("odd", "gemma", "many-rows", "sliced"),
     "rope": ("partial", "interleaved", "positions", "packed-positions", "heads-first", "many-tokens"),
     "swiglu": ("odd", "packed", "gpt-oss", "gelu", "views", "many"),
+    "attention": ("window-both", "softcap", "long-keys", "long-queries", "head-24", "packed-window", "packed-unlike"),
 }
 
 PLANTED = {
@@ -50,15 +52,35 @@ PLANTED = {
         "pieces of a row overlap": ("swiglu.cpp", "begin = i % pieces * BLOCK;", "begin = i % pieces * (BLOCK - 1);"),
         "a term of the exponential": ("simd_math.h", "p = p * r + (1 / 6.0f);", "p = p * r + (1 / 6.1f);"),
     },
+    "attention": {
+        "a key too many": ("attention_plan.h", "smaller(diagonal + right + 1, T)", "smaller(diagonal + right + 2, T)"),
+        "a query too many": ("attention_plan.h", "larger(diagonal - right, 0)", "larger(diagonal - right - 1, 0)"),
+        "the last keys never met": ("attention_plan.h", "end = round_up(seen.end, KEY_STEP)", "end = seen.end / KEY_STEP * KEY_STEP"),
+        "sums not scaled down": ("attention_forward.h", "store(sums, load(sums) * shrink);", ""),
+        "the sink has no share": ("attention_forward.h", "total * scale + __builtin_exp2(sink - higher)", "total * scale"),
+        "the gradient of lse dropped": ("attention_backward.h", "product - (a.dlse ? a.dlse[at] : 0.0f)", "product"),
+        "softcap without its slope": ("attention_backward.h", "if (CAPPED) ds[u] *= 1 - t * t;", ""),
+        "a sweep left out": ("attention_backward.h", "for (int64_t sweep = 0; sweep <", "for (int64_t sweep = 1; sweep <"),
+        "a term left out of the products": ("products.h", "for (int64_t k = 0; k < K; k++)", "for (int64_t k = 1; k < K; k++)"),
+    },
     "all": {
         "off-by-one tail": ("simd.h", "  if (c < end) body(c, end - c, 0);", "  if (c + 1 < end) body(c, end - c - 1, 0);"),
         "unmasked tail": ("simd.h", "  if (c < end) body(c, end - c, 0);", "  if (c < end) body(c, All{}, 0);"),
+    },
+    "memory-bound": {
         "stores past the caches lost": ("simd.h", "    stream(p, v);\n", ""),
     },
 }
 """By operation: {bug: (file of csrc/cpu, text, what it becomes)}."""
 
-ROUNDS = [*zip(*([(op, bug) for bug in PLANTED[op]] for op in CASES), strict=True), *([("all", bug)] for bug in PLANTED["all"])]
+GROUPS = {op: (op,) for op in CASES} | {"all": tuple(CASES), "memory-bound": ("rms_norm", "rope", "swiglu")}
+"""Which operations a bug breaks."""
+
+TOGETHER = itertools.zip_longest(*([(op, bug) for bug in PLANTED[op]] for op in CASES))
+ROUNDS = [
+    *([planted for planted in bugs if planted] for bugs in TOGETHER),
+    *([(group, bug)] for group in ("all", "memory-bound") for bug in PLANTED[group]),
+]
 """Bugs of different operations are planted, and judged, together."""
 
 JUDGE = f"""
@@ -66,16 +88,22 @@ import pathlib, sys
 import torch
 import fastprimer
 from fastprimer.cases import rms_norm_case, rope_case, swiglu_case
-from fastprimer.testing import CASES, DTYPES, compare
+from fastprimer.cases.attention import attention_case
+from fastprimer.testing import CASES, compare
+from fastprimer.verify import dtypes_of
 sys.modules["fastprimer.backends"].PACKAGE = pathlib.Path(sys.argv[1])
 large = {{
     "rms_norm": rms_norm_case("large", 1024, 4352),
     "rope": rope_case("large", (1, 512), 64, 4, 128, 128, P=512),
     "swiglu": swiglu_case("large", 1024, 4352),
+    "attention": attention_case("large", (1, 300, 2, 64), (1, 300, 1, 64), causal=True, scale=1.0),
 }}
 for op, names in {CASES}.items():
-    rows = [r for c in CASES if c.op == op and c.name in names for d in DTYPES for r in compare(c, d, "cpu")]
+    rows = [r for c in CASES if c.op == op and c.name in names for d in dtypes_of("cpu", op) for r in compare(c, d, "cpu")]
     rows += compare(large[op], torch.float32, "cpu")
+    if op == "attention":  # with the project's own matrix products too
+        torch.ops.fastprimer.allow_brgemm(False)
+        rows += compare(large[op], torch.float32, "cpu")
     print(op, len(rows), sum(not r.ok for r in rows), flush=True)
 """
 
@@ -139,7 +167,7 @@ def test_planted_bugs_are_caught(build, bugs):
     try:
         found = build.judge()
         for op, bug in bugs:
-            wrong = [found[o][1] for o in CASES if op in (o, "all")]
+            wrong = [found[o][1] for o in GROUPS[op]]
             assert all(wrong), f"{bug}: {found}"
     finally:
         for path, text in before.items():

@@ -3,18 +3,22 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include "attention.h"
+#include "brgemm.h"
 #include "isa.h"
 #include "parallel.h"
 #include "rms_norm.h"
 #include "rope.h"
 #include "swiglu.h"
 
-#define FASTPRIMER_CPU_KERNELS(KERNEL)       \
-  KERNEL(rms_norm_forward, RmsNormForward)   \
-  KERNEL(rms_norm_backward, RmsNormBackward) \
-  KERNEL(rope, Rope)                         \
-  KERNEL(swiglu_forward, SwiGluForward)      \
-  KERNEL(swiglu_backward, SwiGluBackward)
+#define FASTPRIMER_CPU_KERNELS(KERNEL)        \
+  KERNEL(rms_norm_forward, RmsNormForward)    \
+  KERNEL(rms_norm_backward, RmsNormBackward)  \
+  KERNEL(rope, Rope)                          \
+  KERNEL(swiglu_forward, SwiGluForward)       \
+  KERNEL(swiglu_backward, SwiGluBackward)     \
+  KERNEL(attention_forward, AttentionForward) \
+  KERNEL(attention_backward, AttentionBackward)
 
 namespace fastprimer {
 
@@ -69,4 +73,5 @@ int64_t limit_cpu_instruction_set(int64_t limit) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastprimer, CompositeExplicitAutograd, m) {
   m.impl("limit_cpu_instruction_set", TORCH_BOX(&fastprimer::limit_cpu_instruction_set));
+  m.impl("allow_brgemm", TORCH_BOX(&fastprimer::allow_brgemm));
 }

@@ -223,6 +223,19 @@ inline bool aligned(const void* p, int64_t stride_bytes) {
   return (reinterpret_cast<uintptr_t>(p) | static_cast<uintptr_t>(stride_bytes)) % REGISTER_BYTES == 0;
 }
 
+// Two registers, one behind the other.
+template <class T>
+inline void store_both(T* p, Vec<Wide<T>> a, Vec<Wide<T>> b) {
+#if defined(__AVX512BF16__)
+  if constexpr (is_bfloat16<T>) {  // subnormal numbers become zero
+    const __m512bh both = _mm512_cvtne2ps_pbh(reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(a));
+    return _mm512_storeu_si512(p, reinterpret_cast<__m512i>(both));
+  }
+#endif
+  store(p, a);
+  store(p + VecOf<Wide<T>>::size, b);
+}
+
 // What reading back a stored number gives.
 template <class T>
 inline Vec<Wide<T>> rounded(Vec<Wide<T>> v) {
@@ -249,6 +262,26 @@ inline T sum(Vec<T> v) {
   return lanes[0];
 }
 
+// The largest lane.
+inline float largest(Vec<float> v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(reinterpret_cast<__m512>(v));
+#else
+  float lanes[LANES];
+  store(lanes, v);
+  for (int n = LANES / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; i++) lanes[i] = lanes[i] < lanes[i + n] ? lanes[i + n] : lanes[i];
+  return lanes[0];
+#endif
+}
+
+// 0, 1, 2, ...
+inline Vec<float> lane_numbers() {
+  Vec<float> v;
+  for (int i = 0; i < LANES; i++) v[i] = i;
+  return v;
+}
+
 // The sum over columns 0..C-1 of term(c, n), a register of terms: four running sums, flushed every block so that the
 // rounding error of a wide row grows with the square root of its blocks and not of its columns.
 template <class T, class Term>
@@ -273,15 +306,16 @@ inline T swap_neighbours(T v) {
 }
 
 // The larger, the smaller of v and the bound; NaN stays NaN.
-inline Vec<float> at_least(Vec<float> v, float bound) {
+inline Vec<float> at_least(Vec<float> v, Vec<float> bound) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<Vec<float>>(_mm512_max_ps(_mm512_set1_ps(bound), reinterpret_cast<__m512>(v)));
+  return reinterpret_cast<Vec<float>>(_mm512_max_ps(reinterpret_cast<__m512>(bound), reinterpret_cast<__m512>(v)));
 #elif defined(__AVX2__)
-  return reinterpret_cast<Vec<float>>(_mm256_max_ps(_mm256_set1_ps(bound), reinterpret_cast<__m256>(v)));
+  return reinterpret_cast<Vec<float>>(_mm256_max_ps(reinterpret_cast<__m256>(bound), reinterpret_cast<__m256>(v)));
 #else
-  return v < bound ? Vec<float>{} + bound : v;
+  return v < bound ? bound : v;
 #endif
 }
+inline Vec<float> at_least(Vec<float> v, float bound) { return at_least(v, Vec<float>{} + bound); }
 inline Vec<double> at_least(Vec<double> v, double bound) { return v < bound ? Vec<double>{} + bound : v; }
 template <class V, class A>
 inline V at_most(V v, A bound) {

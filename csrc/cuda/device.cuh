@@ -6,7 +6,8 @@
 //   Vector, load, store, whole, issue_loads     accesses of up to 16 bytes
 //   bfloat16, float16, widen, narrow            element types; arithmetic is in float32
 //   smaller, larger                             minimum and maximum that pass NaN on
-//   fast_exp, fast_reciprocal                   good enough for results of 16 bits
+//   narrow_pair                                 two elements of 16 bits in a register
+//   fast_exp, fast_exp2, fast_reciprocal        good enough for results of 16 bits
 //   warp_sum                                    reductions
 //   copy_async, _commit, _wait                  cp.async: global to shared memory, without registers
 //   load_matrix, multiply_accumulate            ldmatrix, mma.sync m16n8k16
@@ -137,6 +138,19 @@ __device__ __forceinline__ float16 narrow<float16>(float v) {
   return result;
 }
 
+// Two elements of 16 bits, `low` in the lower half.
+template <class T>
+__device__ __forceinline__ uint32_t narrow_pair(float low, float high) {
+  static_assert(sizeof(T) == 2, "bfloat16 or float16");
+  uint32_t pair;
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  }
+  return pair;
+}
+
 // NaN if one is, unlike fminf and fmaxf.
 __device__ __forceinline__ float smaller(float a, float b) {
   float result;
@@ -149,12 +163,13 @@ __device__ __forceinline__ float larger(float a, float b) {
   return result;
 }
 
-// e^v and 1 / v within some 1e-5 and 1e-7 of themselves for |v| < 100; what is below 2^-126 becomes 0.
-__device__ __forceinline__ float fast_exp(float v) {
+// 2^v within some 2e-7 of itself, e^v and 1 / v within some 1e-5 and 1e-7 for |v| < 100; what is below 2^-126 becomes 0.
+__device__ __forceinline__ float fast_exp2(float v) {
   float result;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v * 1.44269504f));
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));
   return result;
 }
+__device__ __forceinline__ float fast_exp(float v) { return fast_exp2(v * 1.44269504f); }
 __device__ __forceinline__ float fast_reciprocal(float v) {
   float result;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(v));

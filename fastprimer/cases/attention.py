@@ -7,21 +7,42 @@ import torch
 from fastprimer.cases._case import Case, Inputs, Work, size
 
 
+def _visible_pairs(S: int, T: int, causal: bool, window: tuple | None) -> int:
+    """How many (query, key) pairs of one sequence and head the mask leaves."""
+    left, right = window or (None, None)
+    if causal:
+        right = 0
+    diagonal = torch.arange(S) + T - S
+    begin = torch.zeros_like(diagonal) if left is None else (diagonal - left).clamp(min=0)
+    end = torch.full_like(diagonal, T) if right is None else (diagonal + right + 1).clamp(max=T)
+    return int((end - begin).clamp(min=0).sum())
+
+
 def _attention_work(a: dict) -> Work:
     q, k, v = a["q"], a["k"], a["v"]
-    pairs = q.shape[-3] * k.shape[-3] * (q.shape[0] if q.dim() == 4 else 1) * q.shape[-2]
-    if a.get("causal"):
-        pairs //= 2
-    flops = 2 * pairs * (q.shape[-1] + v.shape[-1])
-    moved = 2 * size(q) + size(k, v)
-    return Work(moved, 2 * moved, flops, flops * 5 // 2)
+    mask = a.get("causal", False), a.get("window")
+    if q.dim() == 4:
+        pairs = q.shape[0] * _visible_pairs(q.shape[1], k.shape[1], *mask)
+    else:
+        lengths = zip(a["cu_seqlens_q"].diff().tolist(), a["cu_seqlens_k"].diff().tolist(), strict=True)
+        pairs = sum(_visible_pairs(S, T, *mask) for S, T in lengths)
+    products = 2 * pairs * q.shape[-2]
+    D, Dv = q.shape[-1], v.shape[-1]
+    o = size(q) // D * Dv
+    return Work(size(q, k, v) + o, 2 * (size(q, k, v) + o), products * (D + Dv), products * (3 * D + 2 * Dv))
 
 
-def attention_case(name: str, q: tuple, k: tuple, Dv=None, cu_q=None, cu_k=None, sinks=False, bench=False, **options) -> Case:
+def attention_case(
+    name: str, q: tuple, k: tuple, Dv=None, cu_q=None, cu_k=None, sinks=False, bench=False, view=lambda t: t, view_kv=None, **options
+) -> Case:
+    """q and k: the shapes of what `view` and `view_kv` (by default `view`) turn into queries, keys and values, whose last size is Dv."""
+    view_kv = view_kv or view
+
     def arguments(inputs: Inputs) -> dict:
-        a = {"q": inputs.normal(*q), "k": inputs.normal(*k), "v": inputs.normal(*k[:-1], Dv or k[-1]), "return_lse": True, **options}
+        a = {"q": inputs.normal(*q, view=view), "k": inputs.normal(*k, view=view_kv)}
+        a |= {"v": inputs.normal(*k[:-1], Dv or k[-1], view=view_kv), "return_lse": True, **options}
         if sinks:
-            a["sinks"] = inputs.normal(q[-2])
+            a["sinks"] = inputs.normal(a["q"].shape[-2])
         if cu_q:
             a |= {"cu_seqlens_q": inputs.tensor(cu_q), "cu_seqlens_k": inputs.tensor(cu_k or cu_q)}
         return a
@@ -41,7 +62,39 @@ ATTENTION = [
     attention_case("value-size", (1, 5, 2, 24), (1, 6, 1, 24), Dv=8),
     attention_case("packed", (9, 4, 16), (9, 2, 16), cu_q=[0, 4, 4, 9], causal=True),
     attention_case("packed-lengths", (5, 2, 16), (8, 1, 16), cu_q=[0, 2, 2, 5], cu_k=[0, 0, 3, 8], causal=True),
+    attention_case("tile", (1, 64, 2, 64), (1, 64, 1, 64), causal=True),
+    attention_case("tile-and-one", (1, 65, 2, 128), (1, 65, 2, 128), causal=True, window=(16, None)),
+    attention_case("tile-less-one", (1, 63, 2, 16), (1, 65, 1, 16), window=(None, 5), softcap=1.5),
+    attention_case("ragged", (2, 70, 2, 64), (2, 70, 2, 64), sinks=True),
+    attention_case("long-keys", (1, 3, 4, 80), (1, 70, 2, 80), causal=True, Dv=64, sinks=True),
+    attention_case("long-queries", (1, 70, 2, 40), (1, 5, 1, 40), window=(2, 3), sinks=True),
+    attention_case("head-24", (1, 33, 6, 24), (1, 33, 2, 24), causal=True, softcap=5.0),
+    attention_case("head-80", (1, 17, 2, 80), (1, 30, 2, 80), window=(9, 4)),
+    attention_case("head-256", (1, 20, 2, 256), (1, 36, 1, 256), causal=True),
+    attention_case("large-values", (1, 19, 2, 40), (1, 19, 2, 40), Dv=128, causal=True, window=(4, None)),
+    attention_case("group-of-five", (1, 30, 5, 16), (1, 30, 1, 16), causal=True),
+    attention_case("window-of-two", (1, 66, 2, 32), (1, 66, 1, 32), causal=True, window=(1, 0)),
+    attention_case("packed-window", (70, 6, 40), (70, 2, 40), cu_q=[0, 33, 33, 70], window=(7, 2), sinks=True),
+    attention_case("packed-full", (66, 2, 64), (66, 2, 64), cu_q=[0, 3, 66]),
+    attention_case(
+        "packed-unlike", (40, 4, 128), (50, 1, 128), Dv=64, cu_q=[0, 0, 25, 40], cu_k=[0, 10, 10, 50], causal=True, window=(9, None)
+    ),
+    attention_case("packed-ends-empty", (12, 2, 16), (12, 1, 16), cu_q=[0, 0, 12, 12], causal=True, max_seqlen_q=12, max_seqlen_k=12),
+    attention_case("heads-first", (2, 4, 21, 32), (2, 2, 21, 32), causal=True, view=lambda t: t.transpose(1, 2)),
+    attention_case("features-first", (1, 11, 16, 4), (1, 11, 16, 4), Dv=4, view=lambda t: t.transpose(-1, -2)),
+    attention_case("sliced", (2, 36, 2, 32), (2, 40, 2, 32), causal=True, view=lambda t: t[:, ::2]),
+    attention_case("unaligned", (1, 18, 2, 34), (1, 18, 1, 34), causal=True, view=lambda t: t[..., 1:33]),
+    attention_case("expanded", (1, 20, 4, 32), (1, 20, 1, 32), causal=True, view_kv=lambda t: t.expand(-1, -1, 4, -1)),
+    attention_case("packed-sliced", (40, 2, 64), (40, 1, 64), cu_q=[0, 7, 20], causal=True, view=lambda t: t[::2]),
+    attention_case("one-token", (2, 1, 2, 16), (2, 1, 2, 16), causal=True, sinks=True),
+    attention_case("no-queries", (1, 0, 2, 16), (1, 4, 1, 16)),
+    attention_case("no-keys", (1, 4, 2, 16), (1, 0, 1, 16), sinks=True),
+    attention_case("no-tokens", (0, 2, 16), (0, 1, 16), cu_q=[0, 0, 0]),
     attention_case("bench-causal", (1, 1024, 16, 64), (1, 1024, 4, 64), causal=True, bench=True),
+    attention_case("bench-causal-128", (1, 1024, 16, 128), (1, 1024, 4, 128), causal=True, bench=True),
+    attention_case("bench-heads", (1, 2048, 8, 64), (1, 2048, 8, 64), causal=True, bench=True),
+    attention_case("bench-window", (1, 4096, 4, 64), (1, 4096, 1, 64), causal=True, window=(256, None), bench=True),
+    attention_case("bench-short", (1, 256, 16, 64), (1, 256, 4, 64), causal=True, bench=True),
 ]
 
 

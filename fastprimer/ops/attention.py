@@ -44,7 +44,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from fastprimer.backends import choose, implementation
+from fastprimer.backends import choose, dtype_limit, implementation
 from fastprimer.ops import _arguments as arguments
 from fastprimer.ops._attention_arguments import check_attention, normalise_window
 
@@ -174,7 +174,25 @@ def _logits(qg: Tensor, k: Tensor, visible: Tensor, scale: float, softcap: Optio
     return z.masked_fill(~visible, -torch.inf)
 
 
-LIMITS = {"attention": {}}
+def _cpu_limit(q, k, v, *_) -> str:
+    if not (q.shape[-1] <= 256 and 1 <= v.shape[-1] <= 256):
+        return f"its kernel takes heads of 1..256 features, not D = {q.shape[-1]} and Dv = {v.shape[-1]}"
+    return dtype_limit(q, None, "float32 bfloat16 float16")
+
+
+def _triton_limit(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, *_) -> str:
+    if not (q.shape[-1] <= 256 and 1 <= v.shape[-1] <= 256):
+        return f"its kernel takes heads of 1..256 features, not D = {q.shape[-1]} and Dv = {v.shape[-1]}"
+    return dtype_limit(q, None, "float32 bfloat16 float16") or ("" if scale > 0 else f"its kernel takes a scale > 0, not {scale}")
+
+
+LIMITS = {
+    "attention": {
+        "cpu": _cpu_limit,
+        "triton": _triton_limit,
+        "cuda": _triton_limit,
+    }
+}
 
 
 class Attention(torch.autograd.Function):

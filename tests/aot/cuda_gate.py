@@ -65,8 +65,18 @@ def tensor_core(kernel: str) -> tuple[str, ...]:
     return ("HMMA", "LDSM", "LDGSTS") if kernel.startswith("gemm_kernel<") else ()
 
 
+def attention(kernel: str) -> tuple[str, ...]:
+    """The products of 16 bits are made in tensor cores, those of float32 are not; all tiles come and go 16 bytes at a time."""
+    if "_dsinks" in kernel:
+        return ()
+    if "_delta" in kernel:
+        return ("LDG.E.128",)
+    return ("LDGSTS", "STG.E.128") if "<float," in kernel else ("HMMA", "LDSM", "LDGSTS", "STG.E.128")
+
+
 CASES = (
     *(Case(ROOT / f"csrc/cuda/{op}.cu", wide_access) for op in ("rms_norm", "rope", "swiglu")),
+    Case(ROOT / "csrc/cuda/attention.cu", attention),
     Case(ROOT / "tests/emulator/probe.cu", tensor_core),
 )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from aot import attention_cases
 from aot.triton_gate import Case, inspect
 from fastprimer.kernels import rms_norm, rope, swiglu
 from fastprimer.ops.swiglu import constants
@@ -129,6 +130,7 @@ CASES = [
     swiglu_case(BFLOAT16, 1, 1),
     swiglu_case(BFLOAT16, 3 * 2**20, 1024),
     swiglu_case(BFLOAT16, 3 * 2**30, 1, packed=True),
+    *attention_cases.CASES,
 ]
 """Sizes in use, absent tensors, and the extremes that Triton compiles specially: a size of 1, a size beyond 32 bits."""
 

@@ -9,6 +9,8 @@ from .build import Patch
 RMS_NORM, RMS_NORM_LAUNCH, GEMM = "csrc/cuda/rms_norm.cuh", "csrc/cuda/rms_norm.cu", "tests/emulator/gemm.cuh"
 ROPE, ROPE_LAUNCH = "csrc/cuda/rope.cuh", "csrc/cuda/rope.cu"
 SWIGLU, SWIGLU_LAUNCH = "csrc/cuda/swiglu.cuh", "csrc/cuda/swiglu.cu"
+ATTENTION, ATTENTION_TILE = "csrc/cuda/attention.cu", "csrc/cuda/attention_tile.cuh"
+ATTENTION_FORWARD, ATTENTION_BACKWARD = "csrc/cuda/attention_forward.cuh", "csrc/cuda/attention_backward.cuh"
 
 
 @dataclass(frozen=True)
@@ -194,5 +196,95 @@ BUGS = [
         "swiglu",
         Patch(SWIGLU, "(fabsf(up) <= limit || limit == INFINITY ? dy : 0)", "dy"),
         {"plain": "dup is wrong"},
+    ),
+    Bug(
+        "keys and values are used before all threads have copied theirs",
+        "attention",
+        Patch(ATTENTION_FORWARD, "    __syncthreads();  // the stage has arrived", "    // the stage has arrived"),
+        {"plain": "is wrong", "thread": "data race"},
+    ),
+    Bug(
+        "early use of keys and values",
+        "attention",
+        Patch(ATTENTION_FORWARD, "copy_async_wait<0>();", "copy_async_wait<1>();"),
+        {"plain": "not waited for"},
+    ),
+    Bug(
+        "no permutation of the chunks of an attention tile",
+        "attention",
+        Patch(ATTENTION_TILE, "(chunk ^ (row % 8))", "chunk"),
+        {"plain": "bank conflicts"},
+    ),
+    Bug(
+        "wrong row of a fragment of queries",
+        "attention",
+        Patch(ATTENTION_TILE, "a.chunk(row_a + 16 * m + lane % 16,", "a.chunk(row_a + 16 * m + lane % 8,"),
+        {"plain": "is wrong"},
+    ),
+    Bug(
+        "a query sees the key after its last",
+        "attention",
+        Patch(ATTENTION_FORWARD, "key >= end_row", "key > end_row"),
+        {"plain": "lse is wrong"},
+    ),
+    Bug(
+        "keys past the end of a sequence are loaded",
+        "attention",
+        Patch(ATTENTION_TILE, "inside = first + row < end && count > 0", "inside = first < end && count > 0"),
+        {"plain": "is wrong", "address": "AddressSanitizer"},
+    ),
+    Bug(
+        "a sum of weights keeps its old maximum",
+        "attention",
+        Patch(ATTENTION_FORWARD, "total[m][r / 2] * rescale + sum", "total[m][r / 2] + sum"),
+        {"plain": "lse is wrong"},
+    ),
+    Bug(
+        "all heads of a group have the first one's queries",
+        "attention",
+        Patch(ATTENTION_TILE, "(r - token * G) * stride_head", "0 * stride_head"),
+        {"plain": "is wrong"},
+    ),
+    Bug(
+        "the row after the last is stored",
+        "attention",
+        Patch(ATTENTION_TILE, "if (first_row + row >= end || left <= 0) continue;", "if (first_row + row > end || left <= 0) continue;"),
+        {"plain": "a write past its end", "address": "AddressSanitizer"},
+    ),
+    Bug(
+        "16-byte accesses without a look at the stride of tokens",
+        "attention",
+        Patch(ATTENTION, "aligned<T, V>(heads.data, heads.stride_token) &&", ""),
+        {"plain": "is not aligned"},
+    ),
+    Bug(
+        "the last queries that see a tile of keys are forgotten",
+        "attention",
+        Patch(ATTENTION_BACKWARD, "at.end_query_of(last_key)", "at.end_query_of(min(first_key, last_key))"),
+        {"plain": "dk is wrong"},
+    ),
+    Bug(
+        "rows of queries are overwritten while others read them",
+        "attention",
+        Patch(ATTENTION_BACKWARD, "query_rows[stage ^ 1][threadIdx.x] = next", "query_rows[stage][threadIdx.x] = next"),
+        {"plain": "dk is wrong", "thread": "data race"},
+    ),
+    Bug(
+        "NaN in a key reaches the gradients of queries that do not see it",
+        "attention",
+        Patch(ATTENTION_BACKWARD, "clear_nan<OTHER, THREADS>(k_tile(stage));", ""),
+        {"plain": "dq is wrong"},
+    ),
+    Bug(
+        "the gradient of a softcap is forgotten",
+        "attention",
+        Patch(ATTENTION_BACKWARD, "(dp - row.delta) * (1 - ratio * ratio)", "(dp - row.delta) * (1 - 0 * ratio * ratio)"),
+        {"plain": "dq is wrong"},
+    ),
+    Bug(
+        "wrong dsinks reduction: a partial sum is dropped",
+        "attention",
+        Patch(ATTENTION_BACKWARD, "for (int warp = 1; warp", "for (int warp = 2; warp"),
+        {"plain": "dsinks is wrong"},
     ),
 ]

@@ -15,6 +15,7 @@
 // It cannot show: speed, weak memory ordering between threads, or a layout that the author of a kernel and of this emulator both
 // misread (tests/emulator/probe.cu compares the layouts with hardware).
 #pragma once
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -50,6 +51,8 @@ T& shared_array(const void* key) {
 
 // The names of device.cuh; what they mean stands there.
 namespace fastprimer {
+
+using std::max, std::min;  // CUDA's, of integers
 
 #define FASTPRIMER_SHARED(name, ...) \
   using name##_type = __VA_ARGS__;   \
@@ -106,8 +109,14 @@ inline float16 narrow<float16>(float v) {
   return {std::bit_cast<uint16_t>(static_cast<_Float16>(v))};
 }
 
+template <class T>
+uint32_t narrow_pair(float low, float high) {
+  return narrow<T>(low).bits | static_cast<uint32_t>(narrow<T>(high).bits) << 16;
+}
+
 inline float smaller(float a, float b) { return a != a || a < b ? a : b; }
 inline float larger(float a, float b) { return a != a || a > b ? a : b; }
+inline float fast_exp2(float v) { return std::exp2(v); }
 inline float fast_exp(float v) { return std::exp(v); }
 inline float fast_reciprocal(float v) { return 1 / v; }
 

@@ -1,0 +1,214 @@
+// What attention's CPU kernels share: which sequence lies where, which keys a query sees, scratch memory, and tasks for threads.
+#pragma once
+#include <cstdlib>
+
+#include "attention.h"
+#include "pack.h"
+#include "parallel.h"
+
+namespace fastprimer {
+inline namespace FASTPRIMER_ISA {
+
+constexpr int64_t KEY_BLOCK = 128;  // keys that meet a tile of queries at a time
+constexpr int64_t KEY_STEP = 32;    // or fewer, in steps of these, where a mask or the sequence ends: few sizes of products
+constexpr float LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
+constexpr Error OUT_OF_MEMORY = "out of memory";
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Scratch memory of n numbers; data() is null when there was none.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t n) : data_(static_cast<T*>(std::aligned_alloc(64, round_up(larger(n, 1) * sizeof(T), 64)))) {}
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* data() const { return data_; }
+  T& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  T* data_;
+};
+
+struct Range {
+  int64_t begin, end;
+
+  bool empty() const { return begin >= end; }
+  // Of this range, what lies in `block`, counted from its begin.
+  Range within(Range block) const { return {larger(begin, block.begin) - block.begin, smaller(end, block.end) - block.begin}; }
+};
+
+// One sequence: S queries, T keys. In packed tensors its tokens begin at q_begin and k_begin.
+struct Sequence {
+  int64_t batch, S, T, q_begin, k_begin, left, right;
+
+  // The keys that query i sees.
+  Range keys_of(int64_t i) const {
+    const int64_t diagonal = i + T - S;
+    return {left < 0 ? 0 : larger(diagonal - left, 0), right < 0 ? T : smaller(diagonal + right + 1, T)};
+  }
+  // The queries that see key j.
+  Range queries_of(int64_t j) const {
+    const int64_t diagonal = j + S - T;
+    return {right < 0 ? 0 : larger(diagonal - right, 0), left < 0 ? S : smaller(diagonal + left + 1, S)};
+  }
+  Range keys_of(Range queries) const { return {keys_of(queries.begin).begin, keys_of(queries.end - 1).end}; }
+};
+
+template <class T>
+const T* token(const Heads& x, const Sequence& sequence, int64_t begin, int64_t i, int64_t head) {
+  return static_cast<const T*>(x.data) + sequence.batch * x.stride_batch + (begin + i) * x.stride_token + head * x.stride_head;
+}
+
+// The sequences of a problem, and where the keys of each lie in packed scratch memory: padded to KEY_STEP, heads first.
+class Plan {
+ public:
+  const AttentionProblem& p;
+  const int64_t G;  // query heads of a key/value head
+
+  explicit Plan(const AttentionProblem& problem) : p(problem), G(problem.H / problem.Hk), padded_(problem.B + 1) {
+    if (padded_.data() == nullptr) return;
+    padded_[0] = 0;
+    for (int64_t b = 0; b < p.B; b++) padded_[b + 1] = padded_[b] + round_up(sequence(b).T, KEY_STEP);
+  }
+  bool ready() const { return padded_.data() != nullptr; }
+
+  Sequence sequence(int64_t b) const {
+    const int32_t *q = p.cu_seqlens_q, *k = p.cu_seqlens_k;
+    const int64_t S = q ? q[b + 1] - q[b] : p.S, T = k ? k[b + 1] - k[b] : p.T;
+    return {b, S, T, q ? q[b] : 0, k ? k[b] : 0, smaller(p.left, S + T), smaller(p.right, S + T)};
+  }
+
+  int64_t padded_keys() const { return ready() ? p.Hk * padded_[p.B] : 0; }
+  int64_t padded_key(int64_t b, int64_t kv_head, int64_t j) const { return kv_head * padded_[p.B] + padded_[b] + j; }
+  // Of the block that begins at key n0 of sequence b.
+  int64_t block_width(int64_t b, int64_t n0) const { return smaller(KEY_BLOCK, padded_[b + 1] - padded_[b] - n0); }
+
+  // Where row 0 of query head h of a sequence lies in lse and in o.
+  int64_t lse_offset(const Sequence& s, int64_t h, int64_t stride_batch, int64_t stride_head) const {
+    return s.batch * stride_batch + h * stride_head + s.q_begin;
+  }
+  int64_t query_token(const Sequence& s, int64_t i) const { return (p.cu_seqlens_q ? s.q_begin : s.batch * p.S) + i; }
+  int64_t key_token(const Sequence& s, int64_t j) const { return (p.cu_seqlens_k ? s.k_begin : s.batch * p.T) + j; }
+
+ private:
+  Buffer<int64_t> padded_;
+};
+
+// Every sequence in pieces, the last piece of each first: under a causal mask that is the longest work first.
+class Pieces {
+ public:
+  struct Piece {
+    int32_t b, i;
+  };
+
+  // count(b): the pieces of sequence b.
+  template <class Count>
+  Pieces(int64_t B, const Count& count) : size_(total(B, count)), pieces_(size_) {
+    if (pieces_.data() == nullptr) return;
+    int64_t most = 0, n = 0;
+    for (int64_t b = 0; b < B; b++) most = larger(most, count(b));
+    for (int64_t i = most - 1; i >= 0; i--)
+      for (int64_t b = 0; b < B; b++)
+        if (i < count(b)) pieces_[n++] = {static_cast<int32_t>(b), static_cast<int32_t>(i)};
+  }
+  bool ready() const { return pieces_.data() != nullptr; }
+  int64_t size() const { return size_; }
+  Piece operator[](int64_t i) const { return pieces_[i]; }
+
+ private:
+  template <class Count>
+  static int64_t total(int64_t B, const Count& count) {
+    int64_t n = 0;
+    for (int64_t b = 0; b < B; b++) n += count(b);
+    return n;
+  }
+
+  int64_t size_;
+  Buffer<Piece> pieces_;
+};
+
+// Runs tasks 0..n-1 in their order; each thread takes the next one with a Worker of its own, Worker(context)(task).
+template <class Worker, class Context>
+Error run_tasks(int64_t n, const Context& context) {
+  struct Queue {
+    const Context& context;
+    int64_t n, next;
+  } queue{context, n, 0};
+  parallel_ranges(
+      n, 1,
+      [](void* shared, int64_t, int64_t) {
+        Queue& queue = *static_cast<Queue*>(shared);
+        Worker worker(queue.context);
+        if (!worker.ready()) return;  // the other threads' workers take its part
+        for (int64_t i; (i = __atomic_fetch_add(&queue.next, 1, __ATOMIC_RELAXED)) < queue.n;) worker(i);
+      },
+      &queue);
+  return queue.next < n ? OUT_OF_MEMORY : nullptr;
+}
+
+// Rows of a tile of queries: the query heads of one key/value head, position by position, so that a block of keys serves them all.
+struct QueryTile {
+  Sequence sequence;
+  int64_t b, kv_head, row0, rows, G;
+
+  int64_t padded() const { return round_up(rows, 32); }
+  int64_t position(int64_t r) const { return (row0 + r) / G; }
+  int64_t head(int64_t r) const { return kv_head * G + (row0 + r) % G; }
+  Range positions() const { return {position(0), position(rows - 1) + 1}; }
+  // The rows of these queries, counted from row0.
+  Range rows_of(Range queries) const { return Range{queries.begin * G, queries.end * G}.within({row0, row0 + rows}); }
+  // Whether every row sees every key of the block.
+  bool sees_all_of(Range keys) const {
+    return sequence.keys_of(positions().end - 1).begin <= keys.begin && sequence.keys_of(positions().begin).end >= keys.end;
+  }
+};
+
+// body(block, keys) for the keys that a tile's rows see, at most a block of packed keys at a time: `keys` begin and end at multiples of
+// KEY_STEP within the block that begins at key `block`.
+template <class Body>
+void for_key_blocks(const QueryTile& tile, const Body& body) {
+  const Range seen = tile.sequence.keys_of(tile.positions());
+  if (seen.empty()) return;
+  const int64_t end = round_up(seen.end, KEY_STEP);
+  for (int64_t begin = seen.begin / KEY_STEP * KEY_STEP; begin < end;) {
+    const int64_t block = begin / KEY_BLOCK * KEY_BLOCK, stop = smaller(block + KEY_BLOCK, end);
+    body(block, Range{begin, stop});
+    begin = stop;
+  }
+}
+
+// The rows of a tile from a tensor like q.
+template <class T, class Tile>
+void gather_queries(const Heads& x, const QueryTile& tile, const Width<Tile>& width, Tile* to) {
+  for (int64_t r = 0; r < tile.rows;) {  // the heads of a position
+    const int64_t n = smaller(tile.G - (tile.row0 + r) % tile.G, tile.rows - r);
+    const T* from = token<T>(x, tile.sequence, tile.sequence.q_begin, tile.position(r), tile.head(r));
+    gather_rows(from, x.stride_head, n, r + n == tile.rows ? tile.padded() - r : n, width, to + r * width.ld);
+    r += n;
+  }
+}
+
+// Scores in units of log 2, factor (sign q) k: of scale, the sign goes to the queries. (With a scale of 0 the queries are 0, and the
+// factor is not: it would make NaN of -infinity.)
+struct Scale {
+  float factor, sign, cap;  // cap: 0, or scores become cap tanh(scores / cap)
+
+  explicit Scale(const AttentionProblem& p)
+      : factor(p.scale == 0 ? 1.0f : static_cast<float>(p.scale < 0 ? -p.scale : p.scale) * LOG2_E),
+        sign(p.scale == 0  ? 0.0f
+             : p.scale < 0 ? -1.0f
+                           : 1.0f),
+        cap(static_cast<float>(p.softcap) * LOG2_E) {}
+
+  template <class Tile>
+  void apply_sign(Tile* queries, int64_t n) const {
+    if (sign == 1) return;
+    for_columns<float>(0, n, [&](int64_t c, auto count, int) { store(queries + c, load(queries + c, count) * sign, count); });
+  }
+};
+
+}  // namespace FASTPRIMER_ISA
+}  // namespace fastprimer

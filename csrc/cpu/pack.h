@@ -1,0 +1,134 @@
+// Copies rows into tiles as matrix products read them: padded with zeros, transposed, or with pairs of rows interleaved.
+#pragma once
+#include "simd.h"
+
+namespace fastprimer {
+inline namespace FASTPRIMER_ISA {
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// The columns of a tile: those that take part in products, and the distance of its rows. Zeros behind the C that mean something.
+template <class Tile>
+struct Width {
+  int64_t C, used, ld;
+
+  explicit Width(int64_t columns) : C(columns), used(round_up(columns, 16)), ld(round_up(columns, 64 / sizeof(Tile))) {}
+};
+
+// n rows of T, stride numbers apart, as `padded` rows of a tile.
+template <class T, class Tile>
+inline void gather_rows(const T* x, int64_t stride, int64_t n, int64_t padded, const Width<Tile>& width, Tile* tile) {
+  for (int64_t r = 0; r < n; r++) {
+    Tile* row = tile + r * width.ld;
+    if constexpr (sizeof(T) == sizeof(Tile)) {
+      __builtin_memcpy(row, x + r * stride, width.C * sizeof(T));
+    } else {
+      for_columns<float>(0, width.C, [&](int64_t c, auto count, int) { store(row + c, load(x + r * stride + c, count), count); });
+    }
+    if (width.C < width.ld) __builtin_memset(row + width.C, 0, (width.ld - width.C) * sizeof(Tile));
+  }
+  __builtin_memset(tile + n * width.ld, 0, (padded - n) * width.ld * sizeof(Tile));
+}
+
+// Whether n numbers are all finite: infinity and NaN times zero are NaN.
+template <class Tile>
+inline bool all_finite(const Tile* tile, int64_t n) {
+  return sum_columns<float>(n, [&](int64_t c, auto count) { return load(tile + c, count) * 0.0f; }) == 0;
+}
+
+typedef uint32_t Word __attribute__((may_alias));
+
+// A 16 x 16 block of 32 bits each.
+inline void transpose_block(const Word* x, int64_t stride_x, Word* y, int64_t stride_y) {
+#if defined(__AVX512F__)
+  __m512i r[16], t[16];
+  for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(x + i * stride_x);
+  for (int i = 0; i < 8; i++) {  // pairs of rows by numbers, then by pairs of numbers, then by quarters of a register
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; i++) {
+    for (int j = 0; j < 2; j++) {
+      r[4 * i + 2 * j] = _mm512_unpacklo_epi64(t[4 * i + j], t[4 * i + j + 2]);
+      r[4 * i + 2 * j + 1] = _mm512_unpackhi_epi64(t[4 * i + j], t[4 * i + j + 2]);
+    }
+  }
+  for (int i = 0; i < 4; i++) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xDD);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xDD);
+  }
+  for (int i = 0; i < 8; i++) {
+    _mm512_storeu_si512(y + i * stride_y, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
+    _mm512_storeu_si512(y + (i + 8) * stride_y, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD));
+  }
+#else
+  for (int i = 0; i < 16; i++)
+    for (int j = 0; j < 16; j++) y[j * stride_y + i] = x[i * stride_x + j];
+#endif
+}
+
+template <class Tile>
+inline Word* words(Tile* tile) {
+  return reinterpret_cast<Word*>(tile);
+}
+template <class Tile>
+inline const Word* words(const Tile* tile) {
+  return reinterpret_cast<const Word*>(tile);
+}
+
+// The transpose of n rows, a multiple of 16, as the right factor of a product: (width, ld). Of bfloat16, feature pairs stay together.
+template <class Tile>
+inline void transpose_right(const Tile* tile, int64_t n, const Width<Tile>& width, Tile* transposed, int64_t ld) {
+  const int64_t stride = width.ld * sizeof(Tile) / 4;  // in words, as every distance below
+  for (int64_t w = 0; w < stride; w += 16)
+    for (int64_t r = 0; r < n; r += 16) transpose_block(words(tile) + r * stride + w, stride, words(transposed) + w * ld + r, ld);
+}
+
+// The transpose of n rows, a multiple of 16, as the left factor of a product: (width, ld).
+inline void transpose_left(const float* tile, int64_t n, const Width<float>& width, float* transposed, int64_t ld) {
+  transpose_right(tile, n, width, transposed, ld);
+}
+
+// n rows, an even number, as the right factor of a product; float32 is so already.
+inline const float* right_factor(const float* tile, int64_t, const Width<float>&, float*) { return tile; }
+
+#if defined(__AVX512BF16__)
+inline void transpose_left(const bfloat16* tile, int64_t n, const Width<bfloat16>& width, bfloat16* transposed, int64_t ld) {
+  Word pairs[16 * 16];
+  for (int64_t c = 0; c < width.ld; c += 32) {
+    for (int64_t r = 0; r < n; r += 16) {
+      transpose_block(words(tile + r * width.ld + c), width.ld / 2, pairs, 16);
+      for (int i = 0; i < 16; i++) {
+        const __m512i pair = _mm512_loadu_si512(pairs + 16 * i);
+        bfloat16* even = transposed + (c + 2 * i) * ld + r;
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(even), _mm512_cvtepi32_epi16(pair));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(even + ld), _mm512_cvtepi32_epi16(_mm512_srli_epi32(pair, 16)));
+      }
+    }
+  }
+}
+
+// The 32 numbers of a and b, 16 each, alternating.
+inline __m512i alternating(__m512i a_then_b) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3,
+                                         18, 2, 17, 1, 16, 0);
+  return _mm512_permutexvar_epi16(order, a_then_b);
+}
+
+inline const bfloat16* right_factor(const bfloat16* tile, int64_t n, const Width<bfloat16>& width, bfloat16* paired) {
+  for (int64_t r = 0; r < n; r += 2) {
+    const bfloat16* row = tile + r * width.ld;
+    for (int64_t c = 0; c < width.ld; c += 16) {
+      const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + c));
+      const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + width.ld + c));
+      _mm512_storeu_si512(paired + r * width.ld + 2 * c, alternating(_mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1)));
+    }
+  }
+  return paired;
+}
+#endif
+
+}  // namespace FASTPRIMER_ISA
+}  // namespace fastprimer

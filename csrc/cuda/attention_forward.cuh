@@ -1,0 +1,147 @@
+// Attention's forward pass on CUDA: products in tensor cores (mma), an online softmax in registers.
+#pragma once
+#include "attention_tile.cuh"
+
+namespace fastprimer {
+
+// A block's tile of queries, and how many keys it takes at a time. 16 MT queries a warp: with MT = 2 each part of a key or value that
+// is read from shared memory is used twice, where registers allow it.
+template <class T, int WIDTH>
+struct ForwardShape {
+  static constexpr bool SHORT = sizeof(T) == 2;
+  static constexpr int MT = SHORT && WIDTH <= 128 ? 2 : 1;
+  static constexpr int KEYS = SHORT ? (WIDTH <= 128 ? 64 : 32) : (WIDTH <= 128 ? 32 : 16);
+  static constexpr int THREADS = 128, QUERIES = THREADS / 32 * 16 * MT;
+  static constexpr size_t SHARED = (QUERIES + 4 * KEYS) * WIDTH * sizeof(T);
+};
+
+// The softmax of the rows of a warp, key by key. A row's maximum so far, before `exponent`; the sum is of the lane's columns alone.
+template <int MT>
+struct OnlineSoftmax {
+  float top[MT][2], total[MT][2];
+
+  __device__ __forceinline__ OnlineSoftmax() {
+#pragma unroll
+    for (int m = 0; m < 2 * MT; m++) {
+      top[m / 2][m % 2] = -INFINITY;
+      total[m / 2][m % 2] = 0;
+    }
+  }
+
+  // Turns more logits into weights relative to the maximum, and all that was summed up before to the new maximum.
+  template <int N, int COLUMNS>
+  __device__ __forceinline__ void add(float (&s)[MT][N][4], float (&o)[MT][COLUMNS][4], float exponent) {
+#pragma unroll
+    for (int m = 0; m < MT; m++) {
+#pragma unroll
+      for (int r = 0; r < 4; r += 2) {
+        float most = top[m][r / 2];
+#pragma unroll
+        for (int n = 0; n < N; n++) most = fmaxf(most, fmaxf(s[m][n][r], s[m][n][r + 1]));
+        most = fmaxf(most, __shfl_xor_sync(FULL_WARP, most, 1));
+        most = fmaxf(most, __shfl_xor_sync(FULL_WARP, most, 2));
+        const float base = most == -INFINITY ? 0 : most * exponent;  // no key is visible yet: 2^(-inf - 0) = 0
+        const float rescale = fast_exp2(top[m][r / 2] * exponent - base);
+        top[m][r / 2] = most;
+        float sum = 0;
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+#pragma unroll
+          for (int e = r; e < r + 2; e++) sum += s[m][n][e] = fast_exp2(s[m][n][e] * exponent - base);
+        }
+        total[m][r / 2] = total[m][r / 2] * rescale + sum;
+#pragma unroll
+        for (int n = 0; n < COLUMNS; n++) {
+          o[m][n][r] *= rescale;
+          o[m][n][r + 1] *= rescale;
+        }
+      }
+    }
+  }
+
+  // What the sums of row (m, r) have to be multiplied by, and lse, given the sink in base 2 (-inf: none).
+  __device__ __forceinline__ float finish(int m, int r, float exponent, float sink, float& lse) const {
+    float sum = total[m][r];
+    sum += __shfl_xor_sync(FULL_WARP, sum, 1);
+    sum += __shfl_xor_sync(FULL_WARP, sum, 2);
+    const float logit = top[m][r] * exponent, most = fmaxf(logit, sink);
+    const float base = most == -INFINITY ? 0 : most, rescale = fast_exp2(logit - base);
+    sum = sum * rescale + fast_exp2(sink - base);
+    lse = sum == 0 ? -INFINITY : LN_2 * (base + log2f(sum));
+    return sum == 0 ? 0 : rescale / sum;
+  }
+};
+
+// One block for each tile of queries of each key/value head and sequence. Moves q once in and o once out, 2 B S H D elements, and lse;
+// and for each tile of QUERIES rows, which are QUERIES Hk / H queries of a whole group, the keys and values that any of them sees. Two
+// stages of keys and values: while one is multiplied, the next is on its way.
+template <class T, int WIDTH>
+__global__ void __launch_bounds__(ForwardShape<T, WIDTH>::THREADS)
+    attention_forward_tiles(const AttentionForward args, const AttentionOptions options) {
+  using Shape = ForwardShape<T, WIDTH>;
+  constexpr int MT = Shape::MT, KEYS = Shape::KEYS, THREADS = Shape::THREADS, QUERIES = Shape::QUERIES;
+  const AttentionProblem& problem = args.problem;
+  const AttentionBlock at(problem, options);
+  const int rows = at.S * at.G, first_row = at.tile_from_last(rows, QUERIES) * QUERIES;
+  if (first_row < 0) return;
+
+  const Tile<T, WIDTH> q_tile{reinterpret_cast<T*>(dynamic_shared())};
+  const Tile<T, WIDTH> stages{q_tile.data + QUERIES * WIDTH};
+  const auto k_tile = [&](int stage) { return Tile<T, WIDTH>{stages.data + stage * 2 * KEYS * WIDTH}; };
+  const auto v_tile = [&](int stage) { return Tile<T, WIDTH>{stages.data + (stage * 2 + 1) * KEYS * WIDTH}; };
+  const auto k = at.template keys<T>(problem.k, problem.D, options.wide_k), v = at.template keys<T>(problem.v, problem.Dv, options.wide_v);
+
+  // The keys that any query of the tile sees, and of them those that all see.
+  const int first_query = first_row / at.G, last_query = min(at.S - 1, (first_row + QUERIES - 1) / at.G);
+  const int begin = at.first_key_of(first_query), end = at.end_key_of(last_query);
+  const int begin_all = at.first_key_of(last_query), end_all = at.end_key_of(first_query);
+  const auto fetch_keys = [&](int first, int stage) {
+    fetch<KEYS, THREADS>(k_tile(stage), k, first, end);
+    fetch<KEYS, THREADS>(v_tile(stage), v, first, end);
+    copy_async_commit();
+  };
+  if (begin < end) {
+    fetch<QUERIES, THREADS>(q_tile, at.template queries<T>(problem.q, problem.D, options.wide_q), first_row, rows);
+    fetch_keys(begin, 0);
+  }
+
+  const int lane = threadIdx.x % 32, row_warp = threadIdx.x / 32 * 16 * MT;
+  const auto query_of = [&](int m, int r) { return (first_row + row_warp + 16 * m + 8 * r + lane / 4) / at.G; };
+  OnlineSoftmax<MT> softmax;
+  float o[MT][WIDTH / 8][4] = {};
+  for (int first = begin, stage = 0; first < end; first += KEYS, stage ^= 1) {
+    copy_async_wait<0>();
+    __syncthreads();  // the stage has arrived, for every thread, and nobody reads the other any more
+    if (first + KEYS < end) fetch_keys(first + KEYS, stage ^ 1);
+
+    float s[MT][KEYS / 8][4] = {};
+    multiply_transposed(s, q_tile, row_warp, k_tile(stage));
+    if (options.softcap > 0) cap(s, options);
+    if (first < begin_all || first + KEYS > end_all) {
+#pragma unroll
+      for (int m = 0; m < 2 * MT; m++) {
+        const int query = query_of(m / 2, m % 2), begin_row = at.first_key_of(query), end_row = at.end_key_of(query);
+#pragma unroll
+        for (int e = 0; e < KEYS / 4; e++) {
+          const int key = first + e / 2 * 8 + lane % 4 * 2 + e % 2;
+          if (key < begin_row || key >= end_row) s[m / 2][e / 2][m % 2 * 2 + e % 2] = -INFINITY;
+        }
+      }
+    }
+    softmax.add(s, o, options.exponent);
+    multiply(o, s, v_tile(stage));
+  }
+
+  float factor[MT][2];
+#pragma unroll
+  for (int m = 0; m < 2 * MT; m++) {
+    const int row = first_row + row_warp + 8 * m + lane / 4;
+    const float sink = problem.sinks == nullptr ? -INFINITY : problem.sinks[at.hk * at.G + row % at.G] * LOG2_E;
+    float lse;
+    factor[m / 2][m % 2] = softmax.finish(m / 2, m % 2, options.exponent, sink, lse);
+    if (row < rows && lane % 4 == 0) args.lse[at.lse_at(args, row)] = lse;
+  }
+  write_rows(o, factor, q_tile, row_warp, at.template query_outputs<T>(args.o, problem, problem.Dv, options.wide_o), first_row, rows);
+}
+
+}  // namespace fastprimer
