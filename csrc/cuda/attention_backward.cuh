@@ -10,7 +10,7 @@ template <class T, int WIDTH>
 struct BackwardShape {
   static constexpr bool SHORT = sizeof(T) == 2;
   static constexpr int THREADS = SHORT || WIDTH <= 128 ? 128 : 64, OWN = THREADS / 2;
-  static constexpr int OTHER = SHORT ? 4096 / WIDTH : WIDTH <= 128 ? 32 : 16;
+  static constexpr int OTHER = SHORT ? 4096 / WIDTH : WIDTH <= 128 ? 32 : 8;
   static constexpr size_t TILES = (2 * OWN + 4 * OTHER) * WIDTH * sizeof(T);
   static constexpr bool SEPARATE = WIDTH > 128;  // dk and dv do not fit in registers together
 };

@@ -9,9 +9,9 @@ namespace fastprimer {
 template <class T, int WIDTH>
 struct ForwardShape {
   static constexpr bool SHORT = sizeof(T) == 2;
-  static constexpr int MT = SHORT && WIDTH <= 128 ? 2 : 1;
+  static constexpr int MT = SHORT && WIDTH == 64 ? 2 : 1;
   static constexpr int KEYS = SHORT ? (WIDTH <= 128 ? 64 : 32) : (WIDTH <= 128 ? 32 : 16);
-  static constexpr int THREADS = 128, QUERIES = THREADS / 32 * 16 * MT;
+  static constexpr int THREADS = SHORT && WIDTH == 128 ? 256 : 128, QUERIES = THREADS / 32 * 16 * MT;
   static constexpr size_t SHARED = (QUERIES + 4 * KEYS) * WIDTH * sizeof(T);
 };
 

@@ -180,7 +180,7 @@ def _cpu_limit(q, k, v, *_) -> str:
     return dtype_limit(q, None, "float32 bfloat16 float16")
 
 
-def _triton_limit(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, *_) -> str:
+def _gpu_limit(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, *_) -> str:
     if not (q.shape[-1] <= 256 and 1 <= v.shape[-1] <= 256):
         return f"its kernel takes heads of 1..256 features, not D = {q.shape[-1]} and Dv = {v.shape[-1]}"
     return dtype_limit(q, None, "float32 bfloat16 float16") or ("" if scale > 0 else f"its kernel takes a scale > 0, not {scale}")
@@ -189,8 +189,8 @@ def _triton_limit(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_
 LIMITS = {
     "attention": {
         "cpu": _cpu_limit,
-        "triton": _triton_limit,
-        "cuda": _triton_limit,
+        "triton": _gpu_limit,
+        "cuda": _gpu_limit,
     }
 }
 
