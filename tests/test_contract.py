@@ -135,10 +135,9 @@ def test_what_needs_no_gradient_gets_none():
     assert q.grad is None and k.grad is not None
 
 
+@pytest.mark.parametrize("cell", [("swiglu", backend) for backend in declared("swiglu")], indirect=True, ids="-".join)
 def test_clamps_treat_nan_alike(cell):
-    op, backend, device = cell
-    if op != "swiglu":
-        pytest.skip("it has no clamp")
+    _, backend, device = cell
     nan = float("nan")
     gate, up = torch.tensor([[nan, 1.0, 9.0, nan, 1.0], [1.0, nan, nan, 9.0, 9.0]], device=device)
     patterns = []
@@ -236,7 +235,8 @@ def test_fakes_have_the_strides_of_the_kernels(cell, monkeypatch):
                 fakes = function(*fake_args)
             for real, fake in zip(*((o if isinstance(o, tuple) else (o,)) for o in (outputs, fakes)), strict=True):
                 calls.append(op)
-                assert real.shape == fake.shape and real.stride() == fake.stride() and real.dtype == fake.dtype
+                assert real.shape == fake.shape and real.dtype == fake.dtype
+                assert all(a == b for n, a, b in zip(real.shape, real.stride(), fake.stride(), strict=True) if n > 1)
             return outputs
 
         return call

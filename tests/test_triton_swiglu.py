@@ -258,8 +258,8 @@ PLANTED = {
     "gate and up exchanged": ("return rows(gate).chunk(2, dim=1) if", "return rows(gate).chunk(2, dim=1)[::-1] if"),
     "offset dropped in forward": ("sigma * (b + OFFSET)", "sigma * b"),
     "offset dropped in backward": ("dy_a * slope * (b + OFFSET)", "dy_a * slope * b"),
-    "mask of gate dropped": ("dy_a = tl.where(gate <= limit, dy, 0.0)", "dy_a = dy"),
-    "mask of up one-sided": ("tl.where(tl.abs(up) <= limit, dy", "tl.where(up <= limit, dy"),
+    "mask of gate dropped": ("dy_a = tl.where(gate > limit, 0.0, dy)", "dy_a = dy"),
+    "mask of up one-sided": ("tl.where(tl.abs(up) > limit, 0.0", "tl.where(up > limit, 0.0"),
     "gate clamped from both sides": (
         "a = tl.where(a > limit, limit, a)",
         "a = tl.where(a > limit, limit, tl.where(a < -limit, -limit, a))",

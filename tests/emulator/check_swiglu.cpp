@@ -143,7 +143,7 @@ class Check {
     const double t = a * (alpha + (beta == 0 ? 0 : beta * a * a));
     const double sigma = 1 / (1 + std::exp(-t)), p = a * sigma / (1 + std::exp(t));
     const double cubic = beta == 0 ? 0 : 3 * beta * p * a * a, slope = sigma + alpha * p + cubic;
-    const bool through = limit == NONE || std::abs(up_number) <= limit;
+    const bool through = !(std::abs(up_number) > limit);
     // float32's t has an error of its size, which the exponential turns into a relative one.
     const double inexact = 1 + std::min(std::abs(t), 1e3), size = (std::abs(b) + std::abs(offset)) * inexact;
 
