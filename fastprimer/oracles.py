@@ -92,16 +92,17 @@ def _one_sequence(q, k, v, sinks, causal, window, scale, softcap):
 
 def attention_with_kv_cache(q, k_cache, v_cache, cache_seqlens, *, k=None, v=None, block_table=None, causal=True, window=None, scale=None,
                             softcap=None, sinks=None, return_lse=False):  # fmt: skip
-    """Each sequence's keys and values laid end to end, then the oracle of attention."""
+    """Each sequence's keys and values one by one, written where they belong and laid end to end, then the oracle of attention."""
     options = causal, window, q.shape[-1] ** -0.5 if scale is None else scale, softcap
-    pairs = []
+    S, size = q.shape[1], k_cache.shape[1]
+    o, lse = torch.empty_like(q[..., :1]).repeat(1, 1, 1, v_cache.shape[-1]), _wide(q[..., 0]).transpose(1, 2).clone()
     for b, length in enumerate(cache_seqlens.tolist()):
-        caches = (k_cache[b], v_cache[b]) if block_table is None else (c[block_table[b].long()].flatten(0, 1) for c in (k_cache, v_cache))
-        keys, values = (c[:length] for c in caches)
-        if k is not None:
-            keys, values = torch.cat((keys, k[b])), torch.cat((values, v[b]))
-        pairs.append(_one_sequence(q[b], keys, values, sinks, *options))
-    o, lse = torch.stack([o for o, _ in pairs]), torch.stack([lse for _, lse in pairs])
+        for i in range(S if k is not None else 0):
+            page, slot = (b, length) if block_table is None else (int(block_table[b, length // size]), length % size)
+            k_cache[page, slot], v_cache[page, slot] = k[b, i], v[b, i]
+            length += 1
+        caches = (c[b] if block_table is None else c[block_table[b].long()].flatten(0, 1) for c in (k_cache, v_cache))
+        o[b], lse[b] = _one_sequence(q[b], *(c[:length] for c in caches), sinks, *options)
     return (o, lse) if return_lse else o
 
 

@@ -31,7 +31,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def run(case: Case, dtype: torch.dtype, function: Callable, *, device: str = "cpu", seed: int = 0, like=None) -> dict[str, Tensor]:
-    """Call `function` as the case says, with random upstream gradients; returns its outputs and gradients ("d" + argument) by name.
+    """Call `function` as the case says, with random upstream gradients; returns its outputs, the arguments that
+    it writes, and gradients ("d" + argument) by name.
 
     With `like` the inputs are those of dtype `like`, then converted to dtype: the same numbers, computed more precisely.
     """
@@ -41,6 +42,7 @@ def run(case: Case, dtype: torch.dtype, function: Callable, *, device: str = "cp
     outputs = function(**arguments)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     results = {k: o for k, o in zip(case.outputs, outputs, strict=True) if o is not None}
+    results |= {name: arguments[name] for name in case.writes}
     with_grad = [o for o in outputs if isinstance(o, Tensor) and o.requires_grad]
     generator = torch.Generator("cpu").manual_seed(seed + 1)
     upstream = [torch.randn(o.shape, generator=generator).to(like or dtype).to(o) for o in with_grad]
@@ -53,6 +55,10 @@ def _converted(value, dtype: torch.dtype):
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
     return value.detach().to(dtype).requires_grad_(value.requires_grad)
+
+
+def is_gradient(case: Case, tensor: str) -> bool:
+    return tensor not in case.outputs + case.writes
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ class Row:
 
     @property
     def gradient(self) -> bool:
-        return self.tensor not in self.case.outputs
+        return is_gradient(self.case, self.tensor)
 
     def __str__(self) -> str:
         what = self.problem or f"error is {self.share:.2f} of its budget"
@@ -123,7 +129,7 @@ def compare(
         elif not got[name].is_floating_point():
             problem = "" if torch.equal(got[name], truth[name]) else "differs"
         else:
-            factor = FORWARD_FACTOR if name in case.outputs else GRADIENT_FACTOR
+            factor = GRADIENT_FACTOR if is_gradient(case, name) else FORWARD_FACTOR
             share = share_of_budget(got[name], truth[name], yardstick[name], factor)
         rows.append(Row(case, dtype, backend, name, share, problem))
     return rows

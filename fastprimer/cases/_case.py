@@ -49,6 +49,8 @@ class Case:
     bench: bool = False
     """Large, for benchmarks: too slow for the interpreter and the emulator."""
     work: Callable[[dict], Work] | None = field(default=None, compare=False)
+    writes: tuple[str, ...] = ()
+    """Arguments that the call changes in place."""
 
     def __str__(self) -> str:
         return f"{self.op}-{self.name}"

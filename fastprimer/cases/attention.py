@@ -98,26 +98,85 @@ ATTENTION = [
 ]
 
 
-def decoding_case(name: str, lengths: list, S: int, H: int, Hk: int, D: int, pages=0, append=True, **options) -> Case:
+def _decoding_work(a: dict) -> Work:
+    q, k_cache, v_cache = a["q"], a["k_cache"], a["v_cache"]
+    S, H, D = q.shape[1:]
+    Hk, Dv, new = k_cache.shape[2], v_cache.shape[3], 0 if a.get("k") is None else S
+    lengths = a["cache_seqlens"].tolist()
+    left = (a.get("window") or (None, None))[0]
+    seen = [length + new if left is None else min(length + new, left + S) for length in lengths]
+    appended = 2 * len(lengths) * new * Hk * (D + Dv)  # read and written
+    bytes_ = q.element_size() * (sum(seen) * Hk * (D + Dv) + appended) + size(q) + size(q) // D * Dv
+    return Work(bytes_, 0, 2 * sum(seen) * S * H * (D + Dv), 0)
+
+
+def decoding_case(
+    name: str,
+    lengths: list,
+    S: int,
+    H: int,
+    Hk: int,
+    D: int,
+    *,
+    Dv=None,
+    page=0,
+    append=True,
+    sinks=False,
+    bench=False,
+    view=None,
+    **options,
+) -> Case:
+    """`page`: tokens a page; 0: a contiguous cache. `view` turns (B, Hk, T, D), or (pages, Hk, page, D), into a cache."""
+
     def arguments(inputs: Inputs) -> dict:
-        B, T = len(lengths), max(lengths) + S
-        size = 16
-        shape = (pages, size, Hk, D) if pages else (B, T, Hk, D)
+        B, T, Dv_ = len(lengths), max(lengths, default=0) + S, Dv or D
+        n = -(-T // page) if page else 0
+        pages = B * n + 2
+        places = (pages, page) if page else (B, T)
+
+        def cache(width: int) -> torch.Tensor:
+            shape = (*places, Hk, width) if view is None else (places[0], Hk, places[1], width)
+            return inputs.normal(*shape, grad=False, view=view or (lambda t: t))
+
         a = {"q": inputs.normal(B, S, H, D, grad=False), "cache_seqlens": inputs.tensor(lengths), "return_lse": True, **options}
-        a |= {"k_cache": inputs.normal(*shape, grad=False), "v_cache": inputs.normal(*shape, grad=False)}
+        a |= {"k_cache": cache(D), "v_cache": cache(Dv_)}
         if append:
-            a |= {"k": inputs.normal(B, S, Hk, D, grad=False), "v": inputs.normal(B, S, Hk, D, grad=False)}
-        if pages:
-            n = -(-T // size)
+            a |= {"k": inputs.normal(B, S, Hk, D, grad=False), "v": inputs.normal(B, S, Hk, Dv_, grad=False)}
+        if page:
             a["block_table"] = torch.randperm(pages, generator=inputs.generator)[: B * n].view(B, n).int().to(inputs.device)
+        if sinks:
+            a["sinks"] = inputs.normal(H, grad=False)
         return a
 
-    return Case("attention_with_kv_cache", name, arguments, ("o", "lse"))
+    return Case("attention_with_kv_cache", name, arguments, ("o", "lse"), bench, _decoding_work, ("k_cache", "v_cache"))
 
 
 DECODING = [
     decoding_case("append", [5, 0, 17], 1, 4, 2, 16),
     decoding_case("speculative", [3, 9], 4, 4, 1, 32, window=(4, None)),
-    decoding_case("paged", [20, 3], 2, 2, 2, 16, pages=7),
+    decoding_case("paged", [20, 3], 2, 2, 2, 16, page=16),
     decoding_case("read-only", [6, 2], 2, 4, 2, 16, append=False),
+    decoding_case("nothing-cached", [0, 1, 0], 2, 2, 1, 16, append=False, sinks=True),
+    decoding_case("tile", [63, 64, 65], 1, 8, 2, 64),
+    decoding_case("many-queries", [40, 7], 16, 8, 2, 32, sinks=True),
+    decoding_case("large-group", [33], 3, 20, 1, 128),
+    decoding_case("one-head-each", [30, 5], 1, 3, 3, 80, softcap=3.0),
+    decoding_case("value-size", [12, 70], 2, 4, 2, 24, Dv=8),
+    decoding_case("large-values", [19], 1, 4, 2, 40, Dv=100, window=(9, None)),
+    decoding_case("head-256", [21, 40], 5, 2, 1, 256, scale=0.05),
+    decoding_case("not-causal", [21, 4], 5, 2, 1, 32, causal=False),
+    decoding_case("window-right", [21, 4], 5, 2, 1, 32, causal=False, window=(6, 1)),
+    decoding_case("narrow-window", [150, 2], 2, 4, 2, 16, window=(3, None)),
+    decoding_case("splits", [700, 0, 90], 1, 8, 2, 32, sinks=True, softcap=20.0),
+    decoding_case("paged-splits", [600, 64], 1, 4, 1, 64, page=64),
+    decoding_case("paged-32", [31, 32, 33], 3, 4, 2, 40, page=32, window=(20, None)),
+    decoding_case("paged-256", [300, 10], 4, 4, 2, 32, page=256, sinks=True),
+    decoding_case("paged-read-only", [48, 17], 1, 4, 4, 64, page=16, append=False),
+    decoding_case("heads-first", [50, 9], 2, 6, 2, 32, view=lambda t: t.transpose(1, 2)),
+    decoding_case("paged-heads-first", [50, 9], 1, 6, 2, 32, page=16, view=lambda t: t.transpose(1, 2)),
+    decoding_case("odd-features", [18, 3], 1, 2, 1, 33, view=lambda t: t.transpose(1, 2)),
+    decoding_case("no-sequences", [], 1, 2, 1, 16),
+    decoding_case("bench-decode", [4095] * 8, 1, 32, 8, 128, bench=True),
+    decoding_case("bench-decode-paged", [4095] * 8, 1, 32, 8, 128, page=64, bench=True),
+    decoding_case("bench-speculative", [4092] * 8, 4, 32, 8, 128, bench=True),
 ]
