@@ -183,7 +183,7 @@ def _look(op: str, backend: str, device: str) -> str:
     if not reason:
         # All operations at once: while torch.compile traces a second one, it sees `_functions` as it was after the first.
         for served in _chapters:
-            if backend in _chapters[served].LIMITS[served]:
+            if backend in _chapters[served].LIMITS[served] and (served, backend) not in _functions:
                 _functions[served, backend] = _load(served, backend, device)
     return reason
 

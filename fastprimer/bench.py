@@ -193,7 +193,7 @@ def measure(case: Case, dtype: torch.dtype, measured: str, backend: str, device:
     contestants = {"ours": getattr(fastprimer, case.op), "eager": EAGER[case.op], "compiled": torch.compile(EAGER[case.op])}
     with use_backend(backend):
         calls = {name: _call(function, arguments, measured) for name, function in contestants.items()}
-        roofs = copies(device)
+        roofs = copies(device, torch.get_num_threads())
         times = interleaved(calls | roofs, device, rounds, seed)
     medians = {name: statistics.median(t) for name, t in times.items()}
     ours = sorted(times["ours"])
@@ -216,14 +216,14 @@ def _call(function: Callable, arguments: dict, measured: str) -> Callable[[], ob
     return lambda: torch.autograd.grad(function(**arguments), leaves, upstream)
 
 
-def copies(device: str) -> dict[str, Callable]:
+@functools.cache
+def copies(device: str, threads: int) -> dict[str, Callable]:
     """Ways to copy an array larger than the last-level cache; the fastest is the roof. On the CPU the C library stores past the
     caches, which spares the reading of the lines that are written; torch does not."""
     source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
     target = torch.ones_like(source)
     calls: dict[str, Callable] = {"copy": lambda: target.copy_(source)}
     if device == "cpu":
-        threads = torch.get_num_threads()
         part = COPY_BYTES // threads
         pool = ThreadPoolExecutor(threads)
 

@@ -136,3 +136,17 @@ def test_what_is_not_supported_is_refused_by_name(function, arguments):
 def test_many_queries_need_their_own_keys():
     with pytest.raises(NotImplementedError, match="flash_attn_with_kvcache: q: expected at most 16 queries"):
         fa.flash_attn_with_kvcache(random(1, 17, 2, 8), random(1, 20, 2, 8), random(1, 20, 2, 8))
+
+
+def test_nothing_is_appended_to_a_cache_that_is_too_short():
+    k_cache, v_cache, new = torch.zeros(1, 30, 2, 8), torch.zeros(1, 30, 2, 8), torch.ones(1, 20, 2, 8)
+    with pytest.raises(ValueError, match=r"cache_seqlens: expected 0..30 tokens, the new ones included, got 31"):
+        fa.flash_attn_with_kvcache(random(1, 20, 2, 8), k_cache, v_cache, new, new, cache_seqlens=11, causal=True)
+    assert not k_cache.any() and not v_cache.any()
+
+
+@pytest.mark.parametrize("given", ["rotary_cos", "rotary_sin"])
+def test_a_rotation_needs_both_tables(given):
+    q, cache, new = random(1, 1, 2, 8), torch.zeros(1, 4, 2, 8), random(1, 1, 2, 8)
+    with pytest.raises(ValueError, match="rotary_cos: expected rotary_cos, rotary_sin and new keys k together"):
+        fa.flash_attn_with_kvcache(q, cache, cache.clone(), new, new, cache_seqlens=0, **{given: torch.ones(4, 4)})

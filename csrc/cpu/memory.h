@@ -4,10 +4,6 @@
 
 namespace fastprimer {
 
-// Bytes from which on an output is stored past the caches (simd.h). A cached store first reads its line from memory, a third of the
-// traffic of an elementwise operation, and a large output pushes everything else out of the caches.
-constexpr int64_t PAST_CACHE = 8 << 20;
-
 // Prepares a large output, freshly allocated, to be written from end to end; its contents stay as they are.
 //
 // Such memory has no pages yet: each is mapped by a fault when it is first written, and 4 KiB at a time that takes longer

@@ -10,6 +10,8 @@ void parallel_ranges(int64_t n, int64_t grain, void (*body)(void*, int64_t, int6
 #ifdef FASTPRIMER_ISA
 inline namespace FASTPRIMER_ISA {
 
+constexpr int64_t GRAIN = 1 << 15;  // numbers that are worth a thread of their own
+
 // body(i) for i = 0..n-1. What i computes must not depend on which thread runs it, nor on how many threads there are.
 template <class Body>
 inline void parallel_for(int64_t n, int64_t grain, const Body& body) {

@@ -17,8 +17,7 @@ namespace fastprimer {
 inline namespace FASTPRIMER_ISA {
 namespace {
 
-constexpr int64_t GRAIN = 1 << 15;  // numbers that are worth a thread of their own
-constexpr int64_t FEW = 32;         // rows that are summed up before they join a longer sum: its rounding error stays small
+constexpr int64_t FEW = 32;  // rows that are summed up before they join a longer sum: its rounding error stays small
 constexpr Error OUT_OF_MEMORY = "out of memory";
 
 int64_t grain_rows(int64_t C) { return C < GRAIN ? GRAIN / C : 1; }
@@ -55,12 +54,6 @@ void widen_weight(const void* weight, Dtype dtype, double offset, int64_t C, T* 
   });
 }
 
-// How the N rows of an output, C numbers each, are stored.
-template <class T>
-bool past_cache(const void* output, int64_t N, int64_t C) {
-  return N * C * static_cast<int64_t>(sizeof(T)) >= PAST_CACHE && aligned(output, C * sizeof(T));
-}
-
 template <class T>
 Error forward(const RmsNormForward& a) {
   using A = Wide<T>;
@@ -69,6 +62,7 @@ Error forward(const RmsNormForward& a) {
   widen_weight(a.weight, a.weight_dtype, a.weight_offset, a.C, wide_weight.data());
   expect_writes(a.y, a.N * a.C * sizeof(T));
   if (a.residual) expect_writes(a.h, a.N * a.C * sizeof(T));
+  const bool past = past_cache(a.y, a.N, a.C * sizeof(T), a.C * sizeof(T));
   parallel_for(a.N, grain_rows(a.C), [&](int64_t row) {
     const T* x = static_cast<const T*>(a.x) + row * a.stride_x_row;
     const T* residual = a.residual ? static_cast<const T*>(a.residual) + row * a.stride_residual_row : nullptr;
@@ -91,7 +85,7 @@ Error forward(const RmsNormForward& a) {
     const A rstd = A(1) / square_root(squares / A(a.C) + A(a.eps));
     static_cast<A*>(a.rstd)[row] = rstd;
     const T* source = residual ? h : x;
-    with_stores(past_cache<T>(a.y, a.N, a.C), [&](auto put) {
+    with_stores(past, [&](auto put) {
       for_columns<A>(0, a.C, [&](int64_t c, auto n, int) { put(y + c, Flushable<T>{load(source + c, n) * rstd * load(w + c, n)}, n); });
     });
   });
@@ -100,7 +94,7 @@ Error forward(const RmsNormForward& a) {
 
 // One row of the backward pass. dweight is null, or this row's share is added to it.
 template <class T>
-inline void backward_row(const RmsNormBackward& a, int64_t row, const Wide<T>* w, Wide<T>* dweight) {
+inline void backward_row(const RmsNormBackward& a, int64_t row, const Wide<T>* w, Wide<T>* dweight, bool past) {
   using A = Wide<T>;
   const T* dy = static_cast<const T*>(a.dy) + row * a.stride_dy_row;
   const T* h = static_cast<const T*>(a.h) + row * a.stride_h_row;
@@ -113,7 +107,7 @@ inline void backward_row(const RmsNormBackward& a, int64_t row, const Wide<T>* w
     return dy_h * load(w + c, n);
   });
   const A shrink = products / A(a.C) * rstd * rstd;
-  with_stores(past_cache<T>(a.dx, a.N, a.C), [&](auto put) {
+  with_stores(past, [&](auto put) {
     if (dh == nullptr) {
       for_columns<A>(0, a.C, [&](int64_t c, auto n, int) {
         put(dx + c, Flushable<T>{rstd * (load(dy + c, n) * load(w + c, n) - load(h + c, n) * shrink)}, n);
@@ -154,8 +148,9 @@ Error backward(const RmsNormBackward& a) {
   if (w.data() == nullptr) return OUT_OF_MEMORY;
   widen_weight(a.weight, a.weight_dtype, a.weight_offset, a.C, w.data());
   expect_writes(a.dx, a.N * a.C * sizeof(T));
+  const bool past = past_cache(a.dx, a.N, a.C * sizeof(T), a.C * sizeof(T));
   if (a.weight == nullptr) {
-    parallel_for(a.N, grain_rows(a.C), [&](int64_t row) { backward_row<T>(a, row, w.data(), nullptr); });
+    parallel_for(a.N, grain_rows(a.C), [&](int64_t row) { backward_row<T>(a, row, w.data(), nullptr, past); });
     return nullptr;
   }
   const Scratch<A> sums_of_few(a.partials * a.C);
@@ -167,7 +162,7 @@ Error backward(const RmsNormBackward& a) {
     const int64_t end = a.N * (p + 1) / a.partials;
     for (int64_t first = a.N * p / a.partials; first < end; first += FEW) {
       fill_zero(few_rows, a.C);
-      for (int64_t row = first; row < end && row < first + FEW; row++) backward_row<T>(a, row, w.data(), few_rows);
+      for (int64_t row = first; row < end && row < first + FEW; row++) backward_row<T>(a, row, w.data(), few_rows, past);
       for_columns<A>(0, a.C, [&](int64_t c, auto n, int) { store(partial + c, load(partial + c, n) + load(few_rows + c, n), n); });
     }
   });

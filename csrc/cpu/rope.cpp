@@ -12,8 +12,7 @@ namespace fastprimer {
 inline namespace FASTPRIMER_ISA {
 namespace {
 
-constexpr int64_t BLOCK = 128;      // features that are rotated at a time
-constexpr int64_t GRAIN = 1 << 15;  // numbers that are worth a thread of their own
+constexpr int64_t BLOCK = 128;  // features that are rotated at a time
 
 // The factors of BLOCK features: x' = x c + x_partner s, where the sign of s is that of the formula.
 template <class A>
@@ -93,9 +92,9 @@ int64_t position_of(const Rope& a, int64_t batch, int64_t token) {
 }
 
 template <class T>
-bool past_cache(const Rope& a, const RopeHeads& heads) {
-  return a.B * a.S * heads.heads * a.D * static_cast<int64_t>(sizeof(T)) >= PAST_CACHE && aligned(heads.rotated, a.D * sizeof(T)) &&
-         aligned(nullptr, a.R / 2 * sizeof(T));
+bool heads_past_cache(const Rope& a, const RopeHeads& heads) {
+  const int64_t head_bytes = a.D * sizeof(T);
+  return past_cache(heads.rotated, a.B * a.S * heads.heads, head_bytes, head_bytes | a.R / 2 * sizeof(T));
 }
 
 template <class T>
@@ -103,14 +102,15 @@ Error rotate(const Rope& a) {
   const int64_t numbers = (a.q.heads + a.k.heads) * a.D, pairs = a.interleaved ? BLOCK / 2 : BLOCK;
   const RopeHeads queries_and_keys[] = {a.q, a.k};
   for (const RopeHeads& heads : queries_and_keys) expect_writes(heads.rotated, a.B * a.S * heads.heads * a.D * sizeof(T));
+  const bool past[] = {heads_past_cache<T>(a, a.q), heads_past_cache<T>(a, a.k)};
   parallel_for(a.B * a.S, numbers < GRAIN ? GRAIN / numbers : 1, [&](int64_t i) {
     const int64_t batch = i / a.S, token = i % a.S, position = position_of(a, batch, token);
     Factors<Wide<T>> factors;
     for (int64_t begin = 0; begin < a.R / 2; begin += pairs) {
       const int64_t n = a.R / 2 - begin < pairs ? a.R / 2 - begin : pairs;
       load_factors_of<Wide<T>, T>(a, position, begin, n, factors);
-      for (const RopeHeads& heads : queries_and_keys)
-        with_stores(past_cache<T>(a, heads), [&](auto put) { rotate_heads<T>(a, heads, batch, token, begin, n, factors, put); });
+      for (int i = 0; i < 2; i++)
+        with_stores(past[i], [&](auto put) { rotate_heads<T>(a, queries_and_keys[i], batch, token, begin, n, factors, put); });
     }
   });
   return nullptr;

@@ -218,9 +218,14 @@ inline __attribute__((always_inline)) void with_stores(bool past_cache, const Bo
     body(ToCache{});
 }
 
-// Whether rows that begin at p, stride_bytes apart, may be stored by PastCache.
-inline bool aligned(const void* p, int64_t stride_bytes) {
-  return (reinterpret_cast<uintptr_t>(p) | static_cast<uintptr_t>(stride_bytes)) % REGISTER_BYTES == 0;
+// Bytes from which on an output is stored past the caches. A cached store first reads its line from memory, a third of the
+// traffic of an elementwise operation, and a large output pushes everything else out of the caches.
+constexpr int64_t PAST_CACHE = 8 << 20;
+
+// Whether an output of so many rows, which begin at p and stride_bytes apart, is worth storing by PastCache, and may be.
+inline bool past_cache(const void* p, int64_t rows, int64_t row_bytes, int64_t stride_bytes) {
+  const uintptr_t step = rows > 1 ? static_cast<uintptr_t>(stride_bytes) : 0;
+  return rows * row_bytes >= PAST_CACHE && (reinterpret_cast<uintptr_t>(p) | step) % REGISTER_BYTES == 0;
 }
 
 // Two registers, one behind the other.

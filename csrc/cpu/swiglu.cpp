@@ -13,7 +13,6 @@ inline namespace FASTPRIMER_ISA {
 namespace {
 
 constexpr int64_t BLOCK = 1 << 13;  // columns of a row that are one piece of work
-constexpr int64_t GRAIN = 1 << 15;  // numbers that are worth a thread of their own
 
 // body(row, begin, end) for pieces of at most BLOCK columns of every row.
 template <class Body>
@@ -64,13 +63,14 @@ template <class T, bool PLAIN>
 Error forward(const SwiGluForward& args) {
   using A = Wide<T>;
   expect_writes(args.y, args.N * args.F * sizeof(T));
-  const bool past_cache = args.N * args.F * sizeof(T) >= PAST_CACHE && aligned(args.y, args.F * sizeof(T));
+  const int64_t row_bytes = args.F * sizeof(T);
+  const bool past = past_cache(args.y, args.N, row_bytes, row_bytes);
   for_pieces(args.N, args.F, [&](int64_t row, int64_t begin, int64_t end) {
     const Parameters<A, PLAIN> parameters(args.activation);
     const T* gate = row_of<const T>(args.gate, row, args.stride_gate_row);
     const T* up = row_of<const T>(args.up, row, args.stride_up_row);
     T* y = row_of<T>(args.y, row, args.F);
-    with_stores(past_cache, [&](auto put) {
+    with_stores(past, [&](auto put) {
       for_columns<A>(begin, end, [&](int64_t c, auto n, int) {
         const Vec<A> a = parameters.clamped_gate(load(gate + c, n)), b = parameters.clamped_up(load(up + c, n));
         const Sigmoid<T> sigma(parameters.exponent(a));
@@ -86,8 +86,9 @@ Error backward(const SwiGluBackward& args) {
   using A = Wide<T>;
   expect_writes(args.dgate, args.N * args.stride_dgate_row * sizeof(T));
   if (args.stride_dgate_row == args.F) expect_writes(args.dup, args.N * args.F * sizeof(T));  // else dgate's other half
-  const bool past_cache = args.N * args.F * sizeof(T) >= PAST_CACHE && aligned(args.dgate, args.stride_dgate_row * sizeof(T)) &&
-                          aligned(args.dup, args.stride_dup_row * sizeof(T));
+  const int64_t row_bytes = args.F * sizeof(T);
+  const bool past = past_cache(args.dgate, args.N, row_bytes, args.stride_dgate_row * sizeof(T)) &&
+                    past_cache(args.dup, args.N, row_bytes, args.stride_dup_row * sizeof(T));
   for_pieces(args.N, args.F, [&](int64_t row, int64_t begin, int64_t end) {
     const Parameters<A, PLAIN> parameters(args.activation);
     const T* dy = row_of<const T>(args.dy, row, args.stride_dy_row);
@@ -95,7 +96,7 @@ Error backward(const SwiGluBackward& args) {
     const T* up = row_of<const T>(args.up, row, args.stride_up_row);
     T* dgate = row_of<T>(args.dgate, row, args.stride_dgate_row);
     T* dup = row_of<T>(args.dup, row, args.stride_dup_row);
-    with_stores(past_cache, [&](auto put) {
+    with_stores(past, [&](auto put) {
       for_columns<A>(begin, end, [&](int64_t c, auto n, int) {
         const Vec<A> dy_c = load(dy + c, n), gate_c = load(gate + c, n), up_c = load(up + c, n);
         const Vec<A> a = parameters.clamped_gate(gate_c), b = parameters.clamped_up(up_c);

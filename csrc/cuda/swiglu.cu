@@ -30,20 +30,23 @@ Shape shape_of(int64_t N, int64_t vectors, int K) {
   return {dim3(blocks, std::min<int64_t>({groups, most_groups, 65535})), dim3(threads, rows)};
 }
 
-// Whether every row begins where 16-byte accesses are allowed. The stride of a single row is of no interest.
+// Whether each of N rows begins where 16-byte accesses are allowed. The stride of a single row is of no interest.
 template <class T, int V>
-bool vectorizable(const SwiGluForward& args) {
-  const int64_t many = args.N > 1;
-  return aligned<T, V>(args.gate, many * args.stride_gate_row) && aligned<T, V>(args.up, many * args.stride_up_row) &&
-         aligned<T, V>(args.y, many * args.F);
+bool rows_aligned(int64_t N, const void* p, int64_t stride_row) {
+  return aligned<T, V>(p, N > 1 ? stride_row : 0);
 }
 
 template <class T, int V>
-bool vectorizable(const SwiGluBackward& args) {
-  const int64_t many = args.N > 1;
-  return aligned<T, V>(args.dy, many * args.stride_dy_row) && aligned<T, V>(args.gate, many * args.stride_gate_row) &&
-         aligned<T, V>(args.up, many * args.stride_up_row) && aligned<T, V>(args.dgate, many * args.stride_dgate_row) &&
-         aligned<T, V>(args.dup, many * args.stride_dup_row);
+bool vectorizable(const SwiGluForward& a) {
+  return rows_aligned<T, V>(a.N, a.gate, a.stride_gate_row) && rows_aligned<T, V>(a.N, a.up, a.stride_up_row) &&
+         rows_aligned<T, V>(a.N, a.y, a.F);
+}
+
+template <class T, int V>
+bool vectorizable(const SwiGluBackward& a) {
+  return rows_aligned<T, V>(a.N, a.dy, a.stride_dy_row) && rows_aligned<T, V>(a.N, a.gate, a.stride_gate_row) &&
+         rows_aligned<T, V>(a.N, a.up, a.stride_up_row) && rows_aligned<T, V>(a.N, a.dgate, a.stride_dgate_row) &&
+         rows_aligned<T, V>(a.N, a.dup, a.stride_dup_row);
 }
 
 GatedActivation constants(const Activation& activation) {

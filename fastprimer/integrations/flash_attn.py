@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastprimer import ops
+from fastprimer.ops import _arguments as arguments
 from fastprimer.ops.decoding import MAX_QUERIES
 
 UNLIMITED = (-1, -1)
@@ -25,6 +26,10 @@ def _refuse(function: str, **arguments) -> None:
     for name, (value, nothing) in arguments.items():
         if value is not nothing and value != nothing:
             raise NotImplementedError(f"{function}: {name}: expected {nothing!r}, the only value that is supported, got {value!r}")
+
+
+def _options(softmax_scale, causal: bool, window_size, softcap: float) -> dict:
+    return {"causal": causal, "window": tuple(window_size), "scale": softmax_scale, "softcap": softcap or None}
 
 
 def flash_attn_func(
@@ -42,9 +47,8 @@ def flash_attn_func(
 ):
     """q (B, S, H, D), k, v (B, T, Hk, D) -> o (B, S, H, D); with return_attn_probs (o, lse (B, H, S), None)."""
     _refuse("flash_attn_func", dropout_p=(dropout_p, 0.0), alibi_slopes=(alibi_slopes, None))
-    o, lse = ops.attention(
-        q, k, v, causal=causal, window=tuple(window_size), scale=softmax_scale, softcap=softcap or None, return_lse=True
-    )  # fmt: skip
+    options = _options(softmax_scale, causal, window_size, softcap)
+    o, lse = ops.attention(q, k, v, **options, return_lse=True)
     return (o, lse, None) if return_attn_probs else o
 
 
@@ -69,10 +73,9 @@ def flash_attn_varlen_func(
     """Packed sequences: q (N, H, D), k, v (M, Hk, D), cu_seqlens int32 (B + 1,) -> o (N, H, D); lse is (H, N)."""
     name = "flash_attn_varlen_func"
     _refuse(name, dropout_p=(dropout_p, 0.0), alibi_slopes=(alibi_slopes, None), block_table=(block_table, None))
-    o, lse = ops.attention(
-        q, k, v, causal=causal, window=tuple(window_size), scale=softmax_scale, softcap=softcap or None,
-        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, return_lse=True,
-    )  # fmt: skip
+    packed = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
+    options = _options(softmax_scale, causal, window_size, softcap)
+    o, lse = ops.attention(q, k, v, **packed, **options, return_lse=True)
     return (o, lse, None) if return_attn_probs else o
 
 
@@ -106,32 +109,30 @@ def flash_attn_with_kvcache(
     name = "flash_attn_with_kvcache"
     _refuse(name, cache_batch_idx=(cache_batch_idx, None), cache_leftpad=(cache_leftpad, None), alibi_slopes=(alibi_slopes, None))
     B, S = q.shape[:2]
+    room = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     if cache_seqlens is None or isinstance(cache_seqlens, int):
-        room = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
         length = room if cache_seqlens is None else cache_seqlens
         cache_seqlens = torch.full((B,), length, dtype=torch.int32, device=q.device)
+    if (rotary_cos is None) != (rotary_sin is None) or (rotary_cos is not None and k is None):
+        raise ValueError(f"{name}: rotary_cos: expected rotary_cos, rotary_sin and new keys k together, got only some of them")
     if rotary_cos is not None:
-        if k is None or rotary_sin is None:
-            raise ValueError(f"{name}: rotary_cos: expected rotary_sin and new keys k with it, got None")
         own = cache_seqlens[:, None] + torch.arange(S, device=q.device, dtype=cache_seqlens.dtype)
         local = causal or tuple(window_size) != UNLIMITED
         rotary = {"cos": rotary_cos, "sin": rotary_sin, "interleaved": rotary_interleaved}
         q, _ = ops.rope(q, None, positions=own if local else cache_seqlens[:, None].expand(B, S), **rotary)
         k, _ = ops.rope(k, None, positions=own, **rotary)
-    options = {
-        "block_table": block_table,
-        "causal": causal,
-        "window": tuple(window_size),
-        "scale": softmax_scale,
-        "softcap": softcap or None,
-    }
-    if S > MAX_QUERIES and not (causal and k is not None):
+    options = {"block_table": block_table, **_options(softmax_scale, causal, window_size, softcap)}
+    if S <= MAX_QUERIES:
+        o, lse = ops.attention_with_kv_cache(q, k_cache, v_cache, cache_seqlens, k=k, v=v, **options, return_lse=True)
+        return (o, lse) if return_softmax_lse else o
+    if not (causal and k is not None):
         raise NotImplementedError(f"{name}: q: expected at most {MAX_QUERIES} queries unless causal and with their own k and v, got {S}")
+    if B and arguments.inspectable(cache_seqlens) and (longest := int(cache_seqlens.max()) + S) > room:  # before anything is appended
+        raise ValueError(f"{name}: cache_seqlens: expected 0..{room} tokens, the new ones included, got {longest}")
     parts = []
     for begin in range(0, S, MAX_QUERIES):
         part = slice(begin, begin + MAX_QUERIES)
-        new = {} if k is None else {"k": k[:, part], "v": v[:, part]}
-        lengths = cache_seqlens + begin
-        parts.append(ops.attention_with_kv_cache(q[:, part], k_cache, v_cache, lengths, **new, **options, return_lse=True))
+        new = q[:, part], k_cache, v_cache, cache_seqlens + begin
+        parts.append(ops.attention_with_kv_cache(*new, k=k[:, part], v=v[:, part], **options, return_lse=True))
     o, lse = torch.cat([o for o, _ in parts], 1), torch.cat([lse for _, lse in parts], 2)
     return (o, lse) if return_softmax_lse else o
