@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from conftest import device_or_skip
 from fastprimer.backends import declared
-from fastprimer.cases import rms_norm_case, rope_case, swiglu_case
+from fastprimer.cases import attention_case, decoding_case, rms_norm_case, rope_case, swiglu_case
 from fastprimer.testing import DTYPES, compare
 from fastprimer.verify import dtypes_of
 
@@ -85,9 +85,68 @@ def swiglu_cases(draw):
     return swiglu_case(f"{leading} {F} {layout} {view} {options}", *leading, F, layout=layout, view=LAYOUTS[view], **options)
 
 
+HEADS = [(8, 8), (8, 1), (12, 4), (10, 2), (24, 3)]
+"""dsinks has H numbers, each a sum over all queries: with a handful of them the yardstick's own error is a matter of luck."""
+
+HEAD_SIZES = st.one_of(st.integers(8, 40), st.sampled_from([64, 80, 96, 128]))
+# Between few keys a gradient is what cancellation leaves (see CASES for those).
+KEYS = st.one_of(st.just(0), st.integers(8, 80))
+WINDOWS = st.sampled_from([None, None, (2, 0), (3, None), (None, 2), (9, 4), (40, 0), (500, 500)])
+
+
+@st.composite
+def score_options(draw):
+    options = {"window": draw(WINDOWS), "softcap": draw(st.sampled_from([None, None, 1.0, 30.0])), "sinks": draw(st.booleans())}
+    # A large scale turns the rounding of the scores' sums, which differs between matrix products, into all of the error.
+    return options | {"causal": draw(st.booleans()), "scale": draw(st.sampled_from([None, None, 0.05, 0.1]))}
+
+
+@st.composite
+def attention_cases(draw):
+    (H, Hk), D = draw(st.sampled_from(HEADS)), draw(HEAD_SIZES)
+    Dv = draw(st.one_of(st.just(D), HEAD_SIZES))
+    options = draw(score_options())
+    view, name = lambda t: t, "contiguous"
+    if draw(st.booleans()):
+        lengths = draw(st.lists(st.tuples(st.integers(0, 20), KEYS), min_size=1, max_size=4))
+        ends = [[0], [0]]
+        for length in lengths:
+            for side, n in zip(ends, length, strict=True):
+                side.append(side[-1] + n)
+        shapes = (ends[0][-1], H, D), (ends[1][-1], Hk, D)
+        options |= {"cu_q": ends[0], "cu_k": ends[1]}
+    else:
+        B, S, T = draw(st.sampled_from([1, 1, 2, 3])), draw(st.integers(0, 40)), draw(KEYS)
+        shapes = (B, S, H, D), (B, T, Hk, D)
+        name, view = draw(st.sampled_from(sorted(VIEWS_OF_HEADS.items(), key=str)))
+        if name == "heads first":
+            shapes = (B, H, S, D), (B, Hk, T, D)
+    return attention_case(f"{shapes} {Dv} {name} {options}", *shapes, Dv=Dv, view=view, **options)
+
+
+VIEWS_OF_HEADS = {
+    "contiguous": lambda t: t,
+    "heads first": lambda t: t.transpose(1, 2),
+    "every other token": lambda t: t.repeat_interleave(2, 1)[:, ::2],
+    "features of a wider head": lambda t: torch.cat((t, t), -1)[..., 1 : t.shape[-1] + 1],
+    "features first in memory": lambda t: t.transpose(-1, -2).contiguous().transpose(-1, -2),
+    "one sequence expanded": lambda t: t[:1].expand(t.shape),
+}
+
+
+@st.composite
+def decoding_cases(draw):
+    (H, Hk), D = draw(st.sampled_from(HEADS)), draw(HEAD_SIZES)
+    options = draw(score_options()) | {"page": draw(st.sampled_from([0, 0, 1, 16, 20, 64])), "append": draw(st.booleans())}
+    lengths = draw(st.lists(st.one_of(st.integers(0, 40), st.sampled_from([63, 64, 65, 128, 300])), min_size=1, max_size=4))
+    S, Dv = draw(st.integers(1, 16)), draw(st.one_of(st.none(), HEAD_SIZES))
+    view = draw(st.sampled_from([None, lambda t: t.transpose(1, 2)]))
+    return decoding_case(f"{lengths} {S} {H} {Hk} {D} {Dv} {options}", lengths, S, H, Hk, D, Dv=Dv, view=view, **options)
+
+
 def assert_within_budget(case, backend, dtype, seed):
     device = device_or_skip(case.op, backend)
-    if dtype not in dtypes_of(backend):
+    if dtype not in dtypes_of(backend, case.op):
         dtype = torch.float32
     wrong = [str(row) for row in compare(case, dtype, backend, device=device, seed=seed) if not row.ok]
     assert not wrong
@@ -119,4 +178,18 @@ def test_rope(backend, case, dtype, seed):
 @fuzz
 @given(case=swiglu_cases(), **EXAMPLES)
 def test_swiglu(backend, case, dtype, seed):
+    assert_within_budget(case, backend, dtype, seed)
+
+
+@backends_of("attention")
+@fuzz
+@given(case=attention_cases(), **EXAMPLES)
+def test_attention(backend, case, dtype, seed):
+    assert_within_budget(case, backend, dtype, seed)
+
+
+@backends_of("attention_with_kv_cache")
+@fuzz
+@given(case=decoding_cases(), **EXAMPLES)
+def test_attention_with_kv_cache(backend, case, dtype, seed):
     assert_within_budget(case, backend, dtype, seed)

@@ -1,14 +1,14 @@
 """CASES: what every operation is called with, in tests and in benchmarks, and what each call must at least move and compute."""
 
 from fastprimer.cases._case import Case, Inputs, Work
-from fastprimer.cases.attention import ATTENTION, DECODING
+from fastprimer.cases.attention import ATTENTION, DECODING, attention_case, decoding_case
 from fastprimer.cases.losses import loss_cases
 from fastprimer.cases.moe import MOE, ROUTE
 from fastprimer.cases.rms_norm import RMS_NORM, rms_norm_case
 from fastprimer.cases.rope import ROPE, rope_case
 from fastprimer.cases.swiglu import SWIGLU, swiglu_case
 
-__all__ = ["CASES", "Case", "Inputs", "Work", "rms_norm_case", "rope_case", "swiglu_case"]
+__all__ = ["CASES", "Case", "Inputs", "Work", "attention_case", "decoding_case", "rms_norm_case", "rope_case", "swiglu_case"]
 
 CASES: tuple[Case, ...] = (
     *RMS_NORM,
