@@ -4,6 +4,7 @@ Each backend runs in a process of its own (fastprimer/verify.py), once for the w
 """
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 import fastprimer as fp
 from fastprimer import testing
 from fastprimer.backends import BACKENDS, declared, operations
-from fastprimer.cases import rms_norm_case
+from fastprimer.cases import attention, rms_norm_case
 from fastprimer.verify import stream, work_of
 
 PARAMETERS = [
@@ -87,3 +88,11 @@ def test_the_least_work_of_a_case_is_counted(case):
         assert work.bytes_forward <= 3 * work.bytes_backward and work.flops_forward <= work.flops_backward
     else:
         assert work.bytes_backward == work.flops_backward == 0
+
+
+def test_the_cases_of_attention_cover_every_pair():
+    rows = [tuple(row.split()) for row in attention.PAIRS.strip().splitlines()]
+    values = [set(column) for column in zip(*rows, strict=True)]
+    assert values[1] == set(attention.MASKS) and values[4] == set(attention.OPTIONS)
+    for (i, some), (j, others) in itertools.combinations(enumerate(values), 2):
+        assert {(row[i], row[j]) for row in rows} == set(itertools.product(some, others))

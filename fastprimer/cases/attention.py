@@ -98,6 +98,66 @@ ATTENTION = [
 ]
 
 
+PAIRS = """
+    16 full dense group softcap
+    16 causal sliced group values
+    16 window heads-first all plain
+    16 both packed all sinks
+    16 right packed one sinks
+    32 full packed group sinks
+    32 causal sliced one softcap
+    32 window sliced group softcap
+    32 both dense all plain
+    32 right heads-first one values
+    64 full heads-first group plain
+    64 causal dense all softcap
+    64 window packed one plain
+    64 both sliced one sinks
+    64 right dense all values
+    80 full sliced one sinks
+    80 causal dense group plain
+    80 window sliced one values
+    80 both packed all values
+    80 right heads-first group softcap
+    128 full dense one values
+    128 causal heads-first all sinks
+    128 window heads-first one sinks
+    128 both packed group softcap
+    128 right sliced all plain
+    256 full packed all softcap
+    256 causal packed group softcap
+    256 window dense group sinks
+    256 both heads-first one values
+    256 right sliced group plain
+"""
+"""Every pair of a head size, a mask, a layout, a number of key/value heads and an option occurs in one of these cases."""
+
+MASKS = {
+    "full": {},
+    "causal": {"causal": True},
+    "window": {"causal": True, "window": (13, None)},
+    "both": {"window": (11, 6)},
+    "right": {"window": (None, 4)},
+}
+OPTIONS = {"plain": {}, "softcap": {"softcap": 3.0}, "sinks": {"sinks": True}, "values": {"Dv": 48}}
+
+
+def pair_case(D: str, mask: str, layout: str, heads: str, option: str) -> Case:
+    """8 query heads; 19 queries and 26 keys, or three packed sequences."""
+    H, Hk = 8, {"one": 1, "group": 2, "all": 8}[heads]
+    q, k, view = (1, 19, H, int(D)), (1, 26, Hk, int(D)), {}
+    if layout == "packed":
+        q, k, view = (26, H, int(D)), (31, Hk, int(D)), {"cu_q": [0, 7, 7, 26], "cu_k": [0, 9, 11, 31]}
+    elif layout == "heads-first":
+        q, k, view = (1, H, 19, int(D)), (1, Hk, 26, int(D)), {"view": lambda t: t.transpose(1, 2)}
+    elif layout == "sliced":
+        q, k, view = (1, 38, H, int(D)), (1, 52, Hk, int(D)), {"view": lambda t: t[:, ::2]}
+    return attention_case(f"{D}-{mask}-{layout}-{heads}-{option}", q, k, **view, **MASKS[mask], **OPTIONS[option])
+
+
+ATTENTION += [pair_case(*row.split()) for row in PAIRS.strip().splitlines()]
+
+
 def _decoding_work(a: dict) -> Work:
     q, k_cache, v_cache = a["q"], a["k_cache"], a["v_cache"]
     S, H, D = q.shape[1:]
