@@ -192,7 +192,7 @@ def measure(case: Case, dtype: torch.dtype, measured: str, backend: str, device:
     torch.compiler.reset()
     contestants = {"ours": getattr(fastprimer, case.op), "eager": EAGER[case.op], "compiled": torch.compile(EAGER[case.op])}
     with use_backend(backend):
-        calls = {name: _call(function, arguments, measured) for name, function in contestants.items()}
+        calls = {name: prepared(function, arguments, measured) for name, function in contestants.items()}
         roofs = copies(device, torch.get_num_threads())
         times = interleaved(calls | roofs, device, rounds, seed)
     medians = {name: statistics.median(t) for name, t in times.items()}
@@ -206,7 +206,8 @@ def measure(case: Case, dtype: torch.dtype, measured: str, backend: str, device:
     return result
 
 
-def _call(function: Callable, arguments: dict, measured: str) -> Callable[[], object]:
+def prepared(function: Callable, arguments: dict, measured: str) -> Callable[[], object]:
+    """What is timed: the call, or the call and its gradients, for random gradients of its outputs."""
     if measured == "forward":
         arguments = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
         return lambda: function(**arguments)
