@@ -12,7 +12,6 @@ inline namespace FASTPRIMER_ISA {
 namespace decoding_pass {
 namespace {
 
-constexpr int64_t BLOCK = 16;  // keys that all heads of a task meet before the next ones
 constexpr int64_t LD_SCORES = CHUNK + LANES;
 
 // What a chunk of keys contributes to a row: o and the sum of weights, both relative to 2^top.
@@ -51,6 +50,7 @@ class DecodeChunk {
   explicit DecodeChunk(const Context<T>& context)
       : x_(context),
         a_(context.a),
+        block_(context.plan.rows == 1 ? LANES : 8),
         padded_(round_up(context.plan.rows, 4)),
         ld_q_(round_up(context.a.D, Dot<T>::size)),
         ld_o_(round_up(context.a.Dv, LANES)),
@@ -60,18 +60,18 @@ class DecodeChunk {
   bool ready() const { return q_.data() && scores_.data() && o_.data(); }
 
   void operator()(int64_t task) const {
-    const Chunk chunk = x_.plan.chunk(task / x_.plan.groups);
-    const int64_t first = task % x_.plan.groups * x_.plan.heads, heads = smaller(x_.plan.heads, a_.Hk - first);
-    if (a_.k.data) append(chunk, first, heads);
-    for (int64_t h = 0; h < heads; h++) gather_queries(chunk.sequence, first + h, q_.data() + h * padded_ * ld_q_);
-    multiply_keys(chunk, first, heads);
+    const Chunk chunk = x_.plan.chunk(task);
+    const int64_t heads = chunk.heads;
+    if (a_.k.data) append(chunk);
+    for (int64_t h = 0; h < heads; h++) gather_queries(chunk.sequence, chunk.first + h, q_.data() + h * padded_ * ld_q_);
+    multiply_keys(chunk);
     for (int64_t h = 0; h < heads; h++)
-      for (int64_t r = 0; r < x_.plan.rows; r++) softmax(chunk, first + h, r, scores_of(h, r));
+      for (int64_t r = 0; r < x_.plan.rows; r++) softmax(chunk, chunk.first + h, r, scores_of(h, r));
     __builtin_memset(o_.data(), 0, heads * padded_ * ld_o_ * sizeof(float));
-    multiply_values(chunk, first, heads);
+    multiply_values(chunk);
     for (int64_t h = 0; h < heads; h++)
       for (int64_t r = 0; r < x_.plan.rows; r++)
-        __builtin_memcpy(x_.part(chunk.index, first + h, r).o(), o_of(h, r), a_.Dv * sizeof(float));
+        __builtin_memcpy(x_.part(chunk.index, chunk.first + h, r).o(), o_of(h, r), a_.Dv * sizeof(float));
   }
 
  private:
@@ -81,16 +81,15 @@ class DecodeChunk {
   Range seen_by(const Chunk& chunk, int64_t r) const { return chunk.sequence.keys_of(x_.plan.position(r)).within(chunk.keys); }
 
   // The new tokens among these keys. No other task reads or writes them.
-  void append(const Chunk& chunk, int64_t first, int64_t heads) const {
+  void append(const Chunk& chunk) const {
     const int64_t cached = chunk.sequence.T - a_.S, b = chunk.sequence.batch;
-    x_.plan.for_runs(b, {larger(chunk.keys.begin, cached), chunk.keys.end}, [&](int64_t j, int64_t n, int64_t page, int64_t row) {
-      for (int64_t i = 0; i < n; i++) {
-        for (int64_t h = first; h < first + heads; h++) {
-          __builtin_memcpy(row_of<T>(a_.k_cache, page, row + i, h), row_of<T>(a_.k, b, j + i - cached, h), a_.D * sizeof(T));
-          __builtin_memcpy(row_of<T>(a_.v_cache, page, row + i, h), row_of<T>(a_.v, b, j + i - cached, h), a_.Dv * sizeof(T));
-        }
+    for (int64_t j = larger(chunk.keys.begin, cached); j < chunk.keys.end; j++) {
+      const Block at = x_.plan.block(b, j, 1);
+      for (int64_t h = chunk.first; h < chunk.first + chunk.heads; h++) {
+        __builtin_memcpy(row_of<T>(a_.k_cache, at.page, at.row, h), row_of<T>(a_.k, b, j - cached, h), a_.D * sizeof(T));
+        __builtin_memcpy(row_of<T>(a_.v_cache, at.page, at.row, h), row_of<T>(a_.v, b, j - cached, h), a_.Dv * sizeof(T));
       }
-    });
+    }
   }
 
   void gather_queries(const Sequence& s, int64_t kv_head, typename Dot<T>::Number* to) const {
@@ -101,24 +100,39 @@ class DecodeChunk {
     }
   }
 
-  // body(h, j, n, row) for the heads of a task and the rows of a cache that hold keys j .. j + n - 1 of the chunk, a few at a time.
+  // body(h, j, n, row) for the heads of a task and the rows of a cache that hold keys j .. j + n - 1 of the chunk, a few at a time; the
+  // next ones are asked for in the meantime.
   template <class Body>
-  void for_blocks(const Heads& cache, const Chunk& chunk, Range keys, int64_t first, int64_t heads, const Body& body) const {
-    const int64_t j0 = chunk.keys.begin;
-    x_.plan.for_runs(chunk.sequence.batch, {j0 + keys.begin, j0 + keys.end}, [&](int64_t j, int64_t n, int64_t page, int64_t row) {
-      for (int64_t i = 0; i < n; i += BLOCK)
-        for (int64_t h = 0; h < heads; h++) body(h, j - j0 + i, smaller(BLOCK, n - i), row_of<T>(cache, page, row + i, first + h));
-    });
+  void for_blocks(const Heads& cache, int64_t features, const Chunk& chunk, Range keys, const Body& body) const {
+    const auto block_at = [&](int64_t j) {  // up to a multiple of block_, so that pages do not change the order of sums
+      const int64_t key = chunk.keys.begin + j, n = block_ - key % block_;
+      return x_.plan.block(chunk.sequence.batch, key, smaller(n, keys.end - j));
+    };
+    if (keys.empty()) return;
+    Block next = block_at(keys.begin);
+    for (int64_t j = keys.begin; j < keys.end;) {
+      const Block block = next;
+      if (j + block.n < keys.end) next = block_at(j + block.n);
+      for (int64_t h = 0; h < chunk.heads; h++) {
+        prefetch(row_of<T>(cache, next.page, next.row, chunk.first + h), cache.stride_token, next.n, features);
+        body(h, j, block.n, row_of<T>(cache, block.page, block.row, chunk.first + h));
+      }
+      j += block.n;
+    }
   }
 
-  void multiply_keys(const Chunk& chunk, int64_t first, int64_t heads) const {
-    for_blocks(a_.k_cache, chunk, {0, chunk.keys.end - chunk.keys.begin}, first, heads,
-               [&](int64_t h, int64_t j, int64_t n, const T* keys) {
-                 for_row_blocks(x_.plan.rows, [&](int64_t r, auto rows) {
-                   dots_of_rows<decltype(rows)::value>(q_.data() + (h * padded_ + r) * ld_q_, ld_q_, keys, a_.k_cache.stride_token, n, a_.D,
-                                                       scores_of(h, r) + j, LD_SCORES);
-                 });
-               });
+  static void prefetch(const T* rows, int64_t stride, int64_t n, int64_t features) {
+    for (int64_t i = 0; i < n; i++)
+      for (int64_t c = 0; c < features; c += 64 / sizeof(T)) __builtin_prefetch(rows + i * stride + c);
+  }
+
+  void multiply_keys(const Chunk& chunk) const {
+    for_blocks(a_.k_cache, a_.D, chunk, {0, chunk.keys.end - chunk.keys.begin}, [&](int64_t h, int64_t j, int64_t n, const T* keys) {
+      for_row_blocks(x_.plan.rows, [&](int64_t r, auto rows) {
+        dots_of_rows<decltype(rows)::value>(q_.data() + (h * padded_ + r) * ld_q_, ld_q_, keys, a_.k_cache.stride_token, n, a_.D,
+                                            scores_of(h, r) + j, LD_SCORES);
+      });
+    });
   }
 
   // Turns a row's scores into weights relative to the largest; what is not seen has the weight 0.
@@ -149,17 +163,17 @@ class DecodeChunk {
     part.total() = sum<float>(sums);
   }
 
-  void multiply_values(const Chunk& chunk, int64_t first, int64_t heads) const {
+  void multiply_values(const Chunk& chunk) const {
     // 0 times NaN is NaN: only the keys that all rows see meet all rows.
     const int64_t n = chunk.keys.end - chunk.keys.begin;
     const int64_t begin = smaller(seen_by(chunk, x_.plan.rows - 1).begin, n), end = larger(seen_by(chunk, 0).end, begin);
-    multiply_values_by_all(chunk, {begin, end}, first, heads);
-    multiply_values_by_some(chunk, {0, begin}, first, heads);
-    multiply_values_by_some(chunk, {end, n}, first, heads);
+    multiply_values_by_all(chunk, {begin, end});
+    multiply_values_by_some(chunk, {0, begin});
+    multiply_values_by_some(chunk, {end, n});
   }
 
-  void multiply_values_by_all(const Chunk& chunk, Range keys, int64_t first, int64_t heads) const {
-    for_blocks(a_.v_cache, chunk, keys, first, heads, [&](int64_t h, int64_t j, int64_t n, const T* values) {
+  void multiply_values_by_all(const Chunk& chunk, Range keys) const {
+    for_blocks(a_.v_cache, a_.Dv, chunk, keys, [&](int64_t h, int64_t j, int64_t n, const T* values) {
       for_row_blocks(x_.plan.rows, [&](int64_t r, auto rows) {
         add_weighted_rows<decltype(rows)::value>(scores_of(h, r) + j, LD_SCORES, values, a_.v_cache.stride_token, n, a_.Dv, o_of(h, r),
                                                  ld_o_);
@@ -167,9 +181,9 @@ class DecodeChunk {
     });
   }
 
-  void multiply_values_by_some(const Chunk& chunk, Range keys, int64_t first, int64_t heads) const {
+  void multiply_values_by_some(const Chunk& chunk, Range keys) const {
     const int64_t stride = a_.v_cache.stride_token;
-    for_blocks(a_.v_cache, chunk, keys, first, heads, [&](int64_t h, int64_t j, int64_t n, const T* values) {
+    for_blocks(a_.v_cache, a_.Dv, chunk, keys, [&](int64_t h, int64_t j, int64_t n, const T* values) {
       for (int64_t r = 0; r < x_.plan.rows; r++) {
         const Range seen = seen_by(chunk, r).within({j, j + n});
         if (seen.empty()) continue;
@@ -181,6 +195,7 @@ class DecodeChunk {
 
   const Context<T>& x_;
   const Decoding& a_;
+  const int64_t block_;  // keys that all heads of a task meet before the next ones: from the first-level cache
   const int64_t padded_, ld_q_, ld_o_;
   Buffer<typename Dot<T>::Number> q_;
   Buffer<float> scores_, o_;
@@ -220,7 +235,7 @@ template <class T>
 Error run(const Decoding& args) {
   const Context<T> x(args);
   if (!x.ready()) return OUT_OF_MEMORY;
-  if (Error error = run_tasks<DecodeChunk<T>>(x.plan.chunks() * x.plan.groups, x)) return error;
+  if (Error error = run_tasks<DecodeChunk<T>>(x.plan.tasks(), x)) return error;
   const Buffer<float> sums(args.B * args.Hk * args.Dv);
   if (!sums.data()) return OUT_OF_MEMORY;
   parallel_for(args.B * args.Hk, 16, [&](int64_t i) {

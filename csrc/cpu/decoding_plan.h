@@ -11,11 +11,17 @@ constexpr int64_t CHUNK = 256;        // keys whose softmax is computed together
 constexpr int64_t ROW_BYTES = 2048;   // of a token that a task reads at a time, at most: memory is read best in order
 constexpr int64_t ROWS_OF_TASK = 64;  // of queries
 
-// The keys of one chunk that any query sees, of one sequence.
+// What a task computes: the keys of one chunk that any query of a sequence sees, for some of the key/value heads.
 struct Chunk {
   Sequence sequence;
   int64_t index;  // among all chunks
   Range keys;
+  int64_t first, heads;
+};
+
+// Keys in rows row .. row + n - 1 of a page.
+struct Block {
+  int64_t n, page, row;
 };
 
 class Plan {
@@ -48,7 +54,9 @@ class Plan {
 
   int64_t chunks() const { return first_[a.B]; }
   Range chunks_of(int64_t b) const { return {first_[b], first_[b + 1]}; }
-  Chunk chunk(int64_t index) const {
+  int64_t tasks() const { return first_[a.B] * groups; }
+  Chunk chunk(int64_t task) const {
+    const int64_t index = task / groups, first = task % groups * heads;
     Range sequences = {0, a.B};
     while (sequences.begin + 1 < sequences.end) {
       const int64_t middle = (sequences.begin + sequences.end) / 2;
@@ -57,20 +65,16 @@ class Plan {
     const Sequence s = sequence(sequences.begin);
     const Range seen = seen_by(s);
     const int64_t begin = (seen.begin / CHUNK + index - first_[s.batch]) * CHUNK;
-    return {s, index, {larger(begin, seen.begin), smaller(begin + CHUNK, seen.end)}};
+    return {s, index, {larger(begin, seen.begin), smaller(begin + CHUNK, seen.end)}, first, smaller(heads, a.Hk - first)};
   }
 
   int64_t position(int64_t row) const { return row / (a.H / a.Hk); }
   int64_t query_head(int64_t kv_head, int64_t row) const { return kv_head * (a.H / a.Hk) + row % (a.H / a.Hk); }
 
-  // body(j, n, page, row) for keys of sequence b: keys j .. j + n - 1 lie in rows row .. row + n - 1 of a page.
-  template <class Body>
-  void for_runs(int64_t b, Range keys, const Body& body) const {
-    for (int64_t j = keys.begin; j < keys.end;) {
-      const int64_t page = j / a.page_size, n = smaller(keys.end, (page + 1) * a.page_size) - j;
-      body(j, n, a.block_table ? a.block_table[b * a.pages_of_sequence + page] : b, j - page * a.page_size);
-      j += n;
-    }
+  // At most n keys of sequence b from key j on that lie in consecutive rows of a page.
+  Block block(int64_t b, int64_t j, int64_t n) const {
+    const int64_t page = j / a.page_size, row = j - page * a.page_size;
+    return {smaller(n, a.page_size - row), a.block_table ? a.block_table[b * a.pages_of_sequence + page] : b, row};
   }
 
  private:

@@ -67,7 +67,9 @@ def attention_with_kv_cache_forward(
 def _limit(q, k_cache, v_cache, *_) -> str:
     if not all(cache.shape[-1] == 1 or cache.stride(-1) == 1 for cache in (k_cache, v_cache)):
         return "its kernel takes caches in which the features of a head lie next to each other"
-    return dtype_limit(q, None, "float32 bfloat16 float16") or ("" if v_cache.shape[-1] else "its kernel takes values of at least one feature")
+    return dtype_limit(q, None, "float32 bfloat16 float16") or (
+        "" if v_cache.shape[-1] else "its kernel takes values of at least one feature"
+    )
 
 
 LIMITS = {"attention_with_kv_cache": {"cpu": _limit}}
@@ -121,6 +123,8 @@ def attention_with_kv_cache(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     call = q, k_cache, v_cache, cache_seqlens, k, v, block_table, sinks, scale, left, right, softcap
     o, lse = implementation(name, choose(name, *call)).attention_with_kv_cache_forward(*call)
+    if k is not None and not torch.compiler.is_compiling():  # a kernel writes without autograd's knowledge
+        torch.autograd.graph.increment_version((k_cache, v_cache))
     return (o, lse) if return_lse else o
 
 
