@@ -101,8 +101,4 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q_, const Tensor& k_cache, cons
 }  // namespace
 }  // namespace fastprimer
 
-#ifndef FASTPRIMER_EMULATED
-STABLE_TORCH_LIBRARY_IMPL(fastprimer, CPU, m) {
-  m.impl("attention_with_kv_cache_forward", TORCH_BOX(&fastprimer::forward<fastprimer::Cpu>));
-}
-#endif
+FASTPRIMER_IMPL(Device, m) { m.impl("attention_with_kv_cache_forward", TORCH_BOX(&fastprimer::forward<Device>)); }

@@ -25,7 +25,7 @@ struct Decoding {
   float* lse;        // (B, H, S), contiguous
   float* workspace;  // decoding_workspace(args) numbers
 
-  int64_t room() const { return page_size * pages_of_sequence; }
+  int64_t room() const { return pages == 0 ? 0 : page_size * pages_of_sequence; }  // tokens that a sequence may have
   int64_t appended() const { return k.data == nullptr ? 0 : S; }
 };
 

@@ -72,7 +72,13 @@ def _limit(q, k_cache, v_cache, *_) -> str:
     )
 
 
-LIMITS = {"attention_with_kv_cache": {"cpu": _limit}}
+def _gpu_limit(q, k_cache, v_cache, cache_seqlens, k, v, block_table, sinks, scale, *_) -> str:
+    if not (q.shape[-1] <= 256 and v_cache.shape[-1] <= 256):
+        return f"its kernel takes heads of 1..256 features, not D = {q.shape[-1]} and Dv = {v_cache.shape[-1]}"
+    return _limit(q, k_cache, v_cache) or ("" if scale > 0 else f"its kernel takes a scale > 0, not {scale}")
+
+
+LIMITS = {"attention_with_kv_cache": {"cpu": _limit, "cuda": _gpu_limit}}
 
 
 def attention_with_kv_cache(
