@@ -42,8 +42,8 @@ void check_shapes(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
 // The values of lengths and pages, where they can be read: kernels follow them.
 void check_places(const Decoding& args) {
   for (int64_t b = 0; b < args.B; b++) {
-    const int64_t length = args.cache_seqlens[b] + args.appended();
-    STD_TORCH_CHECK(args.cache_seqlens[b] >= 0 && length <= args.room(), "fastprimer: cache_seqlens: expected 0..", args.room(),
+    const int64_t length = args.cache_seqlens[b] + args.appended;
+    STD_TORCH_CHECK(args.cache_seqlens[b] >= 0 && length <= args.room, "fastprimer: cache_seqlens: expected 0..", args.room,
                     " tokens, the new ones included");
     for (int64_t n = 0; args.block_table && n * args.page_size < length; n++) {
       const int64_t page = args.block_table[b * args.pages_of_sequence + n];
@@ -75,6 +75,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q_, const Tensor& k_cache, cons
                    .pages = k_cache.size(0),
                    .page_size = k_cache.size(1),
                    .pages_of_sequence = block_table ? block_table->size(1) : 1,
+                   .room = 0,
+                   .appended = k ? S : 0,
                    .sinks = data_of<float>(sinks),
                    .B = B,
                    .S = S,
@@ -90,6 +92,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q_, const Tensor& k_cache, cons
                    .o = o.mutable_data_ptr(),
                    .lse = static_cast<float*>(lse.mutable_data_ptr()),
                    .workspace = nullptr};
+  if (args.pages > 0) args.room = args.page_size * args.pages_of_sequence;
   if (B == 0) return {o, lse};
   if constexpr (std::is_same_v<Device, Cpu>) check_places(args);
   const Tensor workspace = empty(q, {decoding_workspace(on.device, args)}, ScalarType::Float);

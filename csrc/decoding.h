@@ -15,6 +15,8 @@ struct Decoding {
   const int32_t* cache_seqlens;  // (B,), without the new tokens
   const int32_t* block_table;    // (B, pages_of_sequence); null: contiguous
   int64_t pages, page_size, pages_of_sequence;
+  int64_t room;        // tokens that a sequence may have: page_size pages_of_sequence, if there is a page
+  int64_t appended;    // S, or 0 without k and v
   const float* sinks;  // (H,); null: none
   int64_t B, S, H, Hk, D, Dv;
   int64_t left, right;  // AttentionProblem::UNLIMITED, or >= 0
@@ -24,9 +26,6 @@ struct Decoding {
   void* o;           // (B, S, H, Dv), contiguous
   float* lse;        // (B, H, S), contiguous
   float* workspace;  // decoding_workspace(args) numbers
-
-  int64_t room() const { return pages == 0 ? 0 : page_size * pages_of_sequence; }  // tokens that a sequence may have
-  int64_t appended() const { return k.data == nullptr ? 0 : S; }
 };
 
 inline int64_t decoding_workspace(Cpu, const Decoding&) { return 0; }  // it takes as much as the lengths ask for

@@ -47,7 +47,7 @@ class Plan {
   bool ready() const { return first_.data() != nullptr; }
 
   Sequence sequence(int64_t b) const {
-    const int64_t T = a.cache_seqlens[b] + a.appended();
+    const int64_t T = a.cache_seqlens[b] + a.appended;
     return {b, a.S, T, 0, 0, smaller(a.left, a.S + T), smaller(a.right, a.S + T)};
   }
   static Range seen_by(const Sequence& s) { return s.keys_of({0, s.S}); }

@@ -22,7 +22,7 @@ DecodingOptions cut(const Decoding& args) {
   DecodingOptions options = {};
   options.row_tiles = static_cast<int>((rows + tile - 1) / tile);
   const int64_t blocks = args.B * args.Hk * options.row_tiles, wanted = BLOCKS_PER_MULTIPROCESSOR * multiprocessors();
-  const int64_t seen = args.left < 0 ? args.room() : std::min(args.room(), args.left + args.S);
+  const int64_t seen = args.left < 0 ? args.room : std::min(args.room, args.left + args.S);
   const int64_t splits = std::min((wanted + blocks - 1) / blocks, (seen + LEAST_KEYS - 1) / LEAST_KEYS);
   options.splits = static_cast<int>(std::max<int64_t>(splits, 1));
   options.part_features = static_cast<int>((args.Dv + 3) / 4 * 4);
@@ -32,7 +32,7 @@ DecodingOptions cut(const Decoding& args) {
 Error unsupported(const Decoding& args) {
   if (args.D > 256 || args.Dv > 256) return "heads of more than 256 features are not supported";
   if (!(args.scale > 0)) return "scale must be greater than 0";
-  if (args.room() > ATTENTION_MOST_TOKENS || args.page_size > ATTENTION_MOST_TOKENS || args.pages > 0x7FFFFFFF) {
+  if (args.room > ATTENTION_MOST_TOKENS || args.page_size > ATTENTION_MOST_TOKENS || args.pages > 0x7FFFFFFF) {
     return "caches of 2^30 tokens a sequence are not supported";
   }
   if (args.B * args.S * args.H > 0x7FFFFFFF) return "too many sequences, queries and heads for one launch";
@@ -97,7 +97,7 @@ Error decoding(Cuda device, const Decoding& args) {
   return by_dtype(args.dtype, [&](auto element) -> Error {
     using T = decltype(element);
     const DecodingOptions options = options_of<T>(args);
-    if (args.appended() > 0) {
+    if (args.appended > 0) {
       if (Error error = launch_warps(decoding_append<T>, device, args.B * args.S * args.Hk, args)) return error;
     }
     if (Error error = launch_parts<T>(device, args, options)) return error;

@@ -18,8 +18,8 @@ struct DecodingSequence {
   // Memory-safe whatever the lengths on the device are.
   __device__ __forceinline__ DecodingSequence(const Decoding& args, const DecodingOptions& options, int b)
       : b(b), S(static_cast<int>(args.S)), left(options.left), right(options.right) {
-    const int room = static_cast<int>(args.room()), cached = min(max(args.cache_seqlens[b], 0), room);
-    T = min(cached + static_cast<int>(args.appended()), room);
+    const int room = static_cast<int>(args.room), cached = min(max(args.cache_seqlens[b], 0), room);
+    T = min(cached + static_cast<int>(args.appended), room);
     begin = first_key_of(S - 1);
     end = max(begin, end_key_of(0));
   }
@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(DECODING_THREADS) decoding_append(const Decodi
   if (row >= args.B * S * heads) return;
   const int b = row / (S * heads), i = row / heads % S, hk = row % heads;
   const int64_t position = static_cast<int64_t>(args.cache_seqlens[b]) + i;
-  if (position < 0 || position >= args.room()) return;
+  if (position < 0 || position >= args.room) return;
   const auto copy = [&](const Heads& from, const Heads& cache, int64_t features) {
     const T* source = static_cast<const T*>(from.data) + b * from.stride_batch + i * from.stride_token + hk * from.stride_head;
     T* target = CachedRows<T>(args, cache, features, false, b, hk).row(static_cast<int>(position));
