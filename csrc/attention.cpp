@@ -1,41 +1,14 @@
 // Attention: tensors in, tensors out. Reads the strides of queries, keys and values, and calls the kernels of the tensors' device.
 #include "attention.h"
 
-#include <limits>
 #include <tuple>
 #include <type_traits>
 #include <vector>
 
-#include "tensor.h"
+#include "attention_tensors.h"
 
 namespace fastprimer {
 namespace {
-
-using Integer = std::optional<int64_t>;
-
-// t itself, if it is contiguous and of that dtype; otherwise its copy.
-Tensor as(ScalarType dtype, const Tensor& t) {
-  if (t.scalar_type() == dtype) return torch::stable::contiguous(t);
-  Tensor converted = empty(t, t.sizes(), dtype);
-  return torch::stable::copy_(converted, t);
-}
-
-std::optional<Tensor> as(ScalarType dtype, const std::optional<Tensor>& t) {
-  if (!t) return std::nullopt;
-  return as(dtype, *t);
-}
-
-template <class T>
-const T* data_of(const std::optional<Tensor>& t) {
-  return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
-}
-
-Heads heads_of(const Tensor& x) {
-  return {.data = x.const_data_ptr(),
-          .stride_batch = x.dim() == 3 ? 0 : x.stride(0),
-          .stride_token = x.stride(x.dim() - 3),
-          .stride_head = x.stride(x.dim() - 2)};
-}
 
 // Cumulative lengths of `tokens` tokens: their values too, where they can be read.
 template <class Device>
@@ -63,8 +36,7 @@ void check_shapes(const Tensor& q, const Tensor& k, const Tensor& v, const std::
   bool fits = v.dim() == dims && v.size(dims - 1) > 0;
   for (int64_t d = 0; fits && d < dims - 1; d++) fits = v.size(d) == k.size(d);
   STD_TORCH_CHECK(fits, "fastprimer: v: expected shape (..., Hk, Dv) of k's batch, tokens and heads");
-  STD_TORCH_CHECK(!sinks || (sinks->dim() == 1 && sinks->size(0) == q.size(dims - 2) && sinks->get_device_index() == q.get_device_index()),
-                  "fastprimer: sinks: expected shape (H,), on q's device");
+  check_sinks(sinks, q);
 }
 
 // The inputs as the kernels read them, and the tensors that hold what had to be copied.
@@ -74,11 +46,6 @@ struct Inputs {
   bool packed;
   AttentionProblem problem;
 };
-
-int64_t limit_of(Integer side) {
-  STD_TORCH_CHECK(!side || *side >= 0, "fastprimer: window: expected numbers >= 0 or None");
-  return side.value_or(AttentionProblem::UNLIMITED);
-}
 
 template <class Device>
 Inputs inputs_of(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& sinks,

@@ -21,6 +21,9 @@ STABLE_TORCH_LIBRARY(FASTPRIMER_NAMESPACE, m) {
       "attention_backward(Tensor do, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor? sinks, Tensor? "
       "cu_seqlens_q, Tensor? cu_seqlens_k, SymInt? max_seqlen_q, SymInt? max_seqlen_k, float scale, SymInt? left, SymInt? right, float? "
       "softcap) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "attention_with_kv_cache_forward(Tensor q, Tensor(a1!) k_cache, Tensor(a2!) v_cache, Tensor cache_seqlens, Tensor? k, Tensor? v, "
+      "Tensor? block_table, Tensor? sinks, float scale, SymInt? left, SymInt? right, float? softcap) -> (Tensor, Tensor)");
 #ifndef FASTPRIMER_EMULATED
   m.def("limit_cpu_instruction_set(int limit) -> int");  // for tests: csrc/cpu/dispatch.cpp
   m.def("allow_brgemm(bool allow) -> bool");             // for tests: csrc/cpu/brgemm.h

@@ -90,7 +90,28 @@ def _window_mask(S: int, T: int, left, right, causal: bool, device) -> torch.Ten
     return visible if right is None else visible & (distance <= right)
 
 
-EAGER: dict[str, Callable] = {"rms_norm": _rms_norm, "rope": _rope, "swiglu": _swiglu, "attention": _attention}
+def _attention_with_kv_cache(q, k_cache, v_cache, cache_seqlens, *, k, v, block_table=None, return_lse=False):
+    """For sequences of one length, which the caller knows."""
+    S, length = q.shape[1], int(cache_seqlens[0])
+    if block_table is None:
+        k_cache[:, length : length + S], v_cache[:, length : length + S] = k, v
+    else:
+        position = torch.arange(length, length + S, device=q.device)
+        place = block_table[:, position // k_cache.shape[1]], position % k_cache.shape[1]
+        k_cache[place], v_cache[place] = k, v
+        k_cache, v_cache = (cache[block_table].flatten(1, 2) for cache in (k_cache, v_cache))
+    mask = None if S == 1 else _window_mask(S, length + S, None, None, True, q.device)
+    q, k, v = (t.transpose(1, 2) for t in (q, k_cache[:, : length + S], v_cache[:, : length + S]))
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+
+EAGER: dict[str, Callable] = {
+    "rms_norm": _rms_norm,
+    "rope": _rope,
+    "swiglu": _swiglu,
+    "attention": _attention,
+    "attention_with_kv_cache": _attention_with_kv_cache,
+}
 """What a user without fastprimer would write. The same function, compiled, is the second peer."""
 
 
@@ -179,7 +200,8 @@ def _jobs(op: str, device: str, args) -> list[tuple]:
     cases = [case for case in CASES if case.op == op and case.bench]
     cases = cases[:1] if args.quick else cases
     dtypes = (torch.float32, torch.bfloat16)
-    return [(case, dtype, measured, b) for b in backends for case in cases for dtype in dtypes for measured in PASSES]
+    passes = PASSES[:1] if op == "attention_with_kv_cache" else PASSES
+    return [(case, dtype, measured, b) for b in backends for case in cases for dtype in dtypes for measured in passes]
 
 
 def measure(case: Case, dtype: torch.dtype, measured: str, backend: str, device: str, rounds: int, seed: int) -> Result:

@@ -20,6 +20,7 @@ CASES = {
     "rope": ("partial", "interleaved", "positions", "packed-positions", "heads-first", "many-tokens"),
     "swiglu": ("odd", "packed", "gpt-oss", "gelu", "views", "many"),
     "attention": ("window-both", "softcap", "long-keys", "long-queries", "head-24", "packed-window", "packed-unlike"),
+    "attention_with_kv_cache": ("speculative", "paged", "value-size", "many-queries", "large-values", "splits", "odd-features"),
 }
 
 PLANTED = {
@@ -63,6 +64,26 @@ PLANTED = {
         "a sweep left out": ("attention_backward.h", "for (int64_t sweep = 0; sweep <", "for (int64_t sweep = 1; sweep <"),
         "a term left out of the products": ("products.h", "for (int64_t k = 0; k < K; k++)", "for (int64_t k = 1; k < K; k++)"),
     },
+    "attention_with_kv_cache": {
+        "a new token not appended": ("decoding.cpp", "larger(chunk.keys.begin, cached); j <", "larger(chunk.keys.begin, cached + 1); j <"),
+        "new tokens written where others lie": ("decoding.cpp", "row_of<T>(a_.v, b, j - cached, h)", "row_of<T>(a_.v, b, 0, h)"),
+        "the page is that of the first token": ("decoding_plan.h", "a.pages_of_sequence + page]", "a.pages_of_sequence]"),
+        "all heads of a group have the first one's queries": ("decoding_plan.h", "+ row % (a.H / a.Hk)", "+ 0 * row"),
+        "keys past a row's last are weighed": (
+            "decoding.cpp",
+            "for (int64_t c = seen.end; c < end; c++)",
+            "for (int64_t c = end; c < end; c++)",
+        ),
+        "a chunk left out": (
+            "decoding.cpp",
+            "const Part part = x.part(i, kv_head, r);",
+            "const Part part = x.part(chunks.begin, kv_head, r);",
+        ),
+        "parts not brought to one maximum": ("decoding.cpp", "__builtin_exp2(part.top() - top)", "__builtin_exp2(0 * part.top())"),
+        "the sink has no share": ("decoding.cpp", "double total = __builtin_exp2(sink - top);", "double total = 0;"),
+        "some keys meet rows that do not see them": ("decoding.cpp", "values + seen.begin * stride", "values"),
+        "a column too few": ("dots.h", "  if (c < C) add(c, Constant<1>{}, C - c);", "  if (c < C) add(c, Constant<1>{}, C - c - 1);"),
+    },
     "all": {
         "off-by-one tail": ("simd.h", "  if (c < end) body(c, end - c, 0);", "  if (c + 1 < end) body(c, end - c - 1, 0);"),
         "unmasked tail": ("simd.h", "  if (c < end) body(c, end - c, 0);", "  if (c < end) body(c, All{}, 0);"),
@@ -88,7 +109,7 @@ import pathlib, sys
 import torch
 import fastprimer
 from fastprimer.cases import rms_norm_case, rope_case, swiglu_case
-from fastprimer.cases.attention import attention_case
+from fastprimer.cases.attention import attention_case, decoding_case
 from fastprimer.testing import CASES, compare
 from fastprimer.verify import dtypes_of
 sys.modules["fastprimer.backends"].PACKAGE = pathlib.Path(sys.argv[1])
@@ -97,6 +118,7 @@ large = {{
     "rope": rope_case("large", (1, 512), 64, 4, 128, 128, P=512),
     "swiglu": swiglu_case("large", 1024, 4352),
     "attention": attention_case("large", (1, 300, 2, 64), (1, 300, 1, 64), causal=True, scale=1.0),
+    "attention_with_kv_cache": decoding_case("large", [700, 80], 5, 8, 2, 72, window=(300, None), scale=1.0),
 }}
 for op, names in {CASES}.items():
     rows = [r for c in CASES if c.op == op and c.name in names for d in dtypes_of("cpu", op) for r in compare(c, d, "cpu")]

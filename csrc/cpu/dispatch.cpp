@@ -5,20 +5,22 @@
 
 #include "attention.h"
 #include "brgemm.h"
+#include "decoding.h"
 #include "isa.h"
 #include "parallel.h"
 #include "rms_norm.h"
 #include "rope.h"
 #include "swiglu.h"
 
-#define FASTPRIMER_CPU_KERNELS(KERNEL)        \
-  KERNEL(rms_norm_forward, RmsNormForward)    \
-  KERNEL(rms_norm_backward, RmsNormBackward)  \
-  KERNEL(rope, Rope)                          \
-  KERNEL(swiglu_forward, SwiGluForward)       \
-  KERNEL(swiglu_backward, SwiGluBackward)     \
-  KERNEL(attention_forward, AttentionForward) \
-  KERNEL(attention_backward, AttentionBackward)
+#define FASTPRIMER_CPU_KERNELS(KERNEL)          \
+  KERNEL(rms_norm_forward, RmsNormForward)      \
+  KERNEL(rms_norm_backward, RmsNormBackward)    \
+  KERNEL(rope, Rope)                            \
+  KERNEL(swiglu_forward, SwiGluForward)         \
+  KERNEL(swiglu_backward, SwiGluBackward)       \
+  KERNEL(attention_forward, AttentionForward)   \
+  KERNEL(attention_backward, AttentionBackward) \
+  KERNEL(decoding, Decoding)
 
 namespace fastprimer {
 

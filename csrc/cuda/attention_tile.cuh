@@ -52,8 +52,8 @@ struct Rows {
 };
 
 // Starts to copy rows `first` .. first + ROWS - 1 into a tile; rows from `end` on and features past the last become zero.
-template <int ROWS, int THREADS, class T, int WIDTH, bool GROUPED>
-__device__ __forceinline__ void fetch(const Tile<T, WIDTH>& tile, const Rows<const T, GROUPED>& from, int first, int end) {
+template <int ROWS, int THREADS, class T, int WIDTH, class Source>
+__device__ __forceinline__ void fetch(const Tile<T, WIDTH>& tile, const Source& from, int first, int end) {
   constexpr int CHUNKS = WIDTH / CHUNK<T>;
   const int chunk = threadIdx.x % CHUNKS, feature = chunk * CHUNK<T>;
   const int left = from.features - feature, count = left < 0 ? 0 : left < CHUNK<T> ? left : CHUNK<T>;

@@ -74,9 +74,15 @@ def attention(kernel: str) -> tuple[str, ...]:
     return ("LDGSTS", "STG.E.128") if "<float," in kernel else ("HMMA", "LDSM", "LDGSTS", "STG.E.128")
 
 
+def decoding(kernel: str) -> tuple[str, ...]:
+    """Keys and values come as attention's do; what appends tokens and adds up parts moves little."""
+    return attention(kernel) if kernel.startswith("decoding_parts<") else ()
+
+
 CASES = (
     *(Case(ROOT / f"csrc/cuda/{op}.cu", wide_access) for op in ("rms_norm", "rope", "swiglu")),
     Case(ROOT / "csrc/cuda/attention.cu", attention),
+    Case(ROOT / "csrc/cuda/decoding.cu", decoding),
     Case(ROOT / "tests/emulator/probe.cu", tensor_core),
 )
 

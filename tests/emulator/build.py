@@ -15,7 +15,7 @@ HERE = Path("tests/emulator")
 CHECKS = {
     "reports": [HERE / "check_reports.cpp"],
     "gemm": [HERE / "check_gemm.cpp"],
-    **{op: [HERE / f"check_{op}.cpp", Path(f"csrc/cuda/{op}.cu")] for op in ("rms_norm", "rope", "swiglu", "attention")},
+    **{op: [HERE / f"check_{op}.cpp", Path(f"csrc/cuda/{op}.cu")] for op in ("rms_norm", "rope", "swiglu", "attention", "decoding")},
 }
 """One program for the emulator itself, and one for each operation."""
 

@@ -1,0 +1,52 @@
+// What the bindings of attention and decoding share: queries, keys and values as their kernels read them.
+#pragma once
+#include "attention.h"
+#include "tensor.h"
+
+namespace fastprimer {
+
+using Integer = std::optional<int64_t>;
+
+// t itself, if it is contiguous and of that dtype; otherwise its copy.
+inline Tensor as(ScalarType dtype, const Tensor& t) {
+  if (t.scalar_type() == dtype) return torch::stable::contiguous(t);
+  Tensor converted = empty(t, t.sizes(), dtype);
+  return torch::stable::copy_(converted, t);
+}
+
+inline std::optional<Tensor> as(ScalarType dtype, const std::optional<Tensor>& t) {
+  if (!t) return std::nullopt;
+  return as(dtype, *t);
+}
+
+template <class T>
+const T* data_of(const std::optional<Tensor>& t) {
+  return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
+}
+
+inline Heads heads_of(const Tensor& x) {
+  return {.data = x.const_data_ptr(),
+          .stride_batch = x.dim() == 3 ? 0 : x.stride(0),
+          .stride_token = x.stride(x.dim() - 3),
+          .stride_head = x.stride(x.dim() - 2)};
+}
+
+inline Heads heads_of(const std::optional<Tensor>& x) { return x ? heads_of(*x) : Heads{}; }
+
+inline std::optional<Tensor> with_adjacent_features(const std::optional<Tensor>& x) {
+  if (!x) return std::nullopt;
+  return with_adjacent_features(*x);
+}
+
+inline void check_sinks(const std::optional<Tensor>& sinks, const Tensor& q) {
+  STD_TORCH_CHECK(
+      !sinks || (sinks->dim() == 1 && sinks->size(0) == q.size(q.dim() - 2) && sinks->get_device_index() == q.get_device_index()),
+      "fastprimer: sinks: expected shape (H,), on q's device");
+}
+
+inline int64_t limit_of(Integer side) {
+  STD_TORCH_CHECK(!side || *side >= 0, "fastprimer: window: expected numbers >= 0 or None");
+  return side.value_or(AttentionProblem::UNLIMITED);
+}
+
+}  // namespace fastprimer
