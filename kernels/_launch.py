@@ -1,4 +1,4 @@
-"""What every launch needs: tensors as rows, the type to compute in, the device's size, and the right device made current."""
+"""What every launch needs: tensors as rows or heads, the type to compute in, the device's size, and the right device made current."""
 
 from __future__ import annotations
 
@@ -18,6 +18,12 @@ def as_rows(x: Tensor) -> Tensor:
     C = x.shape[-1]
     rows = x.reshape(x.numel() // C, C)
     return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def as_heads(x: Tensor) -> Tensor:
+    """x (..., S, heads, D) as (B, S, heads, D), the features of a head adjacent: a view if they are, otherwise one copy."""
+    x = x if x.dim() == 4 else x.unsqueeze(0)
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def wide(x: Tensor) -> tl.dtype:

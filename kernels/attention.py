@@ -20,8 +20,7 @@ from torch import Tensor
 
 from fastprimer.kernels._attention_backward import attention_delta_kernel, attention_dk_dv_kernel, attention_dq_kernel
 from fastprimer.kernels._attention_forward import attention_forward_kernel
-from fastprimer.kernels._launch import architecture, on_device
-from fastprimer.kernels.rope import as_heads
+from fastprimer.kernels._launch import architecture, as_heads, on_device
 
 
 class Tile(NamedTuple):
