@@ -20,6 +20,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import threading
@@ -277,7 +278,7 @@ def load_emulator() -> None:
 def _load(op: str, backend: str, device: str) -> SimpleNamespace:
     """The backend's functions for op as operators with fakes, called without the overload look-up."""
     chapter = _chapters[op]
-    names = [f"{op}_forward", f"{op}_backward"]
+    names = list(vars(_functions[op, "reference"]))
     if backend == "triton":
         space = "fastprimer_triton"
         _register_triton(chapter, names)
@@ -289,8 +290,9 @@ def _load(op: str, backend: str, device: str) -> SimpleNamespace:
 
 
 def schema(function) -> str:
-    """The operator schema of a chapter's function, read off its annotations."""
-    return torch.library.infer_schema(function, mutates_args=())
+    """The operator schema of a chapter's function, read off its annotations; what is named a cache is written in place."""
+    caches = [name for name in inspect.signature(function).parameters if name.endswith("_cache")]
+    return torch.library.infer_schema(function, mutates_args=caches)
 
 
 def _register_triton(chapter, names: list[str]) -> None:

@@ -67,7 +67,7 @@ def how(backend: str, device: str) -> str:
 
 
 def dtypes_of(backend: str, op: str = "") -> tuple[torch.dtype, ...]:
-    wide = backend == "reference" or (backend == "cpu" and op != "attention")
+    wide = backend == "reference" or (backend == "cpu" and not op.startswith("attention"))
     return DTYPES if wide else tuple(d for d in DTYPES if d != torch.float64)
 
 

@@ -109,3 +109,15 @@ def tanh(x):
     far = 1 - 2 / (tl.exp2(a * (2 * LOG2_E)) + 1)
     t = tl.where(a < 0.6, a + a * u * polynomial, far)
     return tl.where(x < 0, -t, t)
+
+
+@triton.jit
+def online_softmax(s, top, total, slope, MASKED: tl.constexpr):
+    """p = 2^(slope s - top) with the new top, the factor for what was summed with the old one, top and total."""
+    new_top = tl.maximum(top, tl.max(s, 1) * slope)
+    shift = new_top
+    if MASKED:
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # A row that has seen nothing yet.
+    rescale = tl.exp2(top - shift)
+    p = tl.exp2(s * slope - shift[:, None])
+    return p, rescale, new_top, total * rescale + tl.sum(p, 1)

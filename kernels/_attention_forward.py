@@ -11,7 +11,18 @@ and log2 e, and is positive, so that the largest z is slope times the largest s.
 import triton
 import triton.language as tl
 
-from fastprimer.kernels._attention import LN_2, LOG2_E, load_tile, place_of, sequence, store_tile, tanh, visible, visible_range
+from fastprimer.kernels._attention import (
+    LN_2,
+    LOG2_E,
+    load_tile,
+    online_softmax,
+    place_of,
+    sequence,
+    store_tile,
+    tanh,
+    visible,
+    visible_range,
+)
 
 
 @triton.jit
@@ -29,16 +40,9 @@ def _attend(
             s = tanh(s * inner)
         if MASKED:
             s = tl.where(visible(row[:, None], key[None, :], T - S, T, left, right, LEFT, RIGHT), s, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, 1) * slope)
-        shift = new_top
-        if MASKED:
-            shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # A row that has seen nothing yet.
-        rescale = tl.exp2(top - shift)
-        p = tl.exp2(s * slope - shift[:, None])
-        total = total * rescale + tl.sum(p, 1)
+        p, rescale, top, total = online_softmax(s, top, total, slope, MASKED)
         v = load_tile(v_ptr, first, T, stride_v_token, BLOCK_N, Dv, WIDTH_V, MASKED)
         o = tl.dot(p.to(v.dtype), v, o * rescale[:, None], input_precision="ieee")
-        top = new_top
     return o, top, total
 
 

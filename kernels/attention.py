@@ -75,6 +75,11 @@ def tile(table: dict[str, dict[int, Tile]], D: int, Dv: int, dtype: torch.dtype,
     return table[family][max(64, width(D), width(Dv))]
 
 
+def scores(scale: float, softcap: Optional[float]) -> tuple[float, float]:
+    """inner, slope: a logit in base 2 is slope · q k, or with a softcap slope · tanh(inner · q k)."""
+    return (0.0, scale / math.log(2)) if softcap is None else (scale / softcap, softcap / math.log(2))
+
+
 class Problem:
     """The arguments of an attention as the kernels take them: dense tensors (B, S, heads, D), packed ones as one of them."""
 
@@ -91,8 +96,7 @@ class Problem:
         self.LEFT, self.RIGHT, self.SOFTCAP = left is not None, right is not None, softcap is not None
         self.left, self.right = min(left or 0, S + T), min(right or 0, S + T)
         self.scale = scale
-        self.inner = scale / softcap if self.SOFTCAP else 0.0
-        self.slope = (softcap if self.SOFTCAP else scale) / math.log(2)
+        self.inner, self.slope = scores(scale, softcap)
 
     def strides(self, x: Tensor) -> tuple[int, int, int]:
         """Of sequences, tokens, heads of an x (B, tokens, heads, C); packed sequences are told apart by their first token."""

@@ -36,7 +36,7 @@ PLANTED = {
     "packed offset of the length": (SHARED, "tl.load(cu_seqlens_ptr + batch + 1) - start", "tl.load(cu_seqlens_ptr + batch + 1)"),
     "tanh without its sign": (SHARED, "tl.where(x < 0, -t, t)", "t"),
     "o not rescaled": (FORWARD, "o * rescale[:, None]", "o"),
-    "total not rescaled": (FORWARD, "total * rescale", "total"),
+    "total not rescaled": (SHARED, "total * rescale", "total"),
     "sink left out of lse": (FORWARD, 'total = tl.where(top == float("-inf"), 0.0, 1.0)', "total = tl.zeros((BLOCK_M,), tl.float32)"),
     "lse in base 2": (FORWARD, "* LN_2", "* 1.0"),
     "head mapping": (

@@ -14,7 +14,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from fastprimer.backends import choose, implementation
+from fastprimer.backends import choose, dtype_limit, implementation
 from fastprimer.ops import _arguments as arguments
 from fastprimer.ops._attention_arguments import check_heads, check_scores, normalise_window
 from fastprimer.ops.attention import attend
@@ -64,7 +64,25 @@ def attention_with_kv_cache_forward(
     return attend(q, k_cache, v_cache, visible[:, None, None], sinks, scale, softcap)
 
 
-LIMITS = {"attention_with_kv_cache": {}}
+def _limit(q, k_cache, v_cache, *_) -> str:
+    if not all(cache.shape[-1] == 1 or cache.stride(-1) == 1 for cache in (k_cache, v_cache)):
+        return "its kernel takes caches in which the features of a head lie next to each other"
+    return dtype_limit(q, None, "float32 bfloat16 float16") or (
+        "" if v_cache.shape[-1] else "its kernel takes values of at least one feature"
+    )
+
+
+def _triton_limit(q, k_cache, v_cache, cache_seqlens, k, v, block_table, sinks, scale, *_) -> str:
+    if max(q.shape[-1], v_cache.shape[-1]) > 256:
+        return f"its kernel takes heads of at most 256 features, not D = {q.shape[-1]} and Dv = {v_cache.shape[-1]}"
+    return _limit(q, k_cache, v_cache) or ("" if scale > 0 else f"its kernel takes a scale > 0, not {scale}")
+
+
+LIMITS = {
+    "attention_with_kv_cache": {
+        "triton": _triton_limit,
+    }
+}
 
 
 def attention_with_kv_cache(
