@@ -33,18 +33,33 @@ def _at(ptr, first, row, stride_row, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def load_tile(ptr, first, rows, stride_row, ROWS: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, CHECKED: tl.constexpr):
-    """Rows first.. of C numbers, 0 in the columns C..WIDTH; with CHECKED also in the rows beyond the last."""
-    row, column = tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    place = _at(ptr, first, row, stride_row, WIDTH)
-    if CHECKED and C < WIDTH:
-        return tl.load(place, mask=(first + row < rows)[:, None] & (column < C)[None, :], other=0.0)
-    elif CHECKED:
-        return tl.load(place, mask=(first + row < rows)[:, None], other=0.0)
-    elif C < WIDTH:
-        return tl.load(place, mask=(column < C)[None, :], other=0.0)
+def tiles_of(ptr, heads, rows, stride_head, stride_row, ROWS: tl.constexpr, C: tl.constexpr, TMA: tl.constexpr):
+    """What load_tile reads tiles of ROWS rows from: the pointer, or with TMA a descriptor of these heads of one sequence."""
+    if TMA:
+        return tl.make_tensor_descriptor(ptr, [heads, tl.maximum(rows, 1), C], [stride_head, stride_row, 1], [1, ROWS, C])
     else:
-        return tl.load(place)
+        return ptr
+
+
+@triton.jit
+def load_tile(
+    tiles, head, stride_head, first, rows, stride_row,
+    ROWS: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, CHECKED: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Rows first.. of C numbers of one head, 0 in the columns C..WIDTH; with CHECKED also in the rows beyond the last."""
+    if TMA:  # which itself reads 0 beyond the last row
+        return tiles.load([head, first, 0]).reshape(ROWS, WIDTH)
+    else:
+        row, column = tl.arange(0, ROWS), tl.arange(0, WIDTH)
+        place = _at(tiles + tl.cast(head, tl.int64) * stride_head, first, row, stride_row, WIDTH)
+        if CHECKED and C < WIDTH:
+            return tl.load(place, mask=(first + row < rows)[:, None] & (column < C)[None, :], other=0.0)
+        elif CHECKED:
+            return tl.load(place, mask=(first + row < rows)[:, None], other=0.0)
+        elif C < WIDTH:
+            return tl.load(place, mask=(column < C)[None, :], other=0.0)
+        else:
+            return tl.load(place)
 
 
 @triton.jit
