@@ -10,6 +10,8 @@ after another. What the stock interpreter (3.6 to 3.9) does, and what it does af
     poison      A masked load without `other` gives 0 where the mask is off; on a GPU that is undefined. -> It gives NaN,
                 or the largest integer.
     order       Programs run in ascending order. -> They run in a random order, fixed by a seed (`program_order`).
+    products    The order in which numpy sums a float32 dot depends on the shape of the tile, so that two kernels get different bits
+                for one number. -> It is summed as a GPU does without tensor cores: by fused multiply-adds, in the order of k.
     booleans    The result of a comparison carries its operands' type, so that a later cast misreads it. -> It is int1.
     scalars     Triton 3.6 cannot use a scalar as a loop bound under numpy >= 2.4. -> It can.
 
@@ -65,6 +67,17 @@ def _compute(original, builder, *operands):
     if result.data.dtype == np.bool_:
         return Handle(result.data, tl.int1)
     return _round(result) if all(_is_bfloat16(o) for o in operands if isinstance(o, Handle)) else result
+
+
+def _dot(original, builder, a, b, accumulator, *options):
+    if not a.dtype.scalar == b.dtype.scalar == accumulator.dtype.scalar == tl.float32:
+        return _compute(original, builder, a, b, accumulator, *options)
+    total, product = accumulator.data.copy(), np.empty(accumulator.data.shape)  # float64: the products are exact
+    x, y = a.data.astype(np.float64), b.data.astype(np.float64)
+    for k in range(x.shape[-1]):
+        np.multiply(x[..., :, k, None], y[..., k, None, :], out=product)
+        np.add(total, product, out=total, casting="same_kind")
+    return Handle(total, tl.float32)
 
 
 def _cast(original, builder, source, dtype, *rounding):
@@ -268,7 +281,14 @@ def _set_program(original, builder, x, y, z):
     original(builder, *divmod(program, ny), z)
 
 
-# Scalars
+# The language
+
+
+def _patch_language(original, function):
+    """Replace the builtins once a launch, not again at every call of a device function, which takes half of all time."""
+    languages = [value for value in function.__globals__.values() if value is tl or value is tl.core]
+    if any(tl.core.is_builtin(language.load) for language in languages):
+        return original(function)
 
 
 def _patch_tensor(original, tensor, scope):
@@ -281,7 +301,7 @@ PATCHES = {
     "InterpreterBuilder.unary_op": _compute,
     "InterpreterBuilder.create_clampf": _compute,
     "InterpreterBuilder.create_fma": _compute,
-    "InterpreterBuilder.create_dot": _compute,
+    "InterpreterBuilder.create_dot": _dot,
     "InterpreterBuilder.cast_impl": _cast,
     "InterpreterBuilder.create_fp_to_fp": _cast,
     "ReduceScanOpInterface.apply": _reduce_or_scan,
@@ -293,6 +313,7 @@ PATCHES = {
     "InterpreterBuilder.create_atomic_cas": _atomic_exchange,
     "InterpreterBuilder.set_grid_dim": _set_grid,
     "InterpreterBuilder.set_grid_idx": _set_program,
+    "_patch_lang": _patch_language,
     "_patch_lang_tensor": _patch_tensor,
 }
 

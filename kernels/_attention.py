@@ -33,18 +33,33 @@ def _at(ptr, first, row, stride_row, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def load_tile(ptr, first, rows, stride_row, ROWS: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, CHECKED: tl.constexpr):
-    """Rows first.. of C numbers, 0 in the columns C..WIDTH; with CHECKED also in the rows beyond the last."""
-    row, column = tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    place = _at(ptr, first, row, stride_row, WIDTH)
-    if CHECKED and C < WIDTH:
-        return tl.load(place, mask=(first + row < rows)[:, None] & (column < C)[None, :], other=0.0)
-    elif CHECKED:
-        return tl.load(place, mask=(first + row < rows)[:, None], other=0.0)
-    elif C < WIDTH:
-        return tl.load(place, mask=(column < C)[None, :], other=0.0)
+def tiles_of(ptr, heads, rows, stride_head, stride_row, ROWS: tl.constexpr, C: tl.constexpr, TMA: tl.constexpr):
+    """What load_tile reads tiles of ROWS rows from: the pointer, or with TMA a descriptor of these heads of one sequence."""
+    if TMA:
+        return tl.make_tensor_descriptor(ptr, [heads, tl.maximum(rows, 1), C], [stride_head, stride_row, 1], [1, ROWS, C])
     else:
-        return tl.load(place)
+        return ptr
+
+
+@triton.jit
+def load_tile(
+    tiles, head, stride_head, first, rows, stride_row,
+    ROWS: tl.constexpr, C: tl.constexpr, WIDTH: tl.constexpr, CHECKED: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """Rows first.. of C numbers of one head, 0 in the columns C..WIDTH; with CHECKED also in the rows beyond the last."""
+    if TMA:  # which itself reads 0 beyond the last row
+        return tiles.load([head, first, 0]).reshape(ROWS, WIDTH)
+    else:
+        row, column = tl.arange(0, ROWS), tl.arange(0, WIDTH)
+        place = _at(tiles + tl.cast(head, tl.int64) * stride_head, first, row, stride_row, WIDTH)
+        if CHECKED and C < WIDTH:
+            return tl.load(place, mask=(first + row < rows)[:, None] & (column < C)[None, :], other=0.0)
+        elif CHECKED:
+            return tl.load(place, mask=(first + row < rows)[:, None], other=0.0)
+        elif C < WIDTH:
+            return tl.load(place, mask=(column < C)[None, :], other=0.0)
+        else:
+            return tl.load(place)
 
 
 @triton.jit
@@ -109,3 +124,15 @@ def tanh(x):
     far = 1 - 2 / (tl.exp2(a * (2 * LOG2_E)) + 1)
     t = tl.where(a < 0.6, a + a * u * polynomial, far)
     return tl.where(x < 0, -t, t)
+
+
+@triton.jit
+def online_softmax(s, top, total, slope, MASKED: tl.constexpr):
+    """p = 2^(slope s - top) with the new top, the factor for what was summed with the old one, top and total."""
+    new_top = tl.maximum(top, tl.max(s, 1) * slope)
+    shift = new_top
+    if MASKED:
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # A row that has seen nothing yet.
+    rescale = tl.exp2(top - shift)
+    p = tl.exp2(s * slope - shift[:, None])
+    return p, rescale, new_top, total * rescale + tl.sum(p, 1)

@@ -11,7 +11,7 @@ What a query does not see is replaced by 0 after it was computed, so that no inf
 import triton
 import triton.language as tl
 
-from fastprimer.kernels._attention import LOG2_E, load_tile, place_of, sequence, store_tile, tanh, visible, visible_range
+from fastprimer.kernels._attention import LOG2_E, load_tile, place_of, sequence, store_tile, tanh, tiles_of, visible, visible_range
 
 
 @triton.jit
@@ -27,8 +27,8 @@ def attention_delta_kernel(
     row = first + tl.arange(0, BLOCK_M)
     do_ptr += batch * stride_do_batch + head * stride_do_head
     o_ptr += batch * stride_o_batch + head * stride_o_head
-    do = load_tile(do_ptr, first, N, stride_do_token, BLOCK_M, Dv, WIDTH_V, True)
-    o = load_tile(o_ptr, first, N, stride_o_token, BLOCK_M, Dv, WIDTH_V, True)
+    do = load_tile(do_ptr, 0, 0, first, N, stride_do_token, BLOCK_M, Dv, WIDTH_V, True, False)
+    o = load_tile(o_ptr, 0, 0, first, N, stride_o_token, BLOCK_M, Dv, WIDTH_V, True, False)
     delta = tl.sum(do.to(tl.float32) * o.to(tl.float32), 1)
     place = batch * stride_lse_batch + head * stride_lse_head + row
     lse = tl.load(lse_ptr + place, mask=row < N, other=float("inf"))
@@ -63,10 +63,10 @@ def _p_and_ds(s, dp, lse, delta, inner, slope, SOFTCAP: tl.constexpr):
 
 @triton.jit
 def _add_dk_dv(
-    dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, key, begin, end,
+    dk, dv, k, v, q_tiles, do_tiles, lse_ptr, delta_ptr, key, begin, end,
     stride_q_token, stride_q_head, stride_do_token, stride_do_head, stride_lse_head, group, S, T, left, right, inner, slope,
     D: tl.constexpr, Dv: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_M: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Take in the queries begin..end of every head of the group, in one loop: its loads are in flight from one head to the next.
 
@@ -74,12 +74,12 @@ def _add_dk_dv(
     """
     blocks = tl.cdiv(tl.maximum(end - begin, 0), BLOCK_M)
     for step in range(0, group * blocks):
-        member, first = (step // blocks).to(tl.int64), begin + step % blocks * BLOCK_M
+        member, first = step // blocks, begin + step % blocks * BLOCK_M
         row = first + tl.arange(0, BLOCK_M)
-        q = load_tile(q_ptr + member * stride_q_head, first, S, stride_q_token, BLOCK_M, D, WIDTH, MASKED)
-        do = load_tile(do_ptr + member * stride_do_head, first, S, stride_do_token, BLOCK_M, Dv, WIDTH_V, MASKED)
-        lse = _load_rows(lse_ptr + member * stride_lse_head, row, S, float("inf"), MASKED)
-        delta = _load_rows(delta_ptr + member * stride_lse_head, row, S, 0.0, MASKED)
+        q = load_tile(q_tiles, member, stride_q_head, first, S, stride_q_token, BLOCK_M, D, WIDTH, MASKED, TMA)
+        do = load_tile(do_tiles, member, stride_do_head, first, S, stride_do_token, BLOCK_M, Dv, WIDTH_V, MASKED, TMA)
+        lse = _load_rows(lse_ptr + member.to(tl.int64) * stride_lse_head, row, S, float("inf"), MASKED)
+        delta = _load_rows(delta_ptr + member.to(tl.int64) * stride_lse_head, row, S, 0.0, MASKED)
         s = tl.dot(k, tl.trans(q), input_precision="ieee")
         dp = tl.dot(v, tl.trans(do), input_precision="ieee")
         p, ds = _p_and_ds(s, dp, lse[None, :], delta[None, :], inner, slope, SOFTCAP)
@@ -100,6 +100,7 @@ def attention_dk_dv_kernel(
     tiles, S, T, Hk, group, left, right, scale, inner, slope,
     D: tl.constexpr, Dv: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, WHOLE_M: tl.constexpr, WHOLE_N: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N keys of one key/value head, over the queries of all heads of its group -> dk, dv (tokens, Hk, D and Dv) contiguous."""
     tile, head, batch = place_of(tl.program_id(0), tiles, Hk)
@@ -113,32 +114,36 @@ def attention_dk_dv_kernel(
     key = first + tl.arange(0, BLOCK_N)
     k_ptr += batch * stride_k_batch + first_k * stride_k_token + head * stride_k_head
     v_ptr += batch * stride_v_batch + first_k * stride_v_token + head * stride_v_head
-    k = load_tile(k_ptr, first, T, stride_k_token, BLOCK_N, D, WIDTH, not WHOLE_N)
-    v = load_tile(v_ptr, first, T, stride_v_token, BLOCK_N, Dv, WIDTH_V, not WHOLE_N)
+    k_tiles = tiles_of(k_ptr, 1, T, stride_k_head, stride_k_token, BLOCK_N, D, TMA)
+    v_tiles = tiles_of(v_ptr, 1, T, stride_v_head, stride_v_token, BLOCK_N, Dv, TMA)
+    k = load_tile(k_tiles, 0, 0, first, T, stride_k_token, BLOCK_N, D, WIDTH, not WHOLE_N, TMA)
+    v = load_tile(v_tiles, 0, 0, first, T, stride_v_token, BLOCK_N, Dv, WIDTH_V, not WHOLE_N, TMA)
     dk = tl.zeros((BLOCK_N, WIDTH), tl.float32)
     dv = tl.zeros((BLOCK_N, WIDTH_V), tl.float32)
     begin, full_begin, full_end, end = visible_range(first, T, S, right, left, BLOCK_N, BLOCK_M, RIGHT, LEFT)
     q_ptr += batch * stride_q_batch + first_q * stride_q_token + head * group * stride_q_head
     do_ptr += batch * stride_do_batch + first_q * stride_do_token + head * group * stride_do_head
+    q_tiles = tiles_of(q_ptr, group, S, stride_q_head, stride_q_token, BLOCK_M, D, TMA)
+    do_tiles = tiles_of(do_ptr, group, S, stride_do_head, stride_do_token, BLOCK_M, Dv, TMA)
     place = batch * stride_lse_batch + head * group * stride_lse_head + first_q
     lse_ptr += place
     delta_ptr += place
     if RIGHT:
         dk, dv = _add_dk_dv(
-            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, key, begin, full_begin,
+            dk, dv, k, v, q_tiles, do_tiles, lse_ptr, delta_ptr, key, begin, full_begin,
             stride_q_token, stride_q_head, stride_do_token, stride_do_head, stride_lse_head, group, S, T, left, right, inner, slope,
-            D, Dv, WIDTH, WIDTH_V, BLOCK_M, LEFT, RIGHT, SOFTCAP, True,
+            D, Dv, WIDTH, WIDTH_V, BLOCK_M, LEFT, RIGHT, SOFTCAP, True, TMA,
         )  # fmt: skip
     dk, dv = _add_dk_dv(
-        dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, key, full_begin, full_end,
+        dk, dv, k, v, q_tiles, do_tiles, lse_ptr, delta_ptr, key, full_begin, full_end,
         stride_q_token, stride_q_head, stride_do_token, stride_do_head, stride_lse_head, group, S, T, left, right, inner, slope,
-        D, Dv, WIDTH, WIDTH_V, BLOCK_M, LEFT, RIGHT, SOFTCAP, False,
+        D, Dv, WIDTH, WIDTH_V, BLOCK_M, LEFT, RIGHT, SOFTCAP, False, TMA,
     )  # fmt: skip
     if LEFT or not WHOLE_M:
         dk, dv = _add_dk_dv(
-            dk, dv, k, v, q_ptr, do_ptr, lse_ptr, delta_ptr, key, full_end, end,
+            dk, dv, k, v, q_tiles, do_tiles, lse_ptr, delta_ptr, key, full_end, end,
             stride_q_token, stride_q_head, stride_do_token, stride_do_head, stride_lse_head, group, S, T, left, right, inner, slope,
-            D, Dv, WIDTH, WIDTH_V, BLOCK_M, LEFT, RIGHT, SOFTCAP, True,
+            D, Dv, WIDTH, WIDTH_V, BLOCK_M, LEFT, RIGHT, SOFTCAP, True, TMA,
         )  # fmt: skip
 
     dk_ptr += batch * stride_dk_batch + (first_k * Hk + head) * D
@@ -149,15 +154,16 @@ def attention_dk_dv_kernel(
 
 @triton.jit
 def _add_dq(
-    dq, q, do, lse, delta, k_ptr, v_ptr, row, begin, end, stride_k_token, stride_v_token, S, T, left, right, inner, slope,
+    dq, q, do, lse, delta, k_tiles, v_tiles, row, begin, end, stride_k_token, stride_v_token,
+    S, T, left, right, inner, slope,
     D: tl.constexpr, Dv: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_N: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Take in the keys begin..end; without MASKED every row sees all of them."""
     for first in range(begin, end, BLOCK_N):
         key = first + tl.arange(0, BLOCK_N)
-        k = load_tile(k_ptr, first, T, stride_k_token, BLOCK_N, D, WIDTH, MASKED)
-        v = load_tile(v_ptr, first, T, stride_v_token, BLOCK_N, Dv, WIDTH_V, MASKED)
+        k = load_tile(k_tiles, 0, 0, first, T, stride_k_token, BLOCK_N, D, WIDTH, MASKED, TMA)
+        v = load_tile(v_tiles, 0, 0, first, T, stride_v_token, BLOCK_N, Dv, WIDTH_V, MASKED, TMA)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         _, ds = _p_and_ds(s, dp, lse[:, None], delta[:, None], inner, slope, SOFTCAP)
@@ -177,6 +183,7 @@ def attention_dq_kernel(
     tiles, S, T, H, group, left, right, scale, inner, slope,
     D: tl.constexpr, Dv: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, WHOLE_M: tl.constexpr, WHOLE_N: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one head -> dq (tokens, H, D) contiguous."""
     tile, head, batch = place_of(tl.program_id(0), tiles, H)
@@ -195,25 +202,32 @@ def attention_dq_kernel(
     k_ptr += batch * stride_k_batch + first_k * stride_k_token + head // group * stride_k_head
     v_ptr += batch * stride_v_batch + first_k * stride_v_token + head // group * stride_v_head
     place = batch * stride_lse_batch + head * stride_lse_head + first_q
-    q = load_tile(q_ptr, first, S, stride_q_token, BLOCK_M, D, WIDTH, not WHOLE_M)
-    do = load_tile(do_ptr, first, S, stride_do_token, BLOCK_M, Dv, WIDTH_V, not WHOLE_M)
+    q_tiles = tiles_of(q_ptr, 1, S, stride_q_head, stride_q_token, BLOCK_M, D, TMA)
+    do_tiles = tiles_of(do_ptr, 1, S, stride_do_head, stride_do_token, BLOCK_M, Dv, TMA)
+    k_tiles = tiles_of(k_ptr, 1, T, stride_k_head, stride_k_token, BLOCK_N, D, TMA)
+    v_tiles = tiles_of(v_ptr, 1, T, stride_v_head, stride_v_token, BLOCK_N, Dv, TMA)
+    q = load_tile(q_tiles, 0, 0, first, S, stride_q_token, BLOCK_M, D, WIDTH, not WHOLE_M, TMA)
+    do = load_tile(do_tiles, 0, 0, first, S, stride_do_token, BLOCK_M, Dv, WIDTH_V, not WHOLE_M, TMA)
     lse = _load_rows(lse_ptr + place, row, S, float("inf"), not WHOLE_M)
     delta = _load_rows(delta_ptr + place, row, S, 0.0, not WHOLE_M)
     dq = tl.zeros((BLOCK_M, WIDTH), tl.float32)
     begin, full_begin, full_end, end = visible_range(first, S, T, left, right, BLOCK_M, BLOCK_N, LEFT, RIGHT)
     if LEFT:
         dq = _add_dq(
-            dq, q, do, lse, delta, k_ptr, v_ptr, row, begin, full_begin, stride_k_token, stride_v_token, S, T, left, right, inner, slope,
-            D, Dv, WIDTH, WIDTH_V, BLOCK_N, LEFT, RIGHT, SOFTCAP, True,
+            dq, q, do, lse, delta, k_tiles, v_tiles, row, begin, full_begin, stride_k_token, stride_v_token,
+            S, T, left, right, inner, slope,
+            D, Dv, WIDTH, WIDTH_V, BLOCK_N, LEFT, RIGHT, SOFTCAP, True, TMA,
         )  # fmt: skip
     dq = _add_dq(
-        dq, q, do, lse, delta, k_ptr, v_ptr, row, full_begin, full_end, stride_k_token, stride_v_token, S, T, left, right, inner, slope,
-        D, Dv, WIDTH, WIDTH_V, BLOCK_N, LEFT, RIGHT, SOFTCAP, False,
+        dq, q, do, lse, delta, k_tiles, v_tiles, row, full_begin, full_end, stride_k_token, stride_v_token,
+        S, T, left, right, inner, slope,
+        D, Dv, WIDTH, WIDTH_V, BLOCK_N, LEFT, RIGHT, SOFTCAP, False, TMA,
     )  # fmt: skip
     if RIGHT or not WHOLE_N:
         dq = _add_dq(
-            dq, q, do, lse, delta, k_ptr, v_ptr, row, full_end, end, stride_k_token, stride_v_token, S, T, left, right, inner, slope,
-            D, Dv, WIDTH, WIDTH_V, BLOCK_N, LEFT, RIGHT, SOFTCAP, True,
+            dq, q, do, lse, delta, k_tiles, v_tiles, row, full_end, end, stride_k_token, stride_v_token,
+            S, T, left, right, inner, slope,
+            D, Dv, WIDTH, WIDTH_V, BLOCK_N, LEFT, RIGHT, SOFTCAP, True, TMA,
         )  # fmt: skip
 
     dq_ptr += batch * stride_dq_batch + (first_q * H + head) * D

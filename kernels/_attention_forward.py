@@ -11,34 +11,39 @@ and log2 e, and is positive, so that the largest z is slope times the largest s.
 import triton
 import triton.language as tl
 
-from fastprimer.kernels._attention import LN_2, LOG2_E, load_tile, place_of, sequence, store_tile, tanh, visible, visible_range
+from fastprimer.kernels._attention import (
+    LN_2,
+    LOG2_E,
+    load_tile,
+    online_softmax,
+    place_of,
+    sequence,
+    store_tile,
+    tanh,
+    tiles_of,
+    visible,
+    visible_range,
+)
 
 
 @triton.jit
 def _attend(
-    o, top, total, q, k_ptr, v_ptr, row, begin, end, stride_k_token, stride_v_token, S, T, left, right, inner, slope,
+    o, top, total, q, k_tiles, v_tiles, row, begin, end, stride_k_token, stride_v_token, S, T, left, right, inner, slope,
     D: tl.constexpr, Dv: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_N: tl.constexpr,
-    LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+    LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Take in the keys begin..end; without MASKED every row sees all of them."""
     for first in range(begin, end, BLOCK_N):
         key = first + tl.arange(0, BLOCK_N)
-        k = load_tile(k_ptr, first, T, stride_k_token, BLOCK_N, D, WIDTH, MASKED)
+        k = load_tile(k_tiles, 0, 0, first, T, stride_k_token, BLOCK_N, D, WIDTH, MASKED, TMA)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
         if SOFTCAP:
             s = tanh(s * inner)
         if MASKED:
             s = tl.where(visible(row[:, None], key[None, :], T - S, T, left, right, LEFT, RIGHT), s, float("-inf"))
-        new_top = tl.maximum(top, tl.max(s, 1) * slope)
-        shift = new_top
-        if MASKED:
-            shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # A row that has seen nothing yet.
-        rescale = tl.exp2(top - shift)
-        p = tl.exp2(s * slope - shift[:, None])
-        total = total * rescale + tl.sum(p, 1)
-        v = load_tile(v_ptr, first, T, stride_v_token, BLOCK_N, Dv, WIDTH_V, MASKED)
+        p, rescale, top, total = online_softmax(s, top, total, slope, MASKED)
+        v = load_tile(v_tiles, 0, 0, first, T, stride_v_token, BLOCK_N, Dv, WIDTH_V, MASKED, TMA)
         o = tl.dot(p.to(v.dtype), v, o * rescale[:, None], input_precision="ieee")
-        top = new_top
     return o, top, total
 
 
@@ -50,6 +55,7 @@ def attention_forward_kernel(
     tiles, S, T, H, group, left, right, inner, slope,
     D: tl.constexpr, Dv: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     LEFT: tl.constexpr, RIGHT: tl.constexpr, SOFTCAP: tl.constexpr, WHOLE_M: tl.constexpr, WHOLE_N: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_M queries of one head. q, k, v by strides -> o (tokens, H, Dv) contiguous, lse by strides.
 
@@ -69,7 +75,10 @@ def attention_forward_kernel(
     q_ptr += batch * stride_q_batch + first_q * stride_q_token + head * stride_q_head
     k_ptr += batch * stride_k_batch + first_k * stride_k_token + head // group * stride_k_head
     v_ptr += batch * stride_v_batch + first_k * stride_v_token + head // group * stride_v_head
-    q = load_tile(q_ptr, first, S, stride_q_token, BLOCK_M, D, WIDTH, not WHOLE_M)
+    q_tiles = tiles_of(q_ptr, 1, S, stride_q_head, stride_q_token, BLOCK_M, D, TMA)
+    k_tiles = tiles_of(k_ptr, 1, T, stride_k_head, stride_k_token, BLOCK_N, D, TMA)
+    v_tiles = tiles_of(v_ptr, 1, T, stride_v_head, stride_v_token, BLOCK_N, Dv, TMA)
+    q = load_tile(q_tiles, 0, 0, first, S, stride_q_token, BLOCK_M, D, WIDTH, not WHOLE_M, TMA)
     o = tl.zeros((BLOCK_M, WIDTH_V), tl.float32)
     if sinks_ptr is not None:  # One more logit, whose value is 0.
         top = tl.zeros((BLOCK_M,), tl.float32) + tl.load(sinks_ptr + head).to(tl.float32) * LOG2_E
@@ -80,17 +89,17 @@ def attention_forward_kernel(
     begin, full_begin, full_end, end = visible_range(first, S, T, left, right, BLOCK_M, BLOCK_N, LEFT, RIGHT)
     if LEFT:
         o, top, total = _attend(
-            o, top, total, q, k_ptr, v_ptr, row, begin, full_begin, stride_k_token, stride_v_token, S, T, left, right, inner, slope,
-            D, Dv, WIDTH, WIDTH_V, BLOCK_N, LEFT, RIGHT, SOFTCAP, True,
+            o, top, total, q, k_tiles, v_tiles, row, begin, full_begin, stride_k_token, stride_v_token, S, T, left, right, inner, slope,
+            D, Dv, WIDTH, WIDTH_V, BLOCK_N, LEFT, RIGHT, SOFTCAP, True, TMA,
         )  # fmt: skip
     o, top, total = _attend(
-        o, top, total, q, k_ptr, v_ptr, row, full_begin, full_end, stride_k_token, stride_v_token, S, T, left, right, inner, slope,
-        D, Dv, WIDTH, WIDTH_V, BLOCK_N, LEFT, RIGHT, SOFTCAP, False,
+        o, top, total, q, k_tiles, v_tiles, row, full_begin, full_end, stride_k_token, stride_v_token, S, T, left, right, inner, slope,
+        D, Dv, WIDTH, WIDTH_V, BLOCK_N, LEFT, RIGHT, SOFTCAP, False, TMA,
     )  # fmt: skip
     if RIGHT or not WHOLE_N:
         o, top, total = _attend(
-            o, top, total, q, k_ptr, v_ptr, row, full_end, end, stride_k_token, stride_v_token, S, T, left, right, inner, slope,
-            D, Dv, WIDTH, WIDTH_V, BLOCK_N, LEFT, RIGHT, SOFTCAP, True,
+            o, top, total, q, k_tiles, v_tiles, row, full_end, end, stride_k_token, stride_v_token, S, T, left, right, inner, slope,
+            D, Dv, WIDTH, WIDTH_V, BLOCK_N, LEFT, RIGHT, SOFTCAP, True, TMA,
         )  # fmt: skip
 
     total = tl.where(total == 0, 1.0, total)  # A row that sees nothing: o = 0, lse = top = -inf.

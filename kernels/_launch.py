@@ -1,11 +1,15 @@
-"""What every launch needs: tensors as rows, the type to compute in, the device's size, and the right device made current."""
+"""What every launch needs: tensors as rows or heads, the type to compute in, the device's size, the right device made current,
+and memory for tensor descriptors.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -18,6 +22,12 @@ def as_rows(x: Tensor) -> Tensor:
     C = x.shape[-1]
     rows = x.reshape(x.numel() // C, C)
     return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def as_heads(x: Tensor) -> Tensor:
+    """x (..., S, heads, D) as (B, S, heads, D), the features of a head adjacent: a view if they are, otherwise one copy."""
+    x = x if x.dim() == 4 else x.unsqueeze(0)
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def wide(x: Tensor) -> tl.dtype:
@@ -40,6 +50,20 @@ def on_device(tensor: Tensor):
     if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(tensor.device)
+
+
+def with_scratch(launch, *arguments, **options) -> None:
+    """Launch a kernel that may make tensor descriptors, which stand in memory that Triton asks for; the user's own allocator stays."""
+
+    def call():
+        triton.set_allocator(_scratch)
+        launch(*arguments, **options)
+
+    contextvars.copy_context().run(call)
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    return torch.empty(size, dtype=torch.int8, device="cuda")
 
 
 WITHOUT_GPU = "sm_80"

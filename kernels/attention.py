@@ -20,8 +20,7 @@ from torch import Tensor
 
 from fastprimer.kernels._attention_backward import attention_delta_kernel, attention_dk_dv_kernel, attention_dq_kernel
 from fastprimer.kernels._attention_forward import attention_forward_kernel
-from fastprimer.kernels._launch import architecture, on_device
-from fastprimer.kernels.rope import as_heads
+from fastprimer.kernels._launch import architecture, as_heads, on_device, with_scratch
 
 
 class Tile(NamedTuple):
@@ -76,6 +75,28 @@ def tile(table: dict[str, dict[int, Tile]], D: int, Dv: int, dtype: torch.dtype,
     return table[family][max(64, width(D), width(Dv))]
 
 
+WITH_TMA = ("sm_90", "sm_100", "sm_103")
+
+
+def has_tma(target: str, *tensors: Tensor) -> bool:
+    """Whether tensor descriptors can read these tensors (B, tokens, heads, C): 16-bit, C a power of 2, all addresses multiples of 16.
+
+    float32 goes without: its products are not made from shared memory.
+    """
+    return target in WITH_TMA and all(
+        t.element_size() == 2
+        and t.shape[-1] == width(t.shape[-1])
+        and t.data_ptr() % 16 == 0
+        and all(stride > 0 and stride % 8 == 0 for stride in t.stride()[:3])
+        for t in tensors
+    )
+
+
+def scores(scale: float, softcap: Optional[float]) -> tuple[float, float]:
+    """inner, slope: a logit in base 2 is slope · q k, or with a softcap slope · tanh(inner · q k)."""
+    return (0.0, scale / math.log(2)) if softcap is None else (scale / softcap, softcap / math.log(2))
+
+
 class Problem:
     """The arguments of an attention as the kernels take them: dense tensors (B, S, heads, D), packed ones as one of them."""
 
@@ -92,8 +113,7 @@ class Problem:
         self.LEFT, self.RIGHT, self.SOFTCAP = left is not None, right is not None, softcap is not None
         self.left, self.right = min(left or 0, S + T), min(right or 0, S + T)
         self.scale = scale
-        self.inner = scale / softcap if self.SOFTCAP else 0.0
-        self.slope = (softcap if self.SOFTCAP else scale) / math.log(2)
+        self.inner, self.slope = scores(scale, softcap)
 
     def strides(self, x: Tensor) -> tuple[int, int, int]:
         """Of sequences, tokens, heads of an x (B, tokens, heads, C); packed sequences are told apart by their first token."""
@@ -131,16 +151,18 @@ def attention_forward(
     a = Problem(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, left, right, softcap)
     o = torch.empty((*q.shape[:-1], a.Dv), dtype=q.dtype, device=q.device)
     lse = torch.empty((a.H, a.N) if a.packed else (a.B, a.H, a.N), dtype=torch.float32, device=q.device)
-    BLOCK_M, BLOCK_N, num_warps, num_stages = tile(FORWARD, a.D, a.Dv, q.dtype, architecture(q.device))
+    target = architecture(q.device)
+    TMA, (BLOCK_M, BLOCK_N, num_warps, num_stages) = has_tma(target, a.q, a.k, a.v), tile(FORWARD, a.D, a.Dv, q.dtype, target)
     tiles = triton.cdiv(a.S, BLOCK_M)
     if tiles * a.B:
         with on_device(q):
-            attention_forward_kernel[(tiles * a.B * a.H,)](
+            with_scratch(
+                attention_forward_kernel[(tiles * a.B * a.H,)],
                 a.q, a.k, a.v, sinks if sinks is None else sinks.contiguous(), *a.cu_seqlens, o, lse,
                 *a.strides(a.q), *a.strides(a.k), *a.strides(a.v), a.stride_of_sequence(o), *a.strides_of_lse,
                 tiles, a.S, a.T, a.H, a.H // a.Hk, a.left, a.right, a.inner, a.slope,
                 a.D, a.Dv, width(a.D), width(a.Dv), BLOCK_M, BLOCK_N,
-                a.LEFT, a.RIGHT, a.SOFTCAP, a.whole(a.S, BLOCK_M), a.whole(a.T, BLOCK_N),
+                a.LEFT, a.RIGHT, a.SOFTCAP, a.whole(a.S, BLOCK_M), a.whole(a.T, BLOCK_N), TMA,
                 num_warps=num_warps, num_stages=num_stages,
             )  # fmt: skip
     return o, lse
@@ -190,29 +212,33 @@ def _delta(a: Problem, do: Tensor, dlse: Optional[Tensor], o: Tensor, lse: Tenso
 
 
 def _launch_dk_dv(a: Problem, do: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor) -> None:
-    BLOCK_M, BLOCK_N, num_warps, num_stages = tile(DK_DV, a.D, a.Dv, dk.dtype, architecture(dk.device))
+    target = architecture(dk.device)
+    TMA, (BLOCK_M, BLOCK_N, num_warps, num_stages) = has_tma(target, do, a.q, a.k, a.v), tile(DK_DV, a.D, a.Dv, dk.dtype, target)
     tiles = triton.cdiv(a.T, BLOCK_N)
     if tiles * a.B:
-        attention_dk_dv_kernel[(tiles * a.B * a.Hk,)](
+        with_scratch(
+            attention_dk_dv_kernel[(tiles * a.B * a.Hk,)],
             do, a.q, a.k, a.v, lse, delta, *a.cu_seqlens, dk, dv,
             *a.strides(do), *a.strides(a.q), *a.strides(a.k), *a.strides(a.v),
             a.stride_of_sequence(dk), a.stride_of_sequence(dv), *a.strides_of_lse,
             tiles, a.S, a.T, a.Hk, a.H // a.Hk, a.left, a.right, a.scale, a.inner, a.slope,
             a.D, a.Dv, width(a.D), width(a.Dv), BLOCK_M, BLOCK_N,
-            a.LEFT, a.RIGHT, a.SOFTCAP, a.whole(a.S, BLOCK_M), a.whole(a.T, BLOCK_N),
+            a.LEFT, a.RIGHT, a.SOFTCAP, a.whole(a.S, BLOCK_M), a.whole(a.T, BLOCK_N), TMA,
             num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip
 
 
 def _launch_dq(a: Problem, do: Tensor, lse: Tensor, delta: Tensor, dq: Tensor) -> None:
-    BLOCK_M, BLOCK_N, num_warps, num_stages = tile(DQ, a.D, a.Dv, dq.dtype, architecture(dq.device))
+    target = architecture(dq.device)
+    TMA, (BLOCK_M, BLOCK_N, num_warps, num_stages) = has_tma(target, do, a.q, a.k, a.v), tile(DQ, a.D, a.Dv, dq.dtype, target)
     tiles = triton.cdiv(a.S, BLOCK_M)
     if tiles * a.B:
-        attention_dq_kernel[(tiles * a.B * a.H,)](
+        with_scratch(
+            attention_dq_kernel[(tiles * a.B * a.H,)],
             do, a.q, a.k, a.v, lse, delta, *a.cu_seqlens, dq,
             *a.strides(do), *a.strides(a.q), *a.strides(a.k), *a.strides(a.v), a.stride_of_sequence(dq), *a.strides_of_lse,
             tiles, a.S, a.T, a.H, a.H // a.Hk, a.left, a.right, a.scale, a.inner, a.slope,
             a.D, a.Dv, width(a.D), width(a.Dv), BLOCK_M, BLOCK_N,
-            a.LEFT, a.RIGHT, a.SOFTCAP, a.whole(a.S, BLOCK_M), a.whole(a.T, BLOCK_N),
+            a.LEFT, a.RIGHT, a.SOFTCAP, a.whole(a.S, BLOCK_M), a.whole(a.T, BLOCK_N), TMA,
             num_warps=num_warps, num_stages=num_stages,
         )  # fmt: skip

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastprimer.kernels._launch import as_rows, on_device, wide
+from fastprimer.kernels._launch import as_heads, as_rows, on_device, wide
 
 HEADS_AT_ONCE = 8
 """Few, so that keys, which have few heads, leave few lanes idle."""
@@ -141,12 +141,6 @@ def rope_kernel(
         _copy_rest(q_ptr, q_rotated_ptr, batch, token, stride_q_batch, stride_q_token, stride_q_head, S, H, D, R, HEADS, REST)
         if k_ptr is not None:
             _copy_rest(k_ptr, k_rotated_ptr, batch, token, stride_k_batch, stride_k_token, stride_k_head, S, Hk, D, R, HEADS, REST)
-
-
-def as_heads(x: Tensor) -> Tensor:
-    """x (..., S, heads, D) as (B, S, heads, D), the features of a head adjacent: a view if they are, otherwise one copy."""
-    x = x if x.dim() == 4 else x.unsqueeze(0)
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def rotate(

@@ -94,6 +94,24 @@ def test_bfloat16_collective():
 
 
 @triton.jit
+def _product(x_ptr, y_ptr, dot_ptr, N: tl.constexpr, K: tl.constexpr):
+    n, k = tl.arange(0, N), tl.arange(0, K)
+    x, y = tl.load(x_ptr + n[:, None] * K + k[None, :]), tl.load(y_ptr + n[:, None] * K + k[None, :])
+    tl.store(dot_ptr + n[:, None] * N + n[None, :], tl.dot(x, tl.trans(y), input_precision="ieee"))
+
+
+@needs_interpreter
+def test_float32_products_have_one_order():
+    x, y = random(2, 64, 256, dtype=torch.float32)
+    whole, part, exchanged = torch.empty(64, 64), torch.empty(16, 16), torch.empty(64, 64)
+    _product[(1,)](x, y, whole, 64, 256)
+    _product[(1,)](x[:16], y[:16], part, 16, 256)
+    _product[(1,)](y, x, exchanged, 64, 256)
+    assert torch.equal(whole[:16, :16], part) and torch.equal(whole.T, exchanged)
+    torch.testing.assert_close(whole, x @ y.T, rtol=1e-5, atol=1e-5)
+
+
+@triton.jit
 def _cast(x_ptr, y_ptr, N: tl.constexpr):
     i = tl.arange(0, N)
     tl.store(y_ptr + i, tl.load(x_ptr + i).to(y_ptr.dtype.element_ty))

@@ -11,7 +11,7 @@ import fastprimer as fp  # noqa: E402
 from fastprimer import interpreter  # noqa: E402
 from fastprimer.backends import interpreting  # noqa: E402
 from fastprimer.kernels import rms_norm as kernels  # noqa: E402
-from fastprimer.testing import FORWARD_FACTOR, GRADIENT_FACTOR, share_of_budget  # noqa: E402
+from kernel_checks import HALF_AND_SINGLE, assert_within_budget, random, shares_of  # noqa: E402
 from mutation import mutated  # noqa: E402
 
 reference = importlib.import_module("fastprimer.ops.rms_norm")
@@ -22,24 +22,16 @@ TILES = [(37, 1), (21, 3), (70, 128), (11, 1000), (3, 4096), (9, 8192), (11, 820
 """(N, C): packed rows, one row a tile, a row split in backward, a row split in both; more tiles than backward has programs."""
 
 
-def random(seed, *shape, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
 def shares(module, x, weight, residual, dy, dh, offset=1.0):
     """Each result's share of its error budget, by name."""
 
     def run(functions, wide):
         a, w, r, b, c = (t if t is None else wide(t) for t in (x, weight, residual, dy, dh))
         y, h, rstd = functions.rms_norm_forward(a, w, 1e-6, r, offset)
-        h = a if r is None else h
-        dx, dweight = functions.rms_norm_backward(b, c, h, w, rstd, offset)
+        dx, dweight = functions.rms_norm_backward(b, c, a if r is None else h, w, rstd, offset)
         return {"y": y, "h": h, "rstd": rstd, "dx": dx, "dweight": dweight}
 
-    got, yardstick = run(module, lambda t: t), run(reference, lambda t: t)
-    truth = run(reference, lambda t: t.double())
-    factors = dict.fromkeys(("dx", "dweight"), GRADIENT_FACTOR)
-    return {k: share_of_budget(got[k], truth[k], yardstick[k], factors.get(k, FORWARD_FACTOR)) for k in got if got[k].numel()}
+    return shares_of(run, module, reference)
 
 
 def inputs(N, C, dtype, weight=True, residual=True):
@@ -52,11 +44,7 @@ def inputs(N, C, dtype, weight=True, residual=True):
     )
 
 
-def assert_within_budget(found):
-    assert max(found.values()) <= 1, found
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize(("N", "C"), TILES)
 def test_tiles(N, C, dtype):
     assert_within_budget(shares(kernels, *inputs(N, C, dtype)))

@@ -11,7 +11,7 @@ import fastprimer as fp  # noqa: E402
 from fastprimer import interpreter  # noqa: E402
 from fastprimer.backends import interpreting  # noqa: E402
 from fastprimer.kernels import rope as kernels  # noqa: E402
-from fastprimer.testing import FORWARD_FACTOR, GRADIENT_FACTOR, poisoned_empty, share_of_budget  # noqa: E402
+from kernel_checks import HALF_AND_SINGLE, assert_within_budget, random, shares_of  # noqa: E402
 from mutation import mutated  # noqa: E402
 
 reference = importlib.import_module("fastprimer.ops.rope")
@@ -30,10 +30,6 @@ TILES = [
 ]
 """(B, S, H, Hk, D, R): several tokens and heads a tile, a tail of each; features that pass through, in one piece and in several;
 more pairs than a tile."""
-
-
-def random(seed, *shape, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def tables(P, R, dtype=torch.float32):
@@ -55,24 +51,15 @@ def shares(module, q, k, cos, sin, positions=None, interleaved=False):
 
     def run(functions, wide):
         tensors = [t if t is None else wide(t) for t in (q, k, cos, sin)]
-        with poisoned_empty():
-            q_rotated, k_rotated = functions.rope_forward(*tensors, positions, interleaved)
-            dq, dk = functions.rope_backward(*tensors, positions, interleaved)
+        q_rotated, k_rotated = functions.rope_forward(*tensors, positions, interleaved)
+        dq, dk = functions.rope_backward(*tensors, positions, interleaved)
         return {"q": q_rotated, "k": k_rotated, "dq": dq, "dk": dk}
 
-    got, yardstick = run(module, lambda t: t), run(reference, lambda t: t)
-    truth = run(reference, lambda t: t.double())
-    assert all(got[name].shape == truth[name].shape and got[name].is_contiguous() for name in got)
-    factors = dict.fromkeys(("dq", "dk"), GRADIENT_FACTOR)
-    return {n: share_of_budget(got[n], truth[n], yardstick[n], factors.get(n, FORWARD_FACTOR)) for n in got}
-
-
-def assert_within_budget(found):
-    assert max(found.values()) <= 1, found
+    return shares_of(run, module, reference)
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
 @pytest.mark.parametrize("sizes", TILES, ids=str)
 def test_tiles(sizes, dtype, interleaved):
     assert_within_budget(shares(kernels, *inputs(*sizes, dtype), interleaved=interleaved))

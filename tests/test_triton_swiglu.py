@@ -1,5 +1,6 @@
 """The Triton SwiGLU in the interpreter: tiles, activations, layouts, NaN, same bits, registration; and planted bugs, each caught."""
 
+import functools
 import importlib
 import math
 
@@ -9,10 +10,11 @@ import torch
 triton = pytest.importorskip("triton")
 
 import fastprimer as fp  # noqa: E402
+import kernel_checks  # noqa: E402
 from fastprimer import interpreter  # noqa: E402
 from fastprimer.backends import interpreting  # noqa: E402
 from fastprimer.kernels import swiglu as kernels  # noqa: E402
-from fastprimer.testing import FORWARD_FACTOR, GRADIENT_FACTOR, poisoned_empty, share_of_budget  # noqa: E402
+from kernel_checks import HALF_AND_SINGLE, assert_within_budget, launched, shares_of  # noqa: E402
 from mutation import mutated  # noqa: E402
 
 reference = importlib.import_module("fastprimer.ops.swiglu")
@@ -22,17 +24,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),  # numpy's, on infinities
 ]
 
-HALF_AND_SINGLE = [torch.float32, torch.bfloat16, torch.float16]
+random = functools.partial(kernel_checks.random, scale=2.0)
 OPTIONS = {name: reference.constants(name) for name in reference.ACTIVATIONS} | {
     "clamped_silu": (1.0, 0.0, 0.5, 0.0),
     "clamped_gelu": (*reference.constants("gelu_tanh")[:2], 1.5, 0.25),
 }
 SIZES = [(1, 1), (3, 7), (70, 16), (5, 1000), (2, 1024), (3, 2500)]
 """(N, F): several rows a tile, one row a tile, a row of several tiles; a tail of each kind."""
-
-
-def random(seed, *shape, dtype=torch.float32, scale=2.0):
-    return (scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
 
 
 def inputs(N, F, dtype=torch.float32, packed=False, scale=2.0):
@@ -48,20 +46,11 @@ def shares(module, dy, gate, up, activation="silu"):
 
     def run(functions, wide):
         g, a, b = (t if t is None else wide(t) for t in (dy, gate, up))
-        with poisoned_empty():
-            y = functions.swiglu_forward(a, b, *options)
-            dgate, dup = functions.swiglu_backward(g, a, b, *options)
+        y = functions.swiglu_forward(a, b, *options)
+        dgate, dup = functions.swiglu_backward(g, a, b, *options)
         return {"y": y, "dgate": dgate, "dup": dup}
 
-    got, yardstick = run(module, lambda t: t), run(reference, lambda t: t)
-    truth = run(reference, lambda t: t.double())
-    assert all(got[name].shape == truth[name].shape and got[name].is_contiguous() for name in got)
-    factors = dict.fromkeys(("dgate", "dup"), GRADIENT_FACTOR)
-    return {n: share_of_budget(got[n], truth[n], yardstick[n], factors.get(n, FORWARD_FACTOR)) for n in got}
-
-
-def assert_within_budget(found):
-    assert max(found.values()) <= 1, found
+    return shares_of(run, module, reference)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["separate", "packed"])
@@ -85,26 +74,13 @@ def test_a_scalar():
     assert kernels.swiglu_forward(gate, up, 1.0, 0.0, None, 0.0).shape == ()
 
 
-def launched(monkeypatch, name):
-    """A list that takes in the grid and the arguments of the next launch of a kernel."""
-    kernel, seen = getattr(kernels, name), []
-
-    class Recorder:
-        def __getitem__(self, grid):
-            seen.append(grid)
-            return lambda *args, **options: (seen.extend(args), kernel[grid](*args, **options))
-
-    monkeypatch.setattr(kernels, name, Recorder())
-    return seen
-
-
 def test_halves_of_a_projection_are_not_copied(monkeypatch):
     N, F = 6, 40
     both = random(1, 2, 3, 2 * F, dtype=torch.bfloat16)
     dy = random(0, 2 * F).expand(2, 3, -1)[..., 1 : F + 1].bfloat16()
     for gate, up in [both.chunk(2, dim=-1), (both, None)]:
         assert_within_budget(shares(kernels, dy, gate, up))
-    seen = launched(monkeypatch, "swiglu_backward_kernel")
+    seen = launched(monkeypatch, kernels, "swiglu_backward_kernel")
     kernels.swiglu_backward(dy, *both.chunk(2, dim=-1), 1.0, 0.0, None, 0.0)
     _, _, gate, up = seen[:4]
     assert gate.data_ptr() == both.data_ptr() and up.data_ptr() == both[..., F:].data_ptr()
@@ -113,7 +89,7 @@ def test_halves_of_a_projection_are_not_copied(monkeypatch):
 
 def test_rows_without_gaps_are_one_row(monkeypatch):
     dy, gate, up = inputs(6, 40)
-    seen = launched(monkeypatch, "swiglu_forward_kernel")
+    seen = launched(monkeypatch, kernels, "swiglu_forward_kernel")
     kernels.swiglu_forward(gate, up, 1.0, 0.0, None, 0.0)
     assert seen[0] == (1,) and [t.shape for t in seen[1:4]] == [(1, 240)] * 3
 

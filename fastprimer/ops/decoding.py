@@ -78,7 +78,7 @@ def _gpu_limit(q, k_cache, v_cache, cache_seqlens, k, v, block_table, sinks, sca
     return _limit(q, k_cache, v_cache) or ("" if scale > 0 else f"its kernel takes a scale > 0, not {scale}")
 
 
-LIMITS = {"attention_with_kv_cache": {"cpu": _limit, "cuda": _gpu_limit}}
+LIMITS = {"attention_with_kv_cache": {"cpu": _limit, "triton": _gpu_limit, "cuda": _gpu_limit}}
 
 
 def attention_with_kv_cache(

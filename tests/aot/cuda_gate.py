@@ -5,7 +5,7 @@ A kernel fails the gate if
     it needs more static shared memory than the target has;
     an instruction that its source's case requires is missing.
 
-    python tests/aot/cuda_gate.py      prints the table of the project's kernels
+    PYTHONPATH=tests python -m aot.cuda_gate [--markdown]       prints the table of the project's kernels
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
-KIB = 1024
+from aot.table import KIB, cell, counted, markdown
+
 ROOT = Path(__file__).parents[2]
 SHARED_LIMIT = {"sm_80": 163 * KIB, "sm_90a": 227 * KIB, "sm_100a": 227 * KIB}
 TARGETS = tuple(SHARED_LIMIT)
@@ -50,9 +51,12 @@ class Row:
     faults: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        counts = " ".join(f"{count} {name}" for name, count in self.instructions.items() if count)
-        verdict = "; ".join(self.faults) or "ok"
+        counts, verdict = counted(self.instructions), "; ".join(self.faults) or "ok"
         return f"{self.target:7} {self.kernel:42} {self.registers:4} registers {self.shared:6} B shared  {counts:50} {verdict}"
+
+    @property
+    def cell(self) -> tuple[tuple[str], str, str]:
+        return (self.kernel,), self.target, cell(self.registers, self.shared, self.instructions, self.faults)
 
 
 def wide_access(kernel: str) -> tuple[str, ...]:
@@ -162,5 +166,5 @@ if __name__ == "__main__":
     if reason_not():
         sys.exit(f"cuda_gate: {reason_not()}")
     table = [row for case in CASES for row in inspect(case)]
-    print(*table, sep="\n")
+    print(markdown(("kernel",), (row.cell for row in table)) if "--markdown" in sys.argv else "\n".join(map(str, table)))
     sys.exit(any(row.faults for row in table))

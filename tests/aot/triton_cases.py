@@ -1,10 +1,16 @@
-"""What the compile gate compiles, by operation. `PYTHONPATH=tests python -m aot.triton_cases` prints the table."""
+"""What the compile gate compiles, by operation.
+
+PYTHONPATH=tests python -m aot.triton_cases [--markdown] [text]     the table, of the cases whose names contain the text
+"""
 
 from __future__ import annotations
+
+import sys
 
 import torch
 
 from aot import attention_cases
+from aot.table import markdown
 from aot.triton_gate import Case, inspect
 from fastprimer.kernels import rms_norm, rope, swiglu
 from fastprimer.ops.swiglu import constants
@@ -135,5 +141,10 @@ CASES = [
 """Sizes in use, absent tensors, and the extremes that Triton compiles specially: a size of 1, a size beyond 32 bits."""
 
 if __name__ == "__main__":
-    for case in CASES:
-        print(*inspect(case), sep="\n")
+    wanted = " ".join(word for word in sys.argv[1:] if word != "--markdown")
+    rows = (row for case in CASES if wanted in case.name for row in inspect(case))
+    if "--markdown" in sys.argv:
+        print(markdown(("kernel", "case"), (row.cell for row in rows)))
+    else:
+        for row in rows:
+            print(row, flush=True)

@@ -22,9 +22,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction, mangle_type
 
+from aot.table import KIB, cell, counted
 from fastprimer.kernels import _launch
 
-KIB = 1024
 FUSED = {"enable_fp_fusion": True}
 """What Triton does where nothing is said, until 3.9, which warns that this will change."""
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -42,6 +42,25 @@ TARGETS = {
     "sm_100": Target(GPUTarget("cuda", 100, 32), 227 * KIB),
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * KIB),
 }
+
+
+COUNTED = {
+    "cuda": {
+        "HMMA": r"\bHMMA\.",
+        "HGMMA": r"\bHGMMA\.",
+        "UTCMMA": r"\bUTC\w*MMA",
+        "UTMALDG": r"\bUTMALDG",
+        "LDGSTS": r"\bLDGSTS",
+        "16-byte loads": r"\bLDG\.E\S*\.128",
+        "spills": r"\b(?:STL|LDL)\b",
+    },
+    "hip": {
+        "MFMA": r"\bv_mfma_",
+        "16-byte loads": r"\b(?:global|buffer)_load_dwordx4\b",
+        "spills": r"\bscratch_(?:load|store)",
+    },
+}
+"""Instructions, by Triton's backend: of the matrix unit (sm_80, sm_90, sm_100, AMD), copies by TMA and cp.async, and others."""
 
 
 @dataclass(frozen=True)
@@ -71,11 +90,17 @@ class Row:
     target: str
     registers: int
     shared: int
+    instructions: dict[str, int]
     faults: tuple[str, ...]
 
     def __str__(self) -> str:
+        size = f"{self.registers:4} registers {self.shared:7} B shared"
         verdict = "; ".join(self.faults) or "ok"
-        return f"{self.target:7} {self.case:36} {self.kernel:28} {self.registers:4} registers {self.shared:7} B shared  {verdict}"
+        return f"{self.target:7} {self.case:36} {self.kernel:28} {size}  {counted(self.instructions):50} {verdict}"
+
+    @property
+    def cell(self) -> tuple[tuple[str, str], str, str]:
+        return (self.kernel, self.case), self.target, cell(self.registers, self.shared, self.instructions, self.faults)
 
 
 @contextmanager
@@ -137,7 +162,8 @@ def _inspect(case: Case, launch: Launch, name: str, target: Target) -> Row:
         faults.append(f"{shared} bytes of shared memory, the limit is {target.shared_limit}")
     required = () if launch.kernel.__name__ in case.spared else case.requires.get(name, ())
     faults += [f"no instruction like {pattern}" for pattern in required if not re.search(pattern, code)]
-    return Row(case.name, launch.kernel.__name__, name, registers, shared, tuple(faults))
+    counts = {opcode: len(re.findall(pattern, code)) for opcode, pattern in COUNTED[target.gpu.backend].items()}
+    return Row(case.name, launch.kernel.__name__, name, registers, shared, counts, tuple(faults))
 
 
 def _read_nvidia(asm) -> tuple[int, list[str], str]:
