@@ -49,13 +49,6 @@ __global__ void __launch_bounds__(ForwardShape<T, WIDTH>::THREADS)
   }
 
   const int lane = threadIdx.x % 32, row_warp = threadIdx.x / 32 * 16 * MT;
-  int begin_row[MT][2], end_row[MT][2];
-#pragma unroll
-  for (int m = 0; m < 2 * MT; m++) {
-    const int query = (first_row + row_warp + 8 * m + lane / 4) / at.G;
-    begin_row[m / 2][m % 2] = at.first_key_of(query);
-    end_row[m / 2][m % 2] = at.end_key_of(query);
-  }
   OnlineSoftmax<MT> softmax;
   float o[MT][WIDTH / 8][4] = {};
   for (int first = begin, stage = 0; first < end; first += KEYS, stage ^= 1) {
@@ -66,7 +59,7 @@ __global__ void __launch_bounds__(ForwardShape<T, WIDTH>::THREADS)
     float s[MT][KEYS / 8][4] = {};
     multiply_transposed(s, q_tile, row_warp, k_tile(stage));
     if (options.softcap > 0) cap(s, options);
-    if (first < begin_all || first + KEYS > end_all) hide(s, first, begin_row, end_row);
+    if (first < begin_all || first + KEYS > end_all) hide(s, first, at, first_row + row_warp);
     float rescale[MT][2];
     softmax.add(s, options.exponent, rescale);
     scale_rows(o, rescale);

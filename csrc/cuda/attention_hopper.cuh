@@ -157,10 +157,7 @@ __device__ __forceinline__ void multiply_forward(float (&o)[1][WIDTH / 8][4], On
                                                  const HopperForwardTile& tile, const AttentionOptions& options) {
   using Shape = HopperForwardShape<WIDTH>;
   constexpr int KEYS = Shape::KEYS, ROWS = Shape::ROWS;
-  const int row = row_a + threadIdx.x % WARPGROUP / 32 * 16 + threadIdx.x % 32 / 4;
-  const int query[2] = {tile.first_query + row / at.G, tile.first_query + (row + 8) / at.G};
-  const int begin[1][2] = {{at.first_key_of(query[0]), at.first_key_of(query[1])}};
-  const int end[1][2] = {{at.end_key_of(query[0]), at.end_key_of(query[1])}};
+  const int row_warp = tile.first_query * at.G + row_a + threadIdx.x % WARPGROUP / 32 * 16;
   const T* q = shared.q + row_a * PANEL;
   float s[1][KEYS / 8][4], rescale[1][2];
   uint32_t weights[KEYS / PRODUCT_DEPTH][4];
@@ -168,7 +165,7 @@ __device__ __forceinline__ void multiply_forward(float (&o)[1][WIDTH / 8][4], On
   // From the scores of the tile of keys at `first` to weights.
   const auto weigh = [&](int first) {
     if (options.softcap > 0) cap(s, options);
-    if (first < tile.begin_all || first + KEYS > tile.end_all) hide(s, first, begin, end);
+    if (first < tile.begin_all || first + KEYS > tile.end_all) hide(s, first, at, row_warp);
     softmax.add(s, options.exponent, rescale);
   };
 

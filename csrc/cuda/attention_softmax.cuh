@@ -68,19 +68,17 @@ __device__ __forceinline__ void scale_rows(float (&acc)[MT][COLUMNS][4], const f
   }
 }
 
-// Hides, in scores whose first column is key `first` and whose rows see the keys from begin[m][r] to before end[m][r], all others.
+// Hides, in scores whose first column is key `first` and whose first row, in this warp, is the block's row `row`, what queries do not see.
 template <int MT, int N>
-__device__ __forceinline__ void hide(float (&s)[MT][N][4], int first, const int (&begin)[MT][2], const int (&end)[MT][2]) {
+__device__ __forceinline__ void hide(float (&s)[MT][N][4], int first, const AttentionBlock& at, int row) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
-  for (int m = 0; m < MT; m++) {
+  for (int m = 0; m < 2 * MT; m++) {
+    const int query = (row + 8 * m + lane / 4) / at.G, begin = at.first_key_of(query), end = at.end_key_of(query);
 #pragma unroll
-    for (int n = 0; n < N; n++) {
-#pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const int key = first + 8 * n + lane % 4 * 2 + e % 2;
-        if (key < begin[m][e / 2] || key >= end[m][e / 2]) s[m][n][e] = -INFINITY;
-      }
+    for (int e = 0; e < N * 2; e++) {
+      const int key = first + e / 2 * 8 + lane % 4 * 2 + e % 2;
+      if (key < begin || key >= end) s[m / 2][e / 2][m % 2 * 2 + e % 2] = -INFINITY;
     }
   }
 }

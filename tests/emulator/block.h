@@ -74,8 +74,8 @@ struct Thread {
   std::vector<Product> products;
   std::vector<Accumulator> accumulators;
   int product_group = 0;
-  bool registers_fenced = false;  // for products
-  unsigned registers = 0;         // that it asked for
+  std::vector<std::pair<const void*, const void*>> fenced;  // its registers that products may use: first, end
+  unsigned registers = 0;                                   // that it asked for
   std::exception_ptr error;
 };
 

@@ -14,11 +14,12 @@ ROOT = Path(__file__).parents[2]
 HERE = Path("tests/emulator")
 CHECKS = {
     "reports": [HERE / "check_reports.cpp"],
+    "reports_hopper": [HERE / "check_reports_hopper.cpp"],
     "gemm": [HERE / "check_gemm.cpp"],
     **{op: [HERE / f"check_{op}.cpp", Path(f"csrc/cuda/{op}.cu")] for op in ("rms_norm", "rope", "swiglu", "attention")},
     "attention_hopper": [HERE / "check_attention_hopper.cpp", *map(Path, ("csrc/cuda/attention.cu", "csrc/cuda/attention_hopper.cu"))],
 }
-"""One program for the emulator itself, one for each operation, and one for each that has kernels of its own for Hopper."""
+"""Programs for the emulator itself, one for each operation, and one for each that has kernels of its own for Hopper."""
 
 KINDS = {
     "plain": ["-O1"],

@@ -52,8 +52,8 @@ inline uint64_t matrix_descriptor(const void* start, int panel_stride) {
 }
 
 template <class... Registers>
-void warpgroup_fence(Registers&...) {
-  emulator::warpgroup_fence();
+void warpgroup_fence(Registers&... registers) {
+  (emulator::warpgroup_fence(&registers, sizeof registers), ...);
 }
 inline void warpgroup_commit() { emulator::warpgroup_commit(); }
 template <int PENDING, int... N>

@@ -87,15 +87,22 @@ inline void warpgroup_multiply(Product product, const Where& where) {
     uint64_t a, b;
     unsigned columns;
     bool add;
+    bool operator==(const Same&) const = default;
   };
   const Quiet quiet;
   Thread& self = thread();
   if (self.rank / (4 * WARP) * 4 * WARP + 4 * WARP > running->threads.size()) throw Error("wgmma: the warp is not in a group of four");
-  if (!self.registers_fenced) throw Error("wgmma: no warpgroup_fence since its registers were last written");
-  const auto offers = exchange(ALL_LANES, Same{product.a, product.b, product.columns, product.add}, where);
-  const Same first = offers[0];
-  if (product.a != first.a || product.b != first.b || product.columns != first.columns || product.add != first.add) {
-    throw Error("wgmma: operands differ between the lanes of a warp");
+  const auto fenced = [&](const void* registers) {
+    return std::any_of(self.fenced.begin(), self.fenced.end(),
+                       [&](auto range) { return registers >= range.first && registers < range.second; });
+  };
+  if (!fenced(product.d) || (product.a_registers != nullptr && !fenced(product.a_registers))) {
+    throw Error("wgmma: no warpgroup_fence of its registers since the last wait");
+  }
+  const Same mine = {product.a, product.b, product.columns, product.add};
+  const auto offers = exchange(ALL_LANES, mine, where);
+  for (unsigned other = 0; other < WARP; other++) {
+    if (!(offers[other] == mine)) throw Error("wgmma: operands differ between the lanes of a warp");
   }
   if (lane() == 0) {
     const Loud loud;
@@ -111,9 +118,9 @@ inline void warpgroup_multiply(Product product, const Where& where) {
   std::memset(product.d, POISON, registers * sizeof(float));
 }
 
-inline void warpgroup_fence() {
+inline void warpgroup_fence(const void* registers, size_t bytes) {
   const Quiet quiet;
-  thread().registers_fenced = true;
+  thread().fenced.emplace_back(registers, static_cast<const unsigned char*>(registers) + bytes);
 }
 
 inline void warpgroup_commit() {
@@ -160,7 +167,7 @@ inline void warpgroup_wait(int pending, const Where& where) {
   const Quiet quiet;
   Thread& self = thread();
   exchange(ALL_LANES, pending, where);
-  self.registers_fenced = false;
+  self.fenced.clear();
   const auto done = [&](const Thread& thread, size_t which) { return thread.products[which].group < thread.product_group - pending; };
   size_t count = 0;
   while (count < self.products.size() && done(self, count)) count++;
