@@ -80,6 +80,8 @@ Inputs inputs_of(const Tensor& q, const Tensor& k, const Tensor& v, const std::o
                 .Hk = k.size(dims - 2),
                 .D = q.size(dims - 1),
                 .Dv = v.size(dims - 1),
+                .tokens_q = S,
+                .tokens_k = T,
                 .left = limit_of(left),
                 .right = limit_of(right),
                 .scale = scale,

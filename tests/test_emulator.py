@@ -7,9 +7,20 @@ import pytest
 
 from emulator import probe
 from emulator.bugs import BUGS
+from emulator.bugs_hopper import BUGS as BUGS_HOPPER
 from emulator.build import CHECKS, KINDS, Patch, compile_check, patched_tree, reason_not, run_check
 
 SEEDS = {"plain": 4, "address": 2, "thread": 1}
+
+
+HOPPER_LAYOUTS = {
+    "tma swizzle": ("(address / SWIZZLED_ROW % 8) << 4", "(address / SWIZZLED_ROW % 4) << 4", ["tma", "wgmma"]),
+    "tma outside": ("first[d] + i[d] + add >= 0", "first[d] + i[d] + add >= -1", ["tma"]),
+    "wgmma rows of a tile": ("start + n / 64 * panel_stride + k / 8", "start + n / 64 * panel_stride + k / 4", ["registers"]),
+    "wgmma registers": ("registers[r / 8 + k / 8 * 2]", "registers[r / 8 * 2 + k / 8]", ["registers"]),
+    "wgmma rows": ("sums[lane / 4 + i / 2 % 2 * 8]", "sums[lane / 4 * 2 + i / 2 % 2]", ["wgmma"]),
+}
+"""{file, what: a change of the emulator's layouts, and of which primitives that changes the numbers}"""
 
 
 def require(kind):
@@ -26,7 +37,7 @@ def test_check(name, kind, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+@pytest.mark.parametrize("bug", [*BUGS, *BUGS_HOPPER], ids=lambda bug: bug.name)
 def test_planted_bug_is_caught(bug, tmp_path):
     for kind, words in bug.caught.items():
         require(kind)
@@ -39,13 +50,27 @@ def test_planted_bug_is_caught(bug, tmp_path):
 
 def test_probe_notices_another_layout(tmp_path):
     require("plain")
-    ours = probe.emulated()
+    source = probe.PROBES["native"]
+    ours = probe.emulated(source)
     assert not any(probe.differences(ours, ours).values())
     bug = Patch("tests/emulator/matrix.h", "row.a[r + k / 8 * 2]", "row.a[2 * r + k / 8]")
-    result = probe.differences(ours, probe.emulated(patched_tree(bug, tmp_path)))
+    result = probe.differences(ours, probe.emulated(source, patched_tree(bug, tmp_path)))
     assert {name for name, difference in result.items() if difference} == {"mma_bfloat16", "mma_float16", "gemm_bfloat16", "gemm_float16"}
 
 
-@pytest.mark.skipif(bool(probe.reason_no_hardware()), reason=f"not compared with hardware: {probe.reason_no_hardware()}")
-def test_probe_agrees_with_hardware():
-    assert not any(probe.differences(probe.emulated(), probe.hardware()).values())
+@pytest.mark.parametrize("change", HOPPER_LAYOUTS, ids=str)
+def test_probe_notices_another_layout_of_hopper(change, tmp_path):
+    require("plain")
+    source = probe.PROBES["sm_90a"]
+    before, after, wrong = HOPPER_LAYOUTS[change]
+    ours = probe.emulated(source)
+    theirs = probe.emulated(source, patched_tree(Patch(f"tests/emulator/{change.split()[0]}.h", before, after), tmp_path))
+    found = {name for name, difference in probe.differences(ours, theirs).items() if difference}
+    assert found == {name for name in probe.parse(ours) if any(word in name for word in wrong)}
+
+
+@pytest.mark.parametrize("architecture", probe.PROBES)
+def test_probe_agrees_with_hardware(architecture):
+    if probe.reason_no_hardware(architecture):
+        pytest.skip(f"not compared with hardware: {probe.reason_no_hardware(architecture)}")
+    assert not any(probe.differences(probe.emulated(probe.PROBES[architecture]), probe.hardware(architecture)).values())

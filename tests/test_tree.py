@@ -26,7 +26,7 @@ def test_files_are_the_declared_backends(backend):
     pattern = KERNEL[backend]
     folder, suffix = (ROOT / pattern).parent, Path(pattern).suffix
     expected = {stem(op) for op in operations() if backend in declared(op)}
-    helpers = {"dispatch", "memory", "brgemm"}
+    helpers = {"dispatch", "memory", "brgemm"} | {f"{op}_hopper" for op in expected}
     assert {p.stem for p in folder.glob(f"*{suffix}") if not p.stem.startswith("_")} - helpers == expected
 
 

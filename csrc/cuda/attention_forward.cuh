@@ -1,6 +1,6 @@
 // Attention's forward pass on CUDA: products in tensor cores (mma), an online softmax in registers.
 #pragma once
-#include "attention_tile.cuh"
+#include "attention_softmax.cuh"
 
 namespace fastprimer {
 
@@ -13,63 +13,6 @@ struct ForwardShape {
   static constexpr int KEYS = SHORT ? (WIDTH <= 128 ? 64 : 32) : (WIDTH <= 128 ? 32 : 16);
   static constexpr int THREADS = SHORT && WIDTH == 128 ? 256 : 128, QUERIES = THREADS / 32 * 16 * MT;
   static constexpr size_t SHARED = (QUERIES + 4 * KEYS) * WIDTH * sizeof(T);
-};
-
-// The softmax of the rows of a warp, key by key. A row's maximum so far, before `exponent`; the sum is of the lane's columns alone.
-template <int MT>
-struct OnlineSoftmax {
-  float top[MT][2], total[MT][2];
-
-  __device__ __forceinline__ OnlineSoftmax() {
-#pragma unroll
-    for (int m = 0; m < 2 * MT; m++) {
-      top[m / 2][m % 2] = -INFINITY;
-      total[m / 2][m % 2] = 0;
-    }
-  }
-
-  // Turns more logits into weights relative to the maximum, and all that was summed up before to the new maximum.
-  template <int N, int COLUMNS>
-  __device__ __forceinline__ void add(float (&s)[MT][N][4], float (&o)[MT][COLUMNS][4], float exponent) {
-#pragma unroll
-    for (int m = 0; m < MT; m++) {
-#pragma unroll
-      for (int r = 0; r < 4; r += 2) {
-        float most = top[m][r / 2];
-#pragma unroll
-        for (int n = 0; n < N; n++) most = fmaxf(most, fmaxf(s[m][n][r], s[m][n][r + 1]));
-        most = fmaxf(most, __shfl_xor_sync(FULL_WARP, most, 1));
-        most = fmaxf(most, __shfl_xor_sync(FULL_WARP, most, 2));
-        const float base = most == -INFINITY ? 0 : most * exponent;  // no key is visible yet: 2^(-inf - 0) = 0
-        const float rescale = fast_exp2(top[m][r / 2] * exponent - base);
-        top[m][r / 2] = most;
-        float sum = 0;
-#pragma unroll
-        for (int n = 0; n < N; n++) {
-#pragma unroll
-          for (int e = r; e < r + 2; e++) sum += s[m][n][e] = fast_exp2(s[m][n][e] * exponent - base);
-        }
-        total[m][r / 2] = total[m][r / 2] * rescale + sum;
-#pragma unroll
-        for (int n = 0; n < COLUMNS; n++) {
-          o[m][n][r] *= rescale;
-          o[m][n][r + 1] *= rescale;
-        }
-      }
-    }
-  }
-
-  // What the sums of row (m, r) have to be multiplied by, and lse, given the sink in base 2 (-inf: none).
-  __device__ __forceinline__ float finish(int m, int r, float exponent, float sink, float& lse) const {
-    float sum = total[m][r];
-    sum += __shfl_xor_sync(FULL_WARP, sum, 1);
-    sum += __shfl_xor_sync(FULL_WARP, sum, 2);
-    const float logit = top[m][r] * exponent, most = fmaxf(logit, sink);
-    const float base = most == -INFINITY ? 0 : most, rescale = fast_exp2(logit - base);
-    sum = sum * rescale + fast_exp2(sink - base);
-    lse = sum == 0 ? -INFINITY : LN_2 * (base + log2f(sum));
-    return sum == 0 ? 0 : rescale / sum;
-  }
 };
 
 // One block for each tile of queries of each key/value head and sequence. Moves q once in and o once out, 2 B S H D elements, and lse;
@@ -106,7 +49,6 @@ __global__ void __launch_bounds__(ForwardShape<T, WIDTH>::THREADS)
   }
 
   const int lane = threadIdx.x % 32, row_warp = threadIdx.x / 32 * 16 * MT;
-  const auto query_of = [&](int m, int r) { return (first_row + row_warp + 16 * m + 8 * r + lane / 4) / at.G; };
   OnlineSoftmax<MT> softmax;
   float o[MT][WIDTH / 8][4] = {};
   for (int first = begin, stage = 0; first < end; first += KEYS, stage ^= 1) {
@@ -117,18 +59,10 @@ __global__ void __launch_bounds__(ForwardShape<T, WIDTH>::THREADS)
     float s[MT][KEYS / 8][4] = {};
     multiply_transposed(s, q_tile, row_warp, k_tile(stage));
     if (options.softcap > 0) cap(s, options);
-    if (first < begin_all || first + KEYS > end_all) {
-#pragma unroll
-      for (int m = 0; m < 2 * MT; m++) {
-        const int query = query_of(m / 2, m % 2), begin_row = at.first_key_of(query), end_row = at.end_key_of(query);
-#pragma unroll
-        for (int e = 0; e < KEYS / 4; e++) {
-          const int key = first + e / 2 * 8 + lane % 4 * 2 + e % 2;
-          if (key < begin_row || key >= end_row) s[m / 2][e / 2][m % 2 * 2 + e % 2] = -INFINITY;
-        }
-      }
-    }
-    softmax.add(s, o, options.exponent);
+    if (first < begin_all || first + KEYS > end_all) hide(s, first, at, first_row + row_warp);
+    float rescale[MT][2];
+    softmax.add(s, options.exponent, rescale);
+    scale_rows(o, rescale);
     multiply(o, s, v_tile(stage));
   }
 

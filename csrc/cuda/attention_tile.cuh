@@ -49,6 +49,11 @@ struct Rows {
     const int token = static_cast<unsigned>(r) / static_cast<unsigned>(G);
     return data + token * stride_token + (r - token * G) * stride_head;
   }
+
+  // The same rows from a feature on.
+  __device__ __forceinline__ Rows from(int feature) const {
+    return {data + feature, stride_token, stride_head, G, features - feature, wide};
+  }
 };
 
 // Starts to copy rows `first` .. first + ROWS - 1 into a tile; rows from `end` on and features past the last become zero.

@@ -1,7 +1,8 @@
 // What CUDA kernels are written in: one set of names for hardware (nvcc) and for the emulator of tests/emulator. PTX and
-// <<<>>> stand nowhere else. Beyond this file kernels use CUDA's own names: threadIdx, __syncthreads, __shfl_xor_sync ...
+// launches stand nowhere else but here and, for what only Hopper has, in hopper.cuh. Beyond them kernels use CUDA's own names:
+// threadIdx, __syncthreads, __shfl_xor_sync ...
 //
-//   launch, multiprocessors, aligned, by_dtype  host side
+//   launch, multiprocessors, compute_capability, aligned, by_dtype  host side
 //   FASTPRIMER_SHARED, dynamic_shared           shared memory
 //   Vector, load, store, whole, issue_loads     accesses of up to 16 bytes
 //   bfloat16, float16, widen, narrow            element types; arithmetic is in float32
@@ -74,17 +75,23 @@ Error launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
-// How many multiprocessors the current device has; asked once per device.
-inline int multiprocessors() {
+// An attribute of the current device, asked once per device; never less than 1.
+template <cudaDeviceAttr ATTRIBUTE>
+int device_attribute() {
   constexpr int devices = 64;
   static std::atomic<int> known[devices];
-  int device = 0, count = 0;
+  int device = 0, value = 0;
   cudaGetDevice(&device);
-  if (device < devices && (count = known[device]) > 0) return count;
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  if (device < devices) known[device] = count;
-  return count > 0 ? count : 1;
+  if (device < devices && (value = known[device]) > 0) return value;
+  cudaDeviceGetAttribute(&value, ATTRIBUTE, device);
+  if (device < devices) known[device] = value;
+  return value > 0 ? value : 1;
 }
+
+inline int multiprocessors() { return device_attribute<cudaDevAttrMultiProcessorCount>(); }
+
+// The major one: 8 for sm_80 to sm_89, 9 for Hopper.
+inline int compute_capability() { return device_attribute<cudaDevAttrComputeCapabilityMajor>(); }
 
 template <int V, class T>
 __device__ __forceinline__ Vector<T, V> load(const T* p) {

@@ -3,7 +3,8 @@
 A kernel fails the gate if
     it spills: a stack, local memory, or STL/LDL in the machine code;
     it needs more static shared memory than the target has;
-    an instruction that its source's case requires is missing.
+    an instruction that its source's case requires is missing;
+    the assembler made its wgmma wait for each other.
 
     PYTHONPATH=tests python -m aot.cuda_gate [--markdown]       prints the table of the project's kernels
 """
@@ -25,7 +26,7 @@ from aot.table import KIB, cell, counted, markdown
 ROOT = Path(__file__).parents[2]
 SHARED_LIMIT = {"sm_80": 163 * KIB, "sm_90a": 227 * KIB, "sm_100a": 227 * KIB}
 TARGETS = tuple(SHARED_LIMIT)
-COUNTED = ("LDG.E.128", "STG.E.128", "LDGSTS", "LDSM", "HMMA", "STL", "LDL")
+COUNTED = ("LDG.E.128", "STG.E.128", "LDGSTS", "LDSM", "HMMA", "HGMMA", "UTMALDG", "SYNCS", "USETMAXREG", "STL", "LDL")
 FLAGS = ("-std=c++17", "-O3", "-lineinfo", f"-I{ROOT / 'csrc/cuda'}", f"-I{ROOT / 'tests/emulator'}")
 
 
@@ -35,6 +36,7 @@ class Case:
 
     source: Path
     requires: Callable[[str], tuple[str, ...]]
+    targets: tuple[str, ...] = TARGETS
 
 
 @dataclass(frozen=True)
@@ -83,10 +85,16 @@ def decoding(kernel: str) -> tuple[str, ...]:
     return attention(kernel) if kernel.startswith("decoding_parts<") else ()
 
 
+def attention_hopper(kernel: str) -> tuple[str, ...]:
+    """Tiles come by TMA, barriers are in shared memory, products are those of warpgroups, registers move to those that multiply."""
+    return ("UTMALDG", "SYNCS", "HGMMA", "USETMAXREG", "STG.E.128")
+
+
 CASES = (
     *(Case(ROOT / f"csrc/cuda/{op}.cu", wide_access) for op in ("rms_norm", "rope", "swiglu")),
     Case(ROOT / "csrc/cuda/attention.cu", attention),
     Case(ROOT / "csrc/cuda/decoding.cu", decoding),
+    Case(ROOT / "csrc/cuda/attention_hopper.cu", attention_hopper, ("sm_90a",)),
     Case(ROOT / "tests/emulator/probe.cu", tensor_core),
 )
 
@@ -108,18 +116,21 @@ def reason_not() -> str:
     return "" if shutil.which("c++filt") else "no c++filt"
 
 
-def inspect(case: Case, targets: tuple[str, ...] = TARGETS, shared_limit: dict[str, int] = SHARED_LIMIT) -> list[Row]:
+def inspect(case: Case, shared_limit: dict[str, int] = SHARED_LIMIT) -> list[Row]:
     """One row for each kernel of the case on each target."""
     with tempfile.TemporaryDirectory() as folder:
-        cubins = {target: Path(folder) / f"{target}.cubin" for target in targets}
-        compile_one = ["nvcc", *FLAGS, "-cubin", case.source]
-        running = [subprocess.Popen([*compile_one, f"-arch={target}", "-o", to]) for target, to in cubins.items()]
-        if any([process.wait() for process in running]):
-            raise RuntimeError(f"{case.source.name} does not compile")
-        return [row for target, cubin in cubins.items() for row in _rows(case, target, cubin, shared_limit[target])]
+        cubins = {target: Path(folder) / f"{target}.cubin" for target in case.targets}
+        running = {}
+        for target, to in cubins.items():
+            command = ["nvcc", *FLAGS, "-cubin", case.source, f"-arch={target}", "-o", to]
+            running[target] = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        said = {target: process.communicate()[1] for target, process in running.items()}
+        if any(process.returncode for process in running.values()):
+            raise RuntimeError(f"{case.source.name} does not compile\n" + "".join(said.values()))
+        return [row for target in cubins for row in _rows(case, target, cubins[target], said[target], shared_limit[target])]
 
 
-def _rows(case: Case, target: str, cubin: Path, shared_limit: int) -> list[Row]:
+def _rows(case: Case, target: str, cubin: Path, said: str, shared_limit: int) -> list[Row]:
     counts = _instructions(cubin)
     usage = subprocess.run([cuobjdump(), "--dump-resource-usage", cubin], check=True, capture_output=True, text=True).stdout
     found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
@@ -129,6 +140,8 @@ def _rows(case: Case, target: str, cubin: Path, shared_limit: int) -> list[Row]:
         registers, stack, shared, local = map(int, numbers)
         row = Row(name, target, registers, shared, stack, local, counts[mangled])
         faults = _faults(row, case.requires(name), shared_limit)
+        if re.search(rf"(are serialized|wait is injected) .*{mangled}'", said):
+            faults = (*faults, "its wgmma are serialized")
         rows.append(Row(name, target, registers, shared, stack, local, counts[mangled], faults))
     return rows
 

@@ -4,9 +4,11 @@
 #include <cstdint>
 #include <exception>
 #include <functional>
+#include <utility>
 #include <vector>
 
 #include "fiber.h"
+#include "mbarrier.h"
 #include "memory.h"
 
 struct dim3 {
@@ -27,7 +29,7 @@ struct Where {
   bool operator==(const Where&) const = default;
 };
 
-enum class State { ready, at_barrier, at_warp, returned };
+enum class State { ready, at_barrier, at_some, at_warp, polling, returned };
 
 // A cp.async under way.
 struct AsyncCopy {
@@ -35,6 +37,24 @@ struct AsyncCopy {
   const unsigned char* global;
   int bytes;
   int group;
+};
+
+// A product of a warpgroup (wgmma) under way, as a thread sees it: d, a part of its registers, and the operands.
+struct Product {
+  float* d;
+  unsigned columns;
+  const uint32_t* a_registers;  // null: a comes from shared memory
+  uint64_t a, b;
+  bool add;
+  float (*wide)(uint16_t);
+  int group;
+  uint64_t operands;  // what a digest of the operands in shared memory was when it began
+};
+
+// The numbers of registers that products are under way to; the registers themselves are poison until those are waited for.
+struct Accumulator {
+  float* d;
+  std::vector<float> numbers;
 };
 
 struct Thread {
@@ -47,6 +67,15 @@ struct Thread {
   unsigned operations = 0;  // how many warp operations it has begun
   std::vector<AsyncCopy> copies;
   int copy_group = 0;
+  const MBarrier* mbarrier = nullptr;  // that it polls, for the end of a phase of this parity
+  unsigned parity = 0;
+  unsigned barrier = 0, barrier_threads = 0;  // that it waits at, with as many
+  std::vector<unsigned> stored;               // the 16 bytes of `unfenced` that are its own
+  std::vector<Product> products;
+  std::vector<Accumulator> accumulators;
+  int product_group = 0;
+  std::vector<std::pair<const void*, const void*>> fenced;  // its registers that products may use: first, end
+  unsigned registers = 0;                                   // that it asked for
   std::exception_ptr error;
 };
 
@@ -55,9 +84,24 @@ struct alignas(16) Offer {
   std::array<unsigned char, 32> bytes;
 };
 
+// A TMA copy under way. `write` lets its bytes arrive.
+struct TileCopy {
+  MBarrier* barrier;
+  int bytes;
+  std::function<void()> write;
+};
+
 struct Block {
+  static constexpr unsigned BARRIERS = 16, CHUNK = 16;
+
   Block(dim3 index, dim3 dim, dim3 grid, size_t dynamic_bytes)
-      : index(index), dim(dim), grid(grid), threads(dim.x * dim.y * dim.z), shared(dynamic_bytes), warp_order(warps()) {
+      : index(index),
+        dim(dim),
+        grid(grid),
+        threads(dim.x * dim.y * dim.z),
+        shared(dynamic_bytes),
+        unfenced(dynamic_bytes / CHUNK + 1),
+        warp_order(warps()) {
     offers[0].resize(threads.size());
     offers[1].resize(threads.size());
     for (unsigned i = 0; i < threads.size(); i++) {
@@ -71,13 +115,16 @@ struct Block {
   dim3 index, dim, grid;
   std::vector<Thread> threads;
   SharedMemory shared;
+  std::vector<uint16_t> unfenced;  // by 16 bytes of dynamic shared memory: 1 + the thread whose store no fence_async has followed
+  std::vector<TileCopy> tile_copies;
+  std::vector<std::pair<MBarrier*, unsigned>> mbarriers;  // and the threads that initialised them
   std::vector<Offer> offers[2];  // two, for a lane may begin its next operation while another still reads this one's
   const std::function<void()>* kernel = nullptr;
   Fiber scheduler;
   Thread* current = nullptr;
   bool abandoned = false;
-  char barrier_order = 0;        // what ThreadSanitizer orders a block's barrier by
-  std::vector<char> warp_order;  // and each warp's
+  char barrier_order[BARRIERS] = {};  // what ThreadSanitizer orders a block's barriers by
+  std::vector<char> warp_order;       // and each warp's
   uint64_t bank_conflicts = 0;
 };
 
@@ -101,9 +148,23 @@ inline void wait(State state, unsigned mask, const Where& where) {
 // __syncthreads and __syncwarp: they order memory.
 inline void barrier(const Where& where) {
   const Quiet quiet;
-  char* order = &running->barrier_order;
+  char* order = &running->barrier_order[0];
   release(order);
   wait(State::at_barrier, 0, where);
+  acquire(order);
+}
+
+// bar.sync with a number, of some warps of the block.
+inline void barrier_of(unsigned id, unsigned threads, const Where& where) {
+  const Quiet quiet;
+  if (id == 0 || id >= Block::BARRIERS) throw Error("a barrier of some threads must be one of 1 to 15");
+  if (threads == 0 || threads % WARP != 0 || threads > running->threads.size())
+    throw Error("a barrier must be of whole warps of the block");
+  thread().barrier = id;
+  thread().barrier_threads = threads;
+  char* order = &running->barrier_order[id];
+  release(order);
+  wait(State::at_some, 0, where);
   acquire(order);
 }
 

@@ -9,7 +9,8 @@ from .build import Patch
 RMS_NORM, RMS_NORM_LAUNCH, GEMM = "csrc/cuda/rms_norm.cuh", "csrc/cuda/rms_norm.cu", "tests/emulator/gemm.cuh"
 ROPE, ROPE_LAUNCH = "csrc/cuda/rope.cuh", "csrc/cuda/rope.cu"
 SWIGLU, SWIGLU_LAUNCH = "csrc/cuda/swiglu.cuh", "csrc/cuda/swiglu.cu"
-ATTENTION, ATTENTION_TILE = "csrc/cuda/attention.cu", "csrc/cuda/attention_tile.cuh"
+ATTENTION_LAUNCH, ATTENTION_TILE = "csrc/cuda/attention_launch.cuh", "csrc/cuda/attention_tile.cuh"
+ATTENTION_SOFTMAX = "csrc/cuda/attention_softmax.cuh"
 ATTENTION_FORWARD, ATTENTION_BACKWARD = "csrc/cuda/attention_forward.cuh", "csrc/cuda/attention_backward.cuh"
 
 
@@ -224,7 +225,7 @@ BUGS = [
     Bug(
         "a query sees the key after its last",
         "attention",
-        Patch(ATTENTION_FORWARD, "key >= end_row", "key > end_row"),
+        Patch(ATTENTION_SOFTMAX, "key >= end)", "key > end)"),
         {"plain": "lse is wrong"},
     ),
     Bug(
@@ -236,7 +237,7 @@ BUGS = [
     Bug(
         "a sum of weights keeps its old maximum",
         "attention",
-        Patch(ATTENTION_FORWARD, "total[m][r / 2] * rescale + sum", "total[m][r / 2] + sum"),
+        Patch(ATTENTION_SOFTMAX, "total[m][r] * rescale[m][r] + sum", "total[m][r] + sum"),
         {"plain": "lse is wrong"},
     ),
     Bug(
@@ -254,7 +255,7 @@ BUGS = [
     Bug(
         "16-byte accesses without a look at the stride of tokens",
         "attention",
-        Patch(ATTENTION, "aligned<T, V>(heads.data, heads.stride_token) &&", ""),
+        Patch(ATTENTION_LAUNCH, "aligned<T, V>(heads.data, heads.stride_token) &&", ""),
         {"plain": "is not aligned"},
     ),
     Bug(

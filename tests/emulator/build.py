@@ -14,10 +14,12 @@ ROOT = Path(__file__).parents[2]
 HERE = Path("tests/emulator")
 CHECKS = {
     "reports": [HERE / "check_reports.cpp"],
+    "reports_hopper": [HERE / "check_reports_hopper.cpp"],
     "gemm": [HERE / "check_gemm.cpp"],
     **{op: [HERE / f"check_{op}.cpp", Path(f"csrc/cuda/{op}.cu")] for op in ("rms_norm", "rope", "swiglu", "attention", "decoding")},
+    "attention_hopper": [HERE / "check_attention_hopper.cpp", *map(Path, ("csrc/cuda/attention.cu", "csrc/cuda/attention_hopper.cu"))],
 }
-"""One program for the emulator itself, and one for each operation."""
+"""Programs for the emulator itself, one for each operation, and one for each that has kernels of its own for Hopper."""
 
 KINDS = {
     "plain": ["-O1"],
@@ -51,6 +53,8 @@ def compile_program(program: Path, sources: list[Path], kind: str, tree: Path = 
     folders = [f"-I{tree / folder}" for folder in (HERE, "csrc", "csrc/cuda")]
     objects = [program.with_name(f"{program.name}_{source.stem}.o") for source in sources]
     flags = [*FLAGS, *KINDS[kind], *([] if tree == ROOT else ["-O0"])]
+    if any(source.stem.endswith("_hopper") for source in sources):
+        flags.append("-DFASTPRIMER_HOPPER")
     compile_one = [compiler(), *flags, *folders, "-x", "c++", "-c"]
     running = [subprocess.Popen([*compile_one, tree / source, "-o", to]) for source, to in zip(sources, objects, strict=True)]
     if any([process.wait() for process in running]):

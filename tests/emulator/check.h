@@ -91,6 +91,22 @@ bool close(T value, double truth, double scale) {
   return std::abs(widen(value) - truth) <= 1.01 * ROUNDING<T> * std::abs(truth) + 8 * ROUNDING<float> * scale + 1e-7 * (sizeof(T) == 2);
 }
 
+using Kernel = std::function<void()>;
+
+inline void expect(const std::string& name, bool true_statement) {
+  if (!true_statement) fail(name);
+}
+
+inline void expect_report(const std::string& report, unsigned threads, size_t shared_bytes, const Kernel& kernel) {
+  const char* error = emulator::launch(dim3(1), dim3(threads), shared_bytes, kernel);
+  if (error == nullptr) return fail("not reported: " + report);
+  if (std::string(error).find(report) == std::string::npos) fail("expected the report '" + report + "', got '" + error + "'");
+}
+
+inline void run_kernel(unsigned blocks, unsigned threads, size_t shared_bytes, const Kernel& kernel) {
+  if (const char* error = emulator::launch(dim3(blocks), dim3(threads), shared_bytes, kernel)) fail(error);
+}
+
 // Runs `cases` once with each seed from 0 up: all must pass, with the same bits. Arguments of the program: how many seeds; "quick" for
 // the small cases only.
 inline int run(int argc, char** argv, const std::function<void(bool quick)>& cases) {

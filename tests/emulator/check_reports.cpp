@@ -10,22 +10,6 @@ using fastprimer::copy_async_wait;
 using fastprimer::dynamic_shared;
 using fastprimer::FULL_WARP;
 
-using Kernel = std::function<void()>;
-
-void expect(const std::string& name, bool true_statement) {
-  if (!true_statement) fail(name);
-}
-
-void expect_report(const std::string& report, unsigned threads, size_t shared_bytes, const Kernel& kernel) {
-  const char* error = emulator::launch(dim3(1), dim3(threads), shared_bytes, kernel);
-  if (error == nullptr) return fail("not reported: " + report);
-  if (std::string(error).find(report) == std::string::npos) fail("expected the report '" + report + "', got '" + error + "'");
-}
-
-void run_kernel(unsigned blocks, unsigned threads, size_t shared_bytes, const Kernel& kernel) {
-  if (const char* error = emulator::launch(dim3(blocks), dim3(threads), shared_bytes, kernel)) fail(error);
-}
-
 void check_barriers() {
   expect_report("wait at different barriers", 64, 0, [] {
     if (threadIdx.x < 32) {

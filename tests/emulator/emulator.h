@@ -10,6 +10,7 @@
 //   collective.h  shuffles, ballots, barriers
 //   copy.h        cp.async
 //   matrix.h      ldmatrix, mma
+//   hopper.h      what sm_90a has beyond: mbarrier.h, tma.h, wgmma.h
 //   sanitizer.h   AddressSanitizer and ThreadSanitizer
 //
 // It cannot show: speed, weak memory ordering between threads, or a layout that the author of a kernel and of this emulator both
@@ -25,6 +26,7 @@
 #include "copy.h"
 #include "launch.h"
 #include "matrix.h"
+#include "tma.h"
 #include "traffic.h"
 
 #define __global__
@@ -67,6 +69,7 @@ Error launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared
 }
 
 inline int multiprocessors() { return emulator::MULTIPROCESSORS; }
+inline int compute_capability() { return emulator::compute_capability(); }
 
 template <int V, class T>
 Vector<T, V> load(const T* p) {
@@ -84,6 +87,7 @@ template <class T, int V>
 void store(T* p, const Vector<T, V>& v) {
   emulator::check_aligned(p, alignof(Vector<T, V>));
   emulator::count_traffic(sizeof v);
+  emulator::note_store(p, sizeof v);
   std::memcpy(p, &v, sizeof v);
 }
 

@@ -1,6 +1,7 @@
 // A kernel launch: all blocks of a grid, in an order and on schedules that one seed decides, on a few threads of the operating system.
 //
 // FASTPRIMER_EMULATOR_SEED (an environment variable, read at every launch) is the seed; 0 or none is the plain order.
+// FASTPRIMER_EMULATOR_CAPABILITY is the major compute capability that kernels are chosen for; 8 if there is none.
 #pragma once
 #include <atomic>
 #include <cstdlib>
@@ -20,10 +21,13 @@ constexpr unsigned MOST_THREADS = 1024;
 
 inline std::atomic<uint64_t> bank_conflicts{0};  // of ldmatrix, since it was last set to 0
 
-inline uint64_t seed() {
-  const char* text = std::getenv("FASTPRIMER_EMULATOR_SEED");
-  return text == nullptr ? 0 : std::strtoull(text, nullptr, 10);
+inline uint64_t number(const char* variable, uint64_t otherwise) {
+  const char* text = std::getenv(variable);
+  return text == nullptr ? otherwise : std::strtoull(text, nullptr, 10);
 }
+
+inline uint64_t seed() { return number("FASTPRIMER_EMULATOR_SEED", 0); }
+inline int compute_capability() { return static_cast<int>(number("FASTPRIMER_EMULATOR_CAPABILITY", 8)); }
 
 inline void check_limits(dim3 grid, dim3 block) {
   const uint64_t threads = static_cast<uint64_t>(block.x) * block.y * block.z;

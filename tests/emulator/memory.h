@@ -35,7 +35,8 @@ class SharedMemory {
     for (Array& array : arrays_) std::free(array.memory);
   }
 
-  unsigned char* dynamic() { return dynamic_; }
+  unsigned char* dynamic() const { return dynamic_; }
+  size_t dynamic_bytes() const { return arrays_.front().bytes; }
 
   // The array that belongs to one declaration in the kernel's text, told apart by `key`.
   unsigned char* declared(const void* key, size_t bytes) {

@@ -1,10 +1,9 @@
 // What each primitive of device.cuh does, number by number. The emulated build and the hardware's build of this one file print the
 // same text if the emulator's layouts are the hardware's: python -m tests.emulator.probe compares the two.
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 
 #include "gemm.cuh"
+#include "probe.cuh"
 
 namespace fastprimer {
 
@@ -81,36 +80,6 @@ __global__ void fill(T* p, int count) {
   for (int i = threadIdx.x; i < count; i += blockDim.x) p[i] = narrow<T>(static_cast<float>(i * 2654435761u >> 28) - 7);
 }
 
-#ifdef FASTPRIMER_EMULATED
-void* allocate(size_t bytes) { return std::aligned_alloc(64, (bytes + 63) / 64 * 64); }
-Error finish() { return nullptr; }
-#else
-void* allocate(size_t bytes) {
-  void* p = nullptr;
-  return cudaMallocManaged(&p, bytes) == cudaSuccess ? p : nullptr;
-}
-Error finish() {
-  const cudaError_t error = cudaDeviceSynchronize();
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
-}
-#endif
-
-bool failed = false;
-
-// Prints what a launch of `kernel` leaves in `count` words.
-template <class Launch>
-void probe(const char* name, size_t count, Launch launch_kernel) {
-  uint32_t* out = static_cast<uint32_t*>(allocate(count * sizeof(uint32_t)));
-  Error error = out == nullptr ? "no memory on the device" : launch_kernel(out);
-  if (error == nullptr) error = finish();
-  if (error != nullptr) {
-    std::fprintf(stderr, "%s: %s\n", name, error);
-    failed = true;
-    return;
-  }
-  for (size_t i = 0; i < count; i++) std::printf("%s %zu %08x\n", name, i, out[i]);
-}
-
 template <class T>
 Error run_gemm(uint32_t* out) {
   T* a = static_cast<T*>(allocate(GEMM_M * GEMM_K * sizeof(T)));
@@ -127,23 +96,18 @@ Error run_cp_async(uint32_t* out) {
   return launch(probe_cp_async, dim3(1), dim3(32), 32 * 16, Cuda{}, in, out);
 }
 
-// Launches one warp of a kernel that takes nothing but its output.
-auto warp(void (*kernel)(uint32_t*)) {
-  return [=](uint32_t* out) { return launch(kernel, dim3(1), dim3(32), 0, Cuda{}, out); };
-}
-
 }  // namespace fastprimer
 
 int main() {
   using namespace fastprimer;
-  probe("mma_bfloat16", 128 * 32 * 4, warp(probe_mma<bfloat16>));
-  probe("mma_float16", 128 * 32 * 4, warp(probe_mma<float16>));
-  probe("ldmatrix_x4", 32 * 4, warp(probe_ldmatrix<false, 4>));
-  probe("ldmatrix_x4_trans", 32 * 4, warp(probe_ldmatrix<true, 4>));
-  probe("ldmatrix_x2", 32 * 2, warp(probe_ldmatrix<false, 2>));
-  probe("ldmatrix_x2_trans", 32 * 2, warp(probe_ldmatrix<true, 2>));
+  probe("mma_bfloat16", 128 * 32 * 4, block(probe_mma<bfloat16>));
+  probe("mma_float16", 128 * 32 * 4, block(probe_mma<float16>));
+  probe("ldmatrix_x4", 32 * 4, block(probe_ldmatrix<false, 4>));
+  probe("ldmatrix_x4_trans", 32 * 4, block(probe_ldmatrix<true, 4>));
+  probe("ldmatrix_x2", 32 * 2, block(probe_ldmatrix<false, 2>));
+  probe("ldmatrix_x2_trans", 32 * 2, block(probe_ldmatrix<true, 2>));
   probe("cp_async", 32 * 4, run_cp_async);
-  probe("shuffles", 14 * 32, warp(probe_shuffles));
+  probe("shuffles", 14 * 32, block(probe_shuffles));
   probe("conversions", 2048, [](uint32_t* out) { return launch(probe_conversions, dim3(8), dim3(256), 0, Cuda{}, out); });
   probe("gemm_bfloat16", GEMM_M * GEMM_N, run_gemm<bfloat16>);
   probe("gemm_float16", GEMM_M * GEMM_N, run_gemm<float16>);

@@ -2,7 +2,7 @@
 
     PYTHONPATH=tests python -m emulator.probe
 
-builds tests/emulator/probe.cu for the emulator and, where there is a GPU and nvcc, for the GPU, runs both and compares every number.
+builds the probes for the emulator and, where there is a GPU and nvcc, for the GPU, runs both and compares every number.
 Exit code 0: they agree, or there is no GPU to compare with; 1: they do not.
 """
 
@@ -17,34 +17,49 @@ from pathlib import Path
 
 from .build import HERE, ROOT, compile_program
 
-SOURCE = HERE / "probe.cu"
+PROBES = {"native": HERE / "probe.cu", "sm_90a": HERE / "probe_hopper.cu"}
+"""{what nvcc compiles for: a probe}; those for one architecture run on no other."""
+
+DRIVER_MAJOR, DRIVER_MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 
 
-def emulated(tree: Path = ROOT) -> str:
+def emulated(source: Path, tree: Path = ROOT) -> str:
     with tempfile.TemporaryDirectory() as folder:
-        program = compile_program(Path(folder) / "probe", [SOURCE], "plain", tree)
+        program = compile_program(Path(folder) / "probe", [source], "plain", tree)
         return subprocess.run([program], check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def reason_no_hardware() -> str:
-    """Why the probe cannot run on a GPU here, or ""."""
-    if shutil.which("nvcc") is None:
-        return "no nvcc"
+def capability() -> tuple[int, int] | None:
+    """The compute capability of the first GPU, if there is one."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return "no NVIDIA driver"
-    count = ctypes.c_int(0)
+        return None
+    count, major, minor = ctypes.c_int(0), ctypes.c_int(0), ctypes.c_int(0)
     if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value == 0:
-        return "no NVIDIA GPU"
-    return ""
+        return None
+    driver.cuDeviceGetAttribute(ctypes.byref(major), DRIVER_MAJOR, 0)
+    driver.cuDeviceGetAttribute(ctypes.byref(minor), DRIVER_MINOR, 0)
+    return major.value, minor.value
 
 
-def hardware() -> str:
+def reason_no_hardware(architecture: str = "native") -> str:
+    """Why the probe for an architecture cannot run on a GPU here, or ""."""
+    if shutil.which("nvcc") is None:
+        return "no nvcc"
+    found = capability()
+    if found is None:
+        return "no NVIDIA GPU, or no driver"
+    there = "sm_{}{}a".format(*found)
+    return "" if architecture in ("native", there) else f"the GPU is {there}, not {architecture}"
+
+
+def hardware(architecture: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "probe"
-        folders = [f"-I{ROOT / 'csrc/cuda'}"]
-        subprocess.run(["nvcc", "-std=c++17", "-O2", "-arch=native", *folders, ROOT / SOURCE, "-o", program], check=True)
+        folders = [f"-I{ROOT / 'csrc/cuda'}", f"-I{ROOT / HERE}"]
+        command = ["nvcc", "-std=c++17", "-O2", f"-arch={architecture}", *folders, ROOT / PROBES[architecture], "-o", program]
+        subprocess.run(command, check=True)
         return subprocess.run([program], check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
@@ -74,15 +89,17 @@ def differences(ours: str, theirs: str) -> dict[str, str]:
 
 
 def main() -> int:
-    ours = emulated()
-    reason = reason_no_hardware()
-    if reason:
-        print(f"the emulator printed {len(ours.splitlines())} numbers; not compared with hardware: {reason}")
-        return 0
-    result = differences(ours, hardware())
-    for name, difference in result.items():
-        print(f"{name:20} {difference or 'as on the GPU'}")
-    return int(any(result.values()))
+    failed = False
+    for architecture, source in PROBES.items():
+        ours = emulated(source)
+        reason = reason_no_hardware(architecture)
+        if reason:
+            print(f"{source.name}: the emulator printed {len(ours.splitlines())} numbers; not compared with hardware: {reason}")
+            continue
+        for name, difference in differences(ours, hardware(architecture)).items():
+            print(f"{name:28} {difference or 'as on the GPU'}")
+            failed |= bool(difference)
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@
 // a warp can be a whole barrier ahead of others: that is where missing barriers show. Priorities change now and then.
 //
 // Reported: threads that wait at different barriers, a barrier after some threads returned, lanes of one mask at different operations,
-// a lane outside its own mask, a deadlock, cp.async without a wait, writes past the end of shared memory, stack overflow.
+// a lane outside its own mask, a deadlock, cp.async, TMA or wgmma without a wait, writes past the end of shared memory, stack overflow.
 #pragma once
 #include <algorithm>
 #include <cstdlib>
@@ -68,11 +68,12 @@ class Schedule {
 
   void run() {
     try {
-      while (run_warps() || release_barrier()) {
+      while (run_warps() || release_barrier() || release_some() || land_copy()) {
       }
       for (const Thread& thread : block_.threads) {
         if (thread.state != State::returned) report(block_, "deadlock");
       }
+      if (ended_) report(block_, "a block ended while its TMA copies were under way");
     } catch (...) {
       abandon();
       throw;
@@ -91,6 +92,7 @@ class Schedule {
 
   // Lets warps run, by priority: one of them when seeded, otherwise each. False: none could.
   bool run_warps() {
+    if (seeded_ && random_() % 16 == 0) land_copy();
     bool ran = false;
     for (unsigned warp : priority_) {
       while (run_lanes(warp)) {
@@ -123,6 +125,8 @@ class Schedule {
     if (thread.error) std::rethrow_exception(thread.error);
     if (overflowed(thread.fiber)) report(block_, "a thread's stack overflowed");
     if (thread.state == State::returned && !thread.copies.empty()) report(block_, "a thread returned with cp.async copies not waited for");
+    if (thread.state == State::returned && !thread.products.empty()) report(block_, "a thread returned with wgmma not waited for");
+    if (thread.state == State::returned) ended_ = !block_.tile_copies.empty();
   }
 
   // Lets go on all lanes whose warp operation is complete.
@@ -131,7 +135,8 @@ class Schedule {
     const unsigned size = std::min<unsigned>(WARP, static_cast<unsigned>(block_.threads.size()) - first);
     const unsigned existing = size == WARP ? ~0u : (1u << size) - 1;
     for (unsigned lane = 0; lane < size; lane++) {
-      const Thread& thread = block_.threads[first + lane];
+      Thread& thread = block_.threads[first + lane];
+      if (thread.state == State::polling && thread.mbarrier->complete(thread.parity)) thread.state = State::ready;
       if (thread.state == State::at_warp && complete(first, lane, thread.mask & existing)) {
         const unsigned mask = thread.mask & existing;
         for (unsigned other = 0; other < size; other++) {
@@ -161,15 +166,47 @@ class Schedule {
     if (first == block_.threads.end()) return false;
     for (const Thread& thread : block_.threads) {
       if (thread.state == State::returned) report(block_, "some threads returned, and others wait at a barrier for them");
-      if (thread.state == State::at_warp) return false;
+      if (thread.state != State::at_barrier) return false;
       if (!(thread.where == first->where)) report(block_, "threads of one block wait at different barriers");
     }
     for (Thread& thread : block_.threads) thread.state = State::ready;
     return true;
   }
 
+  // Lets the threads at a barrier of some threads go on when all of these have come. False: none is complete.
+  bool release_some() {
+    std::vector<Thread*> waiting[Block::BARRIERS];
+    for (Thread& thread : block_.threads) {
+      if (thread.state == State::at_some) waiting[thread.barrier].push_back(&thread);
+    }
+    for (const std::vector<Thread*>& threads : waiting) {
+      if (threads.empty()) continue;
+      for (const Thread* thread : threads) {
+        if (thread->barrier_threads != threads[0]->barrier_threads) report(block_, "threads wait at one barrier with different numbers");
+      }
+      if (threads.size() > threads[0]->barrier_threads) report(block_, "more threads wait at a barrier than it is for");
+      if (threads.size() < threads[0]->barrier_threads) continue;
+      for (Thread* thread : threads) thread->state = State::ready;
+      return true;
+    }
+    return false;
+  }
+
+  // Lets a TMA copy arrive. False: none is under way.
+  bool land_copy() {
+    std::vector<TileCopy>& copies = block_.tile_copies;
+    if (copies.empty()) return false;
+    const size_t which = seeded_ ? random_() % copies.size() : 0;
+    const TileCopy copy = std::move(copies[which]);
+    copies.erase(copies.begin() + which);
+    copy.write();
+    copy.barrier->receive(copy.bytes);
+    return true;
+  }
+
   Block& block_;
   bool seeded_;
+  bool ended_ = false;  // with copies under way
   std::mt19937_64 random_;
   std::vector<unsigned> priority_, lanes_;
 };
