@@ -21,9 +21,10 @@ import torch
 from rich.progress import track
 
 import fastprimer
-from fastprimer.bench import EAGER, PASSES, interleaved, machine, prepared
+from fastprimer.bench import PASSES, interleaved, machine, prepared
 from fastprimer.cases import Inputs, attention_case
 from fastprimer.memory import keep_freed_memory
+from fastprimer.peers import EAGER
 
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 LONGEST_OF_PLAIN = 4096

@@ -26,7 +26,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -37,82 +36,12 @@ from fastprimer.backends import BACKENDS, PREFERENCE, BackendError, declared, un
 from fastprimer.cases import CASES, Case, Inputs
 from fastprimer.generate import natural, positive
 from fastprimer.memory import keep_freed_memory
+from fastprimer.peers import EAGER, compiled
 from fastprimer.testing import compare
 
 PASSES = ("forward", "forward+backward")
 COPY_BYTES = 1 << 28
 """Of the array that is copied to measure the roof: well beyond any last-level cache."""
-
-
-def _rms_norm(x, weight=None, eps=1e-6, *, residual=None, weight_offset=0.0):
-    h = x if residual is None else x + residual
-    y = F.rms_norm(h, h.shape[-1:], weight if weight is None or weight_offset == 0 else weight + weight_offset, eps)
-    return y if residual is None else (y, h)
-
-
-def _rope(q, k, cos, sin, *, positions=None, interleaved=False):
-    """Half-split as in Hugging Face's models, where the tables are as wide as a head and of q's dtype."""
-    rows = slice(0, q.shape[1]) if positions is None else positions
-    if interleaved:  # as in the paper: a pair is a complex number
-        turn = torch.complex(cos[rows], sin[rows]).unsqueeze(-2)
-        return tuple(
-            torch.view_as_real(torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turn).flatten(-2).to(x.dtype) for x in (q, k)
-        )
-    cos, sin = (torch.cat((t[rows], t[rows]), -1).to(q.dtype).unsqueeze(-2) for t in (cos, sin))
-    return tuple(x * cos + _rotate_half(x) * sin for x in (q, k))
-
-
-def _rotate_half(x):
-    half = x.shape[-1] // 2
-    return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-
-
-def _swiglu(gate, up=None, *, activation="silu", limit=None):
-    gate, up = gate.chunk(2, -1) if up is None else (gate, up)
-    if activation == "gpt_oss":
-        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
-        return gate * torch.sigmoid(1.702 * gate) * (up + 1)
-    return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
-
-
-def _attention(q, k, v, *, causal=False, window=None, return_lse=False):
-    mask = None if window is None else _window_mask(q.shape[1], k.shape[1], *window, causal, q.device)
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-    gqa = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and mask is None, enable_gqa=gqa).transpose(1, 2)
-
-
-@functools.cache
-def _window_mask(S: int, T: int, left, right, causal: bool, device) -> torch.Tensor:
-    distance = torch.arange(T, device=device) - (torch.arange(S, device=device)[:, None] + T - S)
-    right = 0 if causal else right
-    visible = torch.ones_like(distance, dtype=torch.bool) if left is None else distance >= -left
-    return visible if right is None else visible & (distance <= right)
-
-
-def _attention_with_kv_cache(q, k_cache, v_cache, cache_seqlens, *, k, v, block_table=None, return_lse=False):
-    """For sequences of one length, which the caller knows."""
-    S, length = q.shape[1], int(cache_seqlens[0])
-    if block_table is None:
-        k_cache[:, length : length + S], v_cache[:, length : length + S] = k, v
-    else:
-        position = torch.arange(length, length + S, device=q.device)
-        place = block_table[:, position // k_cache.shape[1]], position % k_cache.shape[1]
-        k_cache[place], v_cache[place] = k, v
-        k_cache, v_cache = (cache[block_table].flatten(1, 2) for cache in (k_cache, v_cache))
-    mask = None if S == 1 else _window_mask(S, length + S, None, None, True, q.device)
-    q, k, v = (t.transpose(1, 2) for t in (q, k_cache[:, : length + S], v_cache[:, : length + S]))
-    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
-
-
-EAGER: dict[str, Callable] = {
-    "rms_norm": _rms_norm,
-    "rope": _rope,
-    "swiglu": _swiglu,
-    "attention": _attention,
-    "attention_with_kv_cache": _attention_with_kv_cache,
-}
-"""What a user without fastprimer would write. The same function, compiled, is the second peer."""
 
 
 @dataclass
@@ -212,7 +141,7 @@ def measure(case: Case, dtype: torch.dtype, measured: str, backend: str, device:
         return result
     arguments = case.arguments(Inputs(dtype, device, seed))
     torch.compiler.reset()
-    contestants = {"ours": getattr(fastprimer, case.op), "eager": EAGER[case.op], "compiled": torch.compile(EAGER[case.op])}
+    contestants = {"ours": getattr(fastprimer, case.op), "eager": EAGER[case.op], "compiled": compiled(case.op, device, measured)}
     with use_backend(backend):
         calls = {name: prepared(function, arguments, measured) for name, function in contestants.items()}
         roofs = copies(device, torch.get_num_threads())

@@ -7,7 +7,7 @@ import fastprimer as fp
 from conftest import device_or_skip
 from fastprimer import testing
 from fastprimer.backends import use_backend
-from fastprimer.bench import EAGER
+from fastprimer.peers import EAGER
 from fastprimer.cases.attention import decoding_case
 from fastprimer.verify import dtypes_of
 

@@ -163,7 +163,9 @@ __global__ void __launch_bounds__(DECODING_THREADS) decoding_parts(const Decodin
         if (key >= end) s[0][e / 4][e % 4] = -INFINITY;
       }
     }
-    softmax.add(s, o, options.exponent);
+    float rescale[1][2];
+    softmax.add(s, options.exponent, rescale);
+    scale_rows(o, rescale);
     multiply(o, s, tile_of(stage, 1, key_warp * WARP_KEYS));
   }
 

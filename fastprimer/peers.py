@@ -1,0 +1,106 @@
+"""What a user without fastprimer would write: the peers of benchmarks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+
+def _rms_norm(x, weight=None, eps=1e-6, *, residual=None, weight_offset=0.0):
+    h = x if residual is None else x + residual
+    y = F.rms_norm(h, h.shape[-1:], weight if weight is None or weight_offset == 0 else weight + weight_offset, eps)
+    return y if residual is None else (y, h)
+
+
+def _rope(q, k, cos, sin, *, positions=None, interleaved=False):
+    """Half-split as in Hugging Face's models, where the tables are as wide as a head and of q's dtype."""
+    rows = slice(0, q.shape[1]) if positions is None else positions
+    if interleaved:  # as in the paper: a pair is a complex number
+        turn = torch.complex(cos[rows], sin[rows]).unsqueeze(-2)
+        return tuple(
+            torch.view_as_real(torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) * turn).flatten(-2).to(x.dtype) for x in (q, k)
+        )
+    cos, sin = (torch.cat((t[rows], t[rows]), -1).to(q.dtype).unsqueeze(-2) for t in (cos, sin))
+    return tuple(x * cos + _rotate_half(x) * sin for x in (q, k))
+
+
+def _rotate_half(x):
+    half = x.shape[-1] // 2
+    return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+
+
+def _swiglu(gate, up=None, *, activation="silu", limit=None):
+    gate, up = gate.chunk(2, -1) if up is None else (gate, up)
+    if activation == "gpt_oss":
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+        return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+    return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up
+
+
+def _attention(q, k, v, *, causal=False, window=None, return_lse=False):
+    mask = None if window is None else _window_mask(q.shape[1], k.shape[1], *window, causal, q.device)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and mask is None, enable_gqa=gqa).transpose(1, 2)
+
+
+@functools.cache
+def _window_mask(S: int, T: int, left, right, causal: bool, device) -> torch.Tensor:
+    distance = torch.arange(T, device=device) - (torch.arange(S, device=device)[:, None] + T - S)
+    right = 0 if causal else right
+    visible = torch.ones_like(distance, dtype=torch.bool) if left is None else distance >= -left
+    return visible if right is None else visible & (distance <= right)
+
+
+def _attention_with_kv_cache(q, k_cache, v_cache, cache_seqlens, *, k, v, block_table=None, return_lse=False):
+    """For sequences of one length, which the caller knows."""
+    S, length = q.shape[1], int(cache_seqlens[0])
+    if block_table is None:
+        k_cache[:, length : length + S], v_cache[:, length : length + S] = k, v
+    else:
+        position = torch.arange(length, length + S, device=q.device)
+        place = block_table[:, position // k_cache.shape[1]], position % k_cache.shape[1]
+        k_cache[place], v_cache[place] = k, v
+        k_cache, v_cache = (cache[block_table].flatten(1, 2) for cache in (k_cache, v_cache))
+    mask = None if S == 1 else _window_mask(S, length + S, None, None, True, q.device)
+    q, k, v = (t.transpose(1, 2) for t in (q, k_cache[:, : length + S], v_cache[:, : length + S]))
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+
+def _flex_attention() -> Callable:
+    call = torch.compile(flex_attention)
+
+    def attention(q, k, v, *, causal=False, window=None, return_lse=False):
+        mask = _block_mask(q.shape[1], k.shape[1], *(window or (None, None)), causal, q.device)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return call(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+    return attention
+
+
+@functools.cache
+def _block_mask(S: int, T: int, left, right, causal: bool, device):
+    left, right = T if left is None else left, 0 if causal else T if right is None else right
+    visible = lambda b, h, i, j: (j >= i + T - S - left) & (j <= i + T - S + right)  # noqa: E731
+    return create_block_mask(visible, None, None, S, T, device=device)
+
+
+EAGER: dict[str, Callable] = {
+    "rms_norm": _rms_norm,
+    "rope": _rope,
+    "swiglu": _swiglu,
+    "attention": _attention,
+    "attention_with_kv_cache": _attention_with_kv_cache,
+}
+"""By operation, with the arguments of its public function."""
+
+
+def compiled(op: str, device: str, measured: str) -> Callable:
+    """The same by torch.compile; for attention flex_attention, which knows the mask's blocks (on a CPU it has no backward)."""
+    if op == "attention" and (device == "cuda" or measured == "forward"):
+        return _flex_attention()
+    return torch.compile(EAGER[op])
