@@ -117,9 +117,10 @@ struct DecodingParts {
 
 // One block for each split, tile of rows, key/value head and sequence; those past the sequence's end have nothing to do. Moves the keys
 // and values that all queries see once for each tile of ROWS rows, 2 T D elements a head, q, and a part for each split and row. Two
-// stages of keys and values: while one is multiplied, the next is on its way.
+// stages of keys and values: while one is multiplied, the next is on its way. (The bounds' 1: else ptxas spills to let more blocks run
+// at once than there is shared memory for.)
 template <class T, int WIDTH, int ROW_WARPS>
-__global__ void __launch_bounds__(DECODING_THREADS) decoding_parts(const Decoding args, const DecodingOptions options) {
+__global__ void __launch_bounds__(DECODING_THREADS, 1) decoding_parts(const Decoding args, const DecodingOptions options) {
   using Shape = DecodingShape<T, WIDTH, ROW_WARPS>;
   constexpr int KEYS = Shape::KEYS, ROWS = Shape::ROWS, WARP_KEYS = Shape::WARP_KEYS, KEY_WARPS = Shape::KEY_WARPS;
   const int tile = blockIdx.x % options.row_tiles, split = blockIdx.x / options.row_tiles % options.splits;
@@ -243,11 +244,11 @@ __global__ void __launch_bounds__(DECODING_THREADS) decoding_combine(const Decod
   if (row >= args.B * S * H) return;
   const int b = static_cast<int>(row / (S * H)), i = static_cast<int>(row / H % S), h = static_cast<int>(row % H), hk = h / G;
   const DecodingSequence at(args, options, b);
-  const CachedRows<const T> k(args, args.k_cache, args.D, false, b, hk), v(args, args.v_cache, args.Dv, false, b, hk);
   const T* q = static_cast<const T*>(args.q.data) + b * args.q.stride_batch + i * args.q.stride_token + h * args.q.stride_head;
 
   DecodingRow sums;
   const auto add_keys = [&](int begin, int end) {
+    const CachedRows<const T> k(args, args.k_cache, args.D, false, b, hk), v(args, args.v_cache, args.Dv, false, b, hk);
     for (int j = begin; j < end; j++) {
       const T *key = k.row(j), *value = v.row(j);
       float s = 0;

@@ -12,6 +12,7 @@ SWIGLU, SWIGLU_LAUNCH = "csrc/cuda/swiglu.cuh", "csrc/cuda/swiglu.cu"
 ATTENTION_LAUNCH, ATTENTION_TILE = "csrc/cuda/attention_launch.cuh", "csrc/cuda/attention_tile.cuh"
 ATTENTION_SOFTMAX = "csrc/cuda/attention_softmax.cuh"
 ATTENTION_FORWARD, ATTENTION_BACKWARD = "csrc/cuda/attention_forward.cuh", "csrc/cuda/attention_backward.cuh"
+DECODING = "csrc/cuda/decoding.cuh"
 
 
 @dataclass(frozen=True)
@@ -287,5 +288,69 @@ BUGS = [
         "attention",
         Patch(ATTENTION_BACKWARD, "for (int warp = 1; warp", "for (int warp = 2; warp"),
         {"plain": "dsinks is wrong"},
+    ),
+    Bug(
+        "keys and values of a cache are used before all threads have copied theirs",
+        "decoding",
+        Patch(DECODING, "    __syncthreads();  // the stage has arrived", "    // the stage has arrived"),
+        {"plain": "is wrong", "thread": "data race"},
+    ),
+    Bug(
+        "the sums of warps are put together before they are there",
+        "decoding",
+        Patch(DECODING, "  __syncthreads();\n  const DecodingParts parts", "  const DecodingParts parts"),
+        {"plain": "is wrong", "thread": "data race"},
+    ),
+    Bug(
+        "the sums of warps overwrite keys that others still read",
+        "decoding",
+        Patch(
+            DECODING,
+            "  __syncthreads();\n#pragma unroll\n  for (int r = 0; r < 2; r++) {",
+            "#pragma unroll\n  for (int r = 0; r < 2; r++) {",
+        ),
+        {"plain": "is wrong", "thread": "data race"},
+    ),
+    Bug(
+        "what lies behind the last key of a part is weighed",
+        "decoding",
+        Patch(DECODING, "if (key >= end)", "if (key > end)"),
+        {"plain": "lse is wrong"},
+    ),
+    Bug(
+        "queries of the middle see the last token",
+        "decoding",
+        Patch(DECODING, "end = max(begin, end_key_of(0));", "end = max(begin, end_key_of(S - 1));"),
+        {"plain": "is wrong"},
+    ),
+    Bug(
+        "the last part of a sequence is left out",
+        "decoding",
+        Patch(DECODING, "split < count; split++", "split + 1 < count; split++"),
+        {"plain": "lse is wrong"},
+    ),
+    Bug(
+        "parts are added up in different units",
+        "decoding",
+        Patch(DECODING, "total = total * rescale + weight * more_total;", "total = total + weight * more_total;"),
+        {"plain": "lse is wrong"},
+    ),
+    Bug(
+        "a new token is written to the row of the one before",
+        "decoding",
+        Patch(DECODING, "row(static_cast<int>(position))", "row(max(0, static_cast<int>(position) - 1))"),
+        {"plain": "not in the cache"},
+    ),
+    Bug(
+        "new tokens are written where there is no room",
+        "decoding",
+        Patch(DECODING, "if (position < 0 || position >= args.room) return;", "if (position < 0) return;"),
+        {"address": "AddressSanitizer"},
+    ),
+    Bug(
+        "a page that is not there is read",
+        "decoding",
+        Patch(DECODING, "min(max(pages[page], 0), last_page) * stride_page", "pages[page] * stride_page"),
+        {"address": "AddressSanitizer"},
     ),
 ]

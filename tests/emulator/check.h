@@ -107,6 +107,14 @@ inline void run_kernel(unsigned blocks, unsigned threads, size_t shared_bytes, c
   if (const char* error = emulator::launch(dim3(blocks), dim3(threads), shared_bytes, kernel)) fail(error);
 }
 
+// A sum of terms that each hold a weight, which is rounded to T and has the error of its score: given the sum of the terms' sizes, and
+// that of the largest score's terms.
+template <class T>
+bool near(T value, double truth, double terms, double score_terms) {
+  if (std::isnan(truth)) return std::isnan(widen(value));
+  return close(value, truth, terms * (ROUNDING<T> / ROUNDING<float> / 4 + 4 + score_terms));
+}
+
 // Runs `cases` once with each seed from 0 up: all must pass, with the same bits. Arguments of the program: how many seeds; "quick" for
 // the small cases only.
 inline int run(int argc, char** argv, const std::function<void(bool quick)>& cases) {

@@ -175,14 +175,6 @@ class Check {
     return row;
   }
 
-  // `value` against the truth, given the sum of the sizes of all terms of it. Each holds a weight, which is rounded to T and has the
-  // error of its score.
-  template <class Value>
-  bool near(Value value, double truth, double terms, double score_terms) const {
-    if (std::isnan(truth)) return std::isnan(widen(value));
-    return close(value, truth, terms * (ROUNDING<T> / ROUNDING<float> / 4 + 4 + score_terms));
-  }
-
   void check_row(int b, int i, int h) {
     if (b == c_.nan_sequence) return;
     const Row truth = row(b, i, h);
