@@ -39,20 +39,27 @@ Error backward_queries(Cuda device, const AttentionBackward& args, const Attenti
                       args, options);
 }
 
-// Whether the kernels for Hopper serve a problem: those take heads of 16-bit elements that TMA can load, with strides of whole, non-zero
-// 16 bytes, and groups of which a tile has room for a query. All others are served by the kernels for every GPU.
-bool for_hopper([[maybe_unused]] const AttentionProblem& problem, [[maybe_unused]] const AttentionOptions& options) {
-#ifdef FASTPRIMER_HOPPER
-  const auto loadable = [&](const Heads& heads, int64_t H, int64_t tokens) {
-    return (H == 1 || heads.stride_head > 0) && (tokens <= 1 || heads.stride_token > 0) &&
-           (problem.B == 1 || problem.cu_seqlens_q != nullptr || heads.stride_batch > 0);
-  };
-  return compute_capability() == 9 && problem.dtype != Dtype::float32 && problem.H / problem.Hk <= HOPPER_MOST_HEADS &&
-         problem.tokens_k > 0 && options.wide_q && options.wide_k && options.wide_v && loadable(problem.q, problem.H, problem.tokens_q) &&
-         loadable(problem.k, problem.Hk, problem.tokens_k) && loadable(problem.v, problem.Hk, problem.tokens_k);
-#else
-  return false;
-#endif
+// Whether TMA can load heads: their strides must be whole 16 bytes, `wide`, and not 0 (an expanded tensor).
+bool loadable(const AttentionProblem& problem, const Heads& heads, bool wide, int64_t H, int64_t tokens) {
+  const bool one_sequence = problem.B == 1 || problem.cu_seqlens_q != nullptr;
+  return wide && tokens > 0 && (H == 1 || heads.stride_head > 0) && (tokens == 1 || heads.stride_token > 0) &&
+         (one_sequence || heads.stride_batch > 0);
+}
+
+// Whether Hopper's own kernels serve a call: on that GPU, for 16-bit elements that TMA can load and groups of which a tile has room for a
+// query. The kernels for every GPU serve all others.
+bool for_hopper(const AttentionProblem& problem, const AttentionOptions& options) {
+  return HOPPER_BUILT && compute_capability() == 9 && problem.dtype != Dtype::float32 && problem.H / problem.Hk <= HOPPER_MOST_HEADS &&
+         loadable(problem, problem.q, options.wide_q, problem.H, problem.tokens_q) &&
+         loadable(problem, problem.k, options.wide_k, problem.Hk, problem.tokens_k) &&
+         loadable(problem, problem.v, options.wide_v, problem.Hk, problem.tokens_k);
+}
+
+bool for_hopper(const AttentionBackward& args, const AttentionOptions& options) {
+  const AttentionProblem& problem = args.problem;
+  return for_hopper(problem, options) && problem.H / problem.Hk <= HOPPER_MOST_HEADS_BACKWARD &&
+         std::max(problem.D, problem.Dv) <= (problem.softcap > 0 ? HOPPER_MOST_FEATURES_CAPPED : HOPPER_MOST_FEATURES_BACKWARD) &&
+         loadable(problem, args.dout, options.wide_dout, problem.H, problem.tokens_q);
 }
 
 }  // namespace
@@ -75,8 +82,12 @@ Error attention_backward(Cuda device, const AttentionBackward& args) {
     constexpr int WIDTH = decltype(width)::value;
     const AttentionOptions options = options_of<T>(args);
     if (Error error = delta<T>(device, args, options)) return error;
-    if (Error error = backward_keys<T, WIDTH>(device, args, options)) return error;
-    if (Error error = backward_queries<T, WIDTH>(device, args, options)) return error;
+    if (for_hopper(args, options)) {
+      if (Error error = attention_backward_hopper(device, args, options)) return error;
+    } else {
+      if (Error error = backward_keys<T, WIDTH>(device, args, options)) return error;
+      if (Error error = backward_queries<T, WIDTH>(device, args, options)) return error;
+    }
     if (args.dsinks == nullptr) return nullptr;
     return launch(attention_dsinks, dim3(args.problem.H), dim3(DSINKS_THREADS), 0, device, args);
   });

@@ -56,8 +56,19 @@ Error launch_tiles(Kernel kernel, Cuda device, int64_t rows, int size, int threa
 // Rows of queries in the longest sequence: queries times the heads of a group.
 inline int64_t query_rows(const AttentionProblem& problem) { return problem.S * (problem.H / problem.Hk); }
 
-// For Hopper alone, and only in builds for it (FASTPRIMER_HOPPER): attention_hopper.cu.
-constexpr int HOPPER_MOST_HEADS = 128;  // of a group: as many as a tile has rows
+// Hopper's own kernels, attention_hopper.cu, in builds for it. The heads of a group, and for the gradients also D and Dv, are limited,
+// with a softcap more than without.
+// Of the backward pass, these launches make dq, dk and dv, given delta.
+constexpr int HOPPER_MOST_HEADS = 128, HOPPER_MOST_HEADS_BACKWARD = 64;
+constexpr int HOPPER_MOST_FEATURES_BACKWARD = 128, HOPPER_MOST_FEATURES_CAPPED = 64;
+#ifdef FASTPRIMER_HOPPER
+constexpr bool HOPPER_BUILT = true;
 Error attention_forward_hopper(Cuda device, const AttentionForward& args, const AttentionOptions& options);
+Error attention_backward_hopper(Cuda device, const AttentionBackward& args, const AttentionOptions& options);
+#else
+constexpr bool HOPPER_BUILT = false;
+inline Error attention_forward_hopper(Cuda, const AttentionForward&, const AttentionOptions&) { return "built without sm_90a"; }
+inline Error attention_backward_hopper(Cuda, const AttentionBackward&, const AttentionOptions&) { return "built without sm_90a"; }
+#endif
 
 }  // namespace fastprimer

@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 SHARED_LIMIT = {"sm_80": 163 * KIB, "sm_90a": 227 * KIB, "sm_100a": 227 * KIB}
 TARGETS = tuple(SHARED_LIMIT)
 COUNTED = ("LDG.E.128", "STG.E.128", "LDGSTS", "LDSM", "HMMA", "HGMMA", "UTMALDG", "SYNCS", "USETMAXREG", "STL", "LDL")
-FLAGS = ("-std=c++17", "-O3", "-lineinfo", f"-I{ROOT / 'csrc/cuda'}", f"-I{ROOT / 'tests/emulator'}")
+FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-DFASTPRIMER_HOPPER", f"-I{ROOT / 'csrc/cuda'}", f"-I{ROOT / 'tests/emulator'}")
 
 
 @dataclass(frozen=True)

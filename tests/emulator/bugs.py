@@ -10,7 +10,7 @@ RMS_NORM, RMS_NORM_LAUNCH, GEMM = "csrc/cuda/rms_norm.cuh", "csrc/cuda/rms_norm.
 ROPE, ROPE_LAUNCH = "csrc/cuda/rope.cuh", "csrc/cuda/rope.cu"
 SWIGLU, SWIGLU_LAUNCH = "csrc/cuda/swiglu.cuh", "csrc/cuda/swiglu.cu"
 ATTENTION_LAUNCH, ATTENTION_TILE = "csrc/cuda/attention_launch.cuh", "csrc/cuda/attention_tile.cuh"
-ATTENTION_SOFTMAX = "csrc/cuda/attention_softmax.cuh"
+ATTENTION_SOFTMAX, ATTENTION_QUERY_ROW = "csrc/cuda/attention_softmax.cuh", "csrc/cuda/attention_query_row.cuh"
 ATTENTION_FORWARD, ATTENTION_BACKWARD = "csrc/cuda/attention_forward.cuh", "csrc/cuda/attention_backward.cuh"
 DECODING = "csrc/cuda/decoding.cuh"
 
@@ -280,7 +280,7 @@ BUGS = [
     Bug(
         "the gradient of a softcap is forgotten",
         "attention",
-        Patch(ATTENTION_BACKWARD, "(dp - row.delta) * (1 - ratio * ratio)", "(dp - row.delta) * (1 - 0 * ratio * ratio)"),
+        Patch(ATTENTION_QUERY_ROW, "(dp - row.delta) * (1 - ratio * ratio)", "(dp - row.delta) * (1 - 0 * ratio * ratio)"),
         {"plain": "dq is wrong"},
     ),
     Bug(

@@ -5,137 +5,129 @@ from __future__ import annotations
 from .bugs import Bug
 from .build import Patch
 
-CHECK, FORWARD = "attention_hopper", "csrc/cuda/attention_hopper.cuh"
+CHECK = "attention_hopper"
+TILE, FORWARD = "csrc/cuda/attention_hopper_tile.cuh", "csrc/cuda/attention_forward_hopper.cuh"
+BACKWARD, LAUNCH = "csrc/cuda/attention_backward_hopper.cuh", "csrc/cuda/attention_hopper.cu"
+CHANGED, UNDER_WAY = "changed between its issue and its wait", "a product to them is under way"
+
+
+def bug(name: str, file: str, before: str, after: str, caught: str) -> Bug:
+    return Bug(name, CHECK, Patch(file, before, after), {"plain": caught})
+
 
 BUGS = [
-    Bug(
+    bug(
         "barriers are used before TMA can see them",
-        CHECK,
-        Patch(FORWARD, "    barrier_init_done();\n", ""),
-        {"plain": "not followed by barrier_init_done"},
+        FORWARD,
+        "    barrier_init_done();\n",
+        "",
+        "not followed by barrier_init_done",
     ),
-    Bug(
-        "a stage is never free",
-        CHECK,
-        Patch(FORWARD, "barrier_wait(free, parity ^ 1);", "barrier_wait(free, parity);"),
-        {"plain": "deadlock"},
-    ),
-    Bug(
+    bug("a stage is never free", FORWARD, "barrier_wait(free, stage.parity ^ 1);", "barrier_wait(free, stage.parity);", "deadlock"),
+    bug(
         "a stage is overwritten while others read it",
-        CHECK,
-        Patch(FORWARD, "  barrier_wait(free, parity ^ 1);", "  if (parity > 1) barrier_wait(free, parity ^ 1);"),
-        {"plain": "FAILED"},
+        FORWARD,
+        "barrier_wait(free, stage.parity ^ 1);",
+        "if (stage.parity > 1) barrier_wait(free, 0);",
+        "FAILED",
     ),
-    Bug(
-        "fewer bytes are expected than come",
-        CHECK,
-        Patch(FORWARD, "barrier_expect(full, ROWS * WIDTH", "barrier_expect(full, ROWS * PANEL / 2"),
-        {"plain": "this phase does not expect"},
-    ),
-    Bug(
+    bug("fewer bytes are expected than come", FORWARD, "barrier_expect(full, TILE_BYTES);", "barrier_expect(full, 16);", "does not expect"),
+    bug(
         "keys are used before they have arrived: wrong parity",
-        CHECK,
-        Patch(FORWARD, "barrier_wait(shared.k_full[next], next_parity);", "barrier_wait(shared.k_full[next], next_parity ^ 1);"),
-        {"plain": "FAILED"},
+        FORWARD,
+        "barrier_wait(k_full[stage.index], stage.parity);",
+        "barrier_wait(k_full[stage.index], stage.parity ^ 1);",
+        "FAILED",
     ),
-    Bug(
-        "values are used before they have arrived",
-        CHECK,
-        Patch(FORWARD, "    barrier_wait(shared.v_full[stage], parity);\n    warpgroup_fence", "    warpgroup_fence"),
-        {"plain": "changed between its issue and its wait"},
-    ),
-    Bug(
-        "scores are read while they are made",
-        CHECK,
-        Patch(FORWARD, "warpgroup_wait<1>(s[0]);", "warpgroup_wait<2>(s[0]);"),
-        {"plain": "a product to them is under way"},
-    ),
-    Bug(
+    bug("values are used before they have arrived", FORWARD, "      barrier_wait(v_full[now], parity);\n", "", CHANGED),
+    bug("scores are read while they are made", FORWARD, "warpgroup_wait<1>(s[0]);", "warpgroup_wait<2>(s[0]);", UNDER_WAY),
+    bug(
         "sums are rescaled while they are made",
-        CHECK,
-        Patch(FORWARD, "    warpgroup_wait<0>(o[0]);\n    release", "    warpgroup_wait<1>(o[0]);\n    release"),
-        {"plain": "a product to them is under way"},
+        FORWARD,
+        "warpgroup_wait<0>(o[0]);\n      release",
+        "warpgroup_wait<1>(o[0]);\n      release",
+        UNDER_WAY,
     ),
-    Bug(
+    bug(
         "a stage is released before its keys are multiplied",
-        CHECK,
-        Patch(
-            FORWARD,
-            "    warpgroup_wait<1>(s[0]);\n    release(shared.k_free[next]);",
-            "    release(shared.k_free[next]);\n    warpgroup_wait<1>(s[0]);",
-        ),
-        {"plain": "changed between its issue and its wait"},
+        FORWARD,
+        "      warpgroup_wait<1>(s[0]);\n      release(k_free[stage.index]);",
+        "      release(k_free[stage.index]);\n      warpgroup_wait<1>(s[0]);",
+        CHANGED,
     ),
-    Bug(
+    bug(
         "weights are not fenced",
-        CHECK,
-        Patch(FORWARD, "    warpgroup_fence(o[0], weights);\n    start_sum", "    warpgroup_fence(o[0]);\n    start_sum"),
-        {"plain": "no warpgroup_fence"},
+        FORWARD,
+        "warpgroup_fence(o[0], weights);\n      start",
+        "warpgroup_fence(o[0]);\n      start",
+        "no warpgroup_fence",
     ),
-    Bug(
-        "zeros are not fenced",
-        CHECK,
-        Patch(FORWARD, "  fence_async();\n", ""),
-        {"plain": "without fence_async"},
-    ),
-    Bug(
+    bug("zeros are not fenced", TILE, "  fence_async();\n", "", "without fence_async"),
+    bug(
         "values are used before all threads have cleared theirs",
-        CHECK,
-        Patch(FORWARD, "  sync_threads(1, THREADS);\n", ""),
-        {"plain": "FAILED"},
+        TILE,
+        "  fence_async();\n  sync_consumers();",
+        "  fence_async();",
+        "FAILED",
     ),
-    Bug(
-        "NaN past a sequence reaches its sums",
-        CHECK,
-        Patch(FORWARD, "  if (rows < KEYS) clear_rows", "  if (rows < 0) clear_rows"),
-        {"plain": "o is wrong"},
-    ),
-    Bug(
+    bug("NaN past a sequence reaches its sums", FORWARD, "if (rows < KEYS) clear_rows", "if (rows < 0) clear_rows", "o is wrong"),
+    bug(
         "wrong part of a row in a descriptor",
-        CHECK,
-        Patch(FORWARD, "k + d / PANEL * KEYS * PANEL + d % PANEL", "k + d / PANEL * KEYS * PANEL + d % PANEL / 2"),
-        {"plain": "is wrong"},
+        TILE,
+        "b + d / PANEL * 8 * N * PANEL + d % PANEL",
+        "b + d / PANEL * 8 * N * PANEL + d % PANEL / 2",
+        "is wrong",
     ),
-    Bug(
+    bug(
         "wrong stride of panels in a descriptor",
-        CHECK,
-        Patch(FORWARD, "matrix_descriptor(rows, KEYS * PANEL_ROW)", "matrix_descriptor(rows, KEYS * PANEL_ROW / 2)"),
-        {"plain": "o is wrong"},
+        TILE,
+        "matrix_descriptor(rows, ROWS * PANEL_ROW)",
+        "matrix_descriptor(rows, PANEL_ROW)",
+        "o is wrong",
     ),
-    Bug(
-        "wrong row of the mask",
-        CHECK,
-        Patch(FORWARD, "hide(s, first, at, row_warp)", "hide(s, first, at, row_warp + 1)"),
-        {"plain": "lse is wrong"},
-    ),
-    Bug(
+    bug("wrong row of the mask", FORWARD, "warpgroup_row() + warp_row());", "warpgroup_row() + warp_row() + 1);", "lse is wrong"),
+    bug(
         "a tile that some queries see in part is not masked",
-        CHECK,
-        Patch(FORWARD, "first + KEYS > tile.end_all) hide", "first + KEYS > tile.end_all + 1) hide"),
-        {"plain": "lse is wrong"},
+        FORWARD,
+        "first + KEYS <= queries.end_all",
+        "first <= queries.end_all",
+        "lse is wrong",
     ),
-    Bug(
-        "sums keep their old maximum",
-        CHECK,
-        Patch(FORWARD, "    scale_rows(o, rescale);\n", ""),
-        {"plain": "o is wrong"},
+    bug("sums keep their old maximum", FORWARD, "      scale_rows(o, rescale);\n", "", "o is wrong"),
+    bug("keys of the first packed sequence serve all", FORWARD, "at.hk, at.first_key + first,", "at.hk, first,", "is wrong"),
+    bug("all groups have the first one's queries", FORWARD, "q_full, at.hk * at.G,", "q_full, 0,", "is wrong"),
+    bug("the row after the last is stored", TILE, "first_query + tokens) * at.G; }", "first_query + tokens) * at.G + 1; }", "FAILED"),
+    bug("rows that are in no box are multiplied", BACKWARD, "if (rows < OTHER) {", "if (rows < 0) {", "is wrong"),
+    bug("NaN of another packed sequence's queries reaches dk", BACKWARD, "if (left < rows) {", "if (left < 0) {", "is wrong"),
+    bug("NaN past a sequence reaches dq", BACKWARD, "if (queries.end - first < OTHER) clear_rows", "if (false) clear_rows", "dq is wrong"),
+    bug(
+        "NaN in a key reaches queries that do not see it",
+        BACKWARD,
+        "clear_nan<OTHER, HOPPER_CONSUMERS>(Tile<T, WIDTH>{k});",
+        "",
+        "dq is wrong",
     ),
-    Bug(
-        "keys of the first packed sequence serve all",
-        CHECK,
-        Patch(FORWARD, "static_cast<int>(at.first_key) + first", "first"),
-        {"plain": "is wrong"},
+    bug("keys are cleared while others make scores", BACKWARD, "      sync_consumers();  // the scores are made\n", "", "FAILED"),
+    bug(
+        "a stage is released before its queries are multiplied",
+        BACKWARD,
+        "    warpgroup_wait<0>(dv[0], dk[0]);\n    release(shared.free[stage.index]);",
+        "    release(shared.free[stage.index]);\n    warpgroup_wait<0>(dv[0], dk[0]);",
+        CHANGED,
     ),
-    Bug(
-        "all groups have the first one's queries",
-        CHECK,
-        Patch(FORWARD, "panel * PANEL, at.hk * at.G,", "panel * PANEL, 0,"),
-        {"plain": "is wrong"},
+    bug(
+        "rows of queries are overwritten while others read them",
+        BACKWARD,
+        "barrier_init(full[stage], producers);",
+        "barrier_init(full[stage], 1);",
+        "FAILED",
     ),
-    Bug(
-        "the rows after the last are stored",
-        CHECK,
-        Patch(FORWARD, "min(at.S, tile.first_query + tile.tokens) * at.G;", "(tile.first_query + tile.tokens) * at.G;"),
-        {"plain": "FAILED"},
+    bug(
+        "dk and dv change places",
+        BACKWARD,
+        "    start_sum(dv, p, dout);\n    start_sum(dk, ds, q);",
+        "    start_sum(dv, p, q);\n    start_sum(dk, ds, dout);",
+        "is wrong",
     ),
+    bug("a gradient of scores has the row of another", BACKWARD, "lane % 4 * 2 + n % 2]", "lane % 4 * 2]", "is wrong"),
 ]

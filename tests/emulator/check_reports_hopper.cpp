@@ -214,7 +214,13 @@ void check_product_reports() {
 
 void check_registers_and_barriers() {
   expect_report("a multiple of 8", WARPGROUP, 0, [] { take_registers<23>(); });
-  expect_report("more registers than", 3 * WARPGROUP, 0, [] { take_registers<240>(); });
+  expect_report("more registers than", 3 * WARPGROUP, 0, [] {
+    if (threadIdx.x < WARPGROUP) {
+      give_registers<32>();
+    } else {
+      take_registers<240>();
+    }
+  });
   expect_report("whole warps", 64, 0, [] { sync_threads(1, 40); });
   expect_report("one of 1 to 15", 64, 0, [] { sync_threads(0, 64); });
   expect_report("deadlock", 64, 0, [] {

@@ -13,7 +13,7 @@
 namespace emulator {
 
 constexpr unsigned PRODUCT_DEPTH = 16, WARP_ROWS = 16, MOST_COLUMNS = 256;
-constexpr unsigned REGISTERS = 64 << 10;  // of a multiprocessor
+constexpr unsigned REGISTERS = 64 << 10, MOST_REGISTERS = 255;  // of a multiprocessor, of a thread
 
 inline std::atomic<uint64_t> products{0};  // of a warp's 16 rows, since it was last set to 0
 
@@ -200,9 +200,11 @@ inline void set_registers(unsigned count) {
   const Quiet quiet;
   if (count < 24 || count > 256 || count % 8 != 0) throw Error("setmaxnreg: a multiple of 8 in 24 .. 256 is expected");
   thread().registers = count;
+  const auto threads = static_cast<unsigned>(running->threads.size());
+  const unsigned at_launch = std::min(REGISTERS / threads, MOST_REGISTERS) / 8 * 8;
   unsigned all = 0;
   for (const Thread& other : running->threads) all += other.registers;
-  if (all > REGISTERS) throw Error("setmaxnreg: more registers than a multiprocessor has");
+  if (all > at_launch * threads) throw Error("setmaxnreg: more registers than the block was launched with");
 }
 
 }  // namespace emulator
