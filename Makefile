@@ -4,6 +4,7 @@
 #   make lint      ruff and clang-format         make format    the same, mending
 #   make sanitize  the long form of the sanitizer and emulator-seed runs
 #   make bench     every benchmark of this machine, into benchmarks/results/
+#   make gate      what every kernel compiles to for every GPU, into benchmarks/results/kernels.md
 #   make gpu       on a machine with a GPU, with its own python: build, probe, test, benchmark
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SOURCES := $(wildcard setup.py pyproject.toml CMakeLists.txt constraints.txt csrc/*.* csrc/*/*.* tests/emulator/*.*)
 
-.PHONY: demo test check lint format sanitize bench gpu clean
+.PHONY: demo test check lint format sanitize bench gate gpu clean
 
 demo: $(READY)
 	$(BIN)/fastprimer doctor
@@ -42,6 +43,11 @@ sanitize: $(READY)
 
 bench: $(READY)
 	$(BIN)/fastprimer bench --out benchmarks/results/cpu.json
+	$(BIN)/python benchmarks/growth.py --out benchmarks/results/growth-cpu.md
+
+gate: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m aot > kernels.md.part
+	mv kernels.md.part benchmarks/results/kernels.md
 
 # The machine's own python has torch with CUDA; nothing is downloaded.
 gpu:

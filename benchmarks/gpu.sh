@@ -43,5 +43,9 @@ case $what in all | test)
   part "every operation on every backend" $python -m fastprimer.cli verify
   part "the test suite, on the GPU where a kernel runs there" $python -m pytest ;;
 esac
-case $what in all | bench) part "the benchmarks" $python -m fastprimer.cli bench --out "benchmarks/results/$device.json" ;; esac
+case $what in all | bench)
+  part "the benchmarks" $python -m fastprimer.cli bench --out "benchmarks/results/$device.json"
+  part "attention's growth with S" $python benchmarks/growth.py --out "benchmarks/results/growth-$device.md"
+  ;;
+esac
 exit $status
