@@ -7,8 +7,8 @@ import fastprimer as fp
 from conftest import device_or_skip
 from fastprimer import testing
 from fastprimer.backends import use_backend
-from fastprimer.peers import EAGER
 from fastprimer.cases.attention import decoding_case
+from fastprimer.peers import EAGER
 from fastprimer.verify import dtypes_of
 
 DTYPES = dtypes_of("cpu", "attention_with_kv_cache")
