@@ -62,7 +62,7 @@ class DecodeChunk {
   void operator()(int64_t task) const {
     const Chunk chunk = x_.plan.chunk(task);
     const int64_t heads = chunk.heads;
-    if (a_.k.data) append(chunk);
+    if (a_.appended > 0) append(chunk);
     for (int64_t h = 0; h < heads; h++) gather_queries(chunk.sequence, chunk.first + h, q_.data() + h * padded_ * ld_q_);
     multiply_keys(chunk);
     for (int64_t h = 0; h < heads; h++)

@@ -9,7 +9,7 @@ from .build import Patch
 RMS_NORM, RMS_NORM_LAUNCH, GEMM = "csrc/cuda/rms_norm.cuh", "csrc/cuda/rms_norm.cu", "tests/emulator/gemm.cuh"
 ROPE, ROPE_LAUNCH = "csrc/cuda/rope.cuh", "csrc/cuda/rope.cu"
 SWIGLU, SWIGLU_LAUNCH = "csrc/cuda/swiglu.cuh", "csrc/cuda/swiglu.cu"
-ATTENTION_LAUNCH, ATTENTION_TILE = "csrc/cuda/attention_launch.cuh", "csrc/cuda/attention_tile.cuh"
+ATTENTION_OPTIONS, ATTENTION_TILE = "csrc/cuda/attention_options.h", "csrc/cuda/attention_tile.cuh"
 ATTENTION_SOFTMAX, ATTENTION_QUERY_ROW = "csrc/cuda/attention_softmax.cuh", "csrc/cuda/attention_query_row.cuh"
 ATTENTION_FORWARD, ATTENTION_BACKWARD = "csrc/cuda/attention_forward.cuh", "csrc/cuda/attention_backward.cuh"
 DECODING = "csrc/cuda/decoding.cuh"
@@ -256,7 +256,7 @@ BUGS = [
     Bug(
         "16-byte accesses without a look at the stride of tokens",
         "attention",
-        Patch(ATTENTION_LAUNCH, "aligned<T, V>(heads.data, heads.stride_token) &&", ""),
+        Patch(ATTENTION_OPTIONS, "aligned<T, V>(heads.data, heads.stride_token) &&", ""),
         {"plain": "is not aligned"},
     ),
     Bug(
