@@ -124,11 +124,10 @@ def attention_with_kv_cache_kernel(
         sees = visible(s[:, None], key[None, :], length - S, end, left, right, LEFT, RIGHT) & (key >= first_key)[None, :]
         p, rescale, top, total = online_softmax(tl.where(sees, z, float("-inf")), top, total, slope, True)
         v = _load_keys(v_cache_ptr, page, slot, exists, stride_v_page, stride_v_slot, Dv, WIDTH_V)
-        o = o * rescale[:, None]
-        if not ONE_QUERY:  # A value that some of the queries do not see may be NaN, and 0 · nan is nan.
-            spoiled = tl.dot(sees.to(v.dtype), (v != v).to(v.dtype), input_precision="ieee")
-            o, v = tl.where(spoiled > 0, float("nan"), o), tl.where(v == v, v, 0.0)
-        o = tl.dot(p.to(v.dtype), v, o, input_precision="ieee")
+        if not ONE_QUERY:  # 0 · nan is nan: a NaN value goes to those that see it through p, to all features of theirs.
+            spoiled = sees & (tl.max((v != v).to(tl.int32), 1) > 0)[None, :]
+            p, v = tl.where(spoiled, float("nan"), p), tl.where(v == v, v, 0.0)
+        o = tl.dot(p.to(v.dtype), v, o * rescale[:, None], input_precision="ieee")
 
     is_stored, total = is_query, tl.where(total == 0, 1.0, total)  # A row that sees nothing: o = 0, lse = top = -inf.
     lse = top + tl.log2(total)

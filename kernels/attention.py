@@ -36,9 +36,11 @@ def width(C: int) -> int:
 
 
 FORWARD = {
-    "sm_80": {64: Tile(128, 64, 8, 3), 128: Tile(64, 64, 4, 2), 256: Tile(64, 32, 8, 2)},
+    "sm_80": {64: Tile(128, 64, 8, 3), 128: Tile(128, 32, 8, 2), 256: Tile(64, 32, 8, 2)},
     "sm_90": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 1)},
     "sm_100": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(64, 32, 4, 2)},
+    "sm_90 TMA": {64: Tile(128, 128, 8, 3), 128: Tile(128, 128, 8, 2), 256: Tile(128, 64, 8, 2)},
+    "sm_100 TMA": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)},
     "gfx": {64: Tile(64, 32, 4, 1), 128: Tile(64, 32, 4, 1), 256: Tile(32, 32, 4, 1)},
     "float32": {64: Tile(64, 32, 8, 1), 128: Tile(32, 32, 8, 1), 256: Tile(16, 16, 4, 1)},
     "gfx float32": {64: Tile(64, 32, 8, 1), 128: Tile(32, 16, 4, 1), 256: Tile(16, 16, 4, 1)},
@@ -47,6 +49,8 @@ DK_DV = {
     "sm_80": {64: Tile(32, 128, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
     "sm_90": {64: Tile(32, 128, 8, 2), 128: Tile(32, 128, 8, 2), 256: Tile(32, 32, 8, 1)},
     "sm_100": {64: Tile(64, 64, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
+    "sm_90 TMA": {64: Tile(32, 128, 8, 2), 128: Tile(32, 128, 8, 2), 256: Tile(16, 64, 8, 2)},
+    "sm_100 TMA": {64: Tile(64, 64, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 64, 8, 2)},
     "gfx": {64: Tile(32, 128, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(16, 32, 4, 1)},
     "float32": {64: Tile(16, 32, 4, 1), 128: Tile(16, 16, 4, 1), 256: Tile(16, 16, 8, 1)},
     "gfx float32": {64: Tile(16, 32, 4, 1), 128: Tile(16, 16, 4, 1), 256: Tile(16, 16, 4, 1)},
@@ -54,6 +58,9 @@ DK_DV = {
 DQ = {
     "sm_80": {64: Tile(128, 64, 8, 2), 128: Tile(128, 32, 8, 2), 256: Tile(32, 32, 8, 1)},
     "sm_90": {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
+    "sm_100": {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
+    "sm_90 TMA": {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
+    "sm_100 TMA": {64: Tile(128, 64, 8, 2), 128: Tile(128, 64, 8, 2), 256: Tile(64, 32, 8, 2)},
     "gfx": {64: Tile(64, 32, 4, 1), 128: Tile(64, 32, 4, 1), 256: Tile(32, 16, 4, 1)},
     "float32": {64: Tile(32, 32, 4, 1), 128: Tile(16, 16, 4, 1), 256: Tile(16, 16, 8, 1)},
     "gfx float32": {64: Tile(32, 32, 4, 1), 128: Tile(16, 16, 4, 1), 256: Tile(16, 16, 4, 1)},
@@ -61,17 +68,17 @@ DQ = {
 """By target and width: the largest found that spill no registers where the compile gate looks. No GPU has timed them yet.
 
 In forward and for dq, BLOCK_M queries stay in registers and blocks of BLOCK_N keys pass by; for dk and dv it is the other way
-round. float32 is multiplied in full precision, which no tensor core does.
+round. "TMA": where tensor descriptors bring the tiles. float32 is multiplied in full precision, which no tensor core does.
 """
 
 
-def tile(table: dict[str, dict[int, Tile]], D: int, Dv: int, dtype: torch.dtype, target: str) -> Tile:
-    """sm_80's tiles also suit the GPUs with 99 KiB of shared memory; sm_90's suit what comes after, where it has none of its own."""
-    family = "gfx" if target.startswith("gfx") else target if target in ("sm_90", "sm_100", "sm_103") else "sm_80"
+def tile(table: dict[str, dict[int, Tile]], D: int, Dv: int, dtype: torch.dtype, target: str, TMA: bool) -> Tile:
+    """sm_80's tiles also suit the GPUs with 99 KiB of shared memory; sm_103 is like sm_100."""
+    family = "gfx" if target.startswith("gfx") else {"sm_90": "sm_90", "sm_100": "sm_100", "sm_103": "sm_100"}.get(target, "sm_80")
     if dtype == torch.float32:
         family = "gfx float32" if family == "gfx" else "float32"
-    elif family not in table or family == "sm_103":
-        family = "sm_100" if "sm_100" in table else "sm_90"
+    elif TMA and f"{family} TMA" in table:
+        family += " TMA"
     return table[family][max(64, width(D), width(Dv))]
 
 
@@ -152,7 +159,8 @@ def attention_forward(
     o = torch.empty((*q.shape[:-1], a.Dv), dtype=q.dtype, device=q.device)
     lse = torch.empty((a.H, a.N) if a.packed else (a.B, a.H, a.N), dtype=torch.float32, device=q.device)
     target = architecture(q.device)
-    TMA, (BLOCK_M, BLOCK_N, num_warps, num_stages) = has_tma(target, a.q, a.k, a.v), tile(FORWARD, a.D, a.Dv, q.dtype, target)
+    TMA = has_tma(target, a.q, a.k, a.v)
+    BLOCK_M, BLOCK_N, num_warps, num_stages = tile(FORWARD, a.D, a.Dv, q.dtype, target, TMA)
     tiles = triton.cdiv(a.S, BLOCK_M)
     if tiles * a.B:
         with on_device(q):
@@ -213,7 +221,8 @@ def _delta(a: Problem, do: Tensor, dlse: Optional[Tensor], o: Tensor, lse: Tenso
 
 def _launch_dk_dv(a: Problem, do: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor) -> None:
     target = architecture(dk.device)
-    TMA, (BLOCK_M, BLOCK_N, num_warps, num_stages) = has_tma(target, do, a.q, a.k, a.v), tile(DK_DV, a.D, a.Dv, dk.dtype, target)
+    TMA = has_tma(target, do, a.q, a.k, a.v)
+    BLOCK_M, BLOCK_N, num_warps, num_stages = tile(DK_DV, a.D, a.Dv, dk.dtype, target, TMA)
     tiles = triton.cdiv(a.T, BLOCK_N)
     if tiles * a.B:
         with_scratch(
@@ -230,7 +239,8 @@ def _launch_dk_dv(a: Problem, do: Tensor, lse: Tensor, delta: Tensor, dk: Tensor
 
 def _launch_dq(a: Problem, do: Tensor, lse: Tensor, delta: Tensor, dq: Tensor) -> None:
     target = architecture(dq.device)
-    TMA, (BLOCK_M, BLOCK_N, num_warps, num_stages) = has_tma(target, do, a.q, a.k, a.v), tile(DQ, a.D, a.Dv, dq.dtype, target)
+    TMA = has_tma(target, do, a.q, a.k, a.v)
+    BLOCK_M, BLOCK_N, num_warps, num_stages = tile(DQ, a.D, a.Dv, dq.dtype, target, TMA)
     tiles = triton.cdiv(a.S, BLOCK_M)
     if tiles * a.B:
         with_scratch(

@@ -1,12 +1,14 @@
 """The Triton kernels compile for GPUs that are not here, without spills and with the instructions they should have."""
 
 import dataclasses
+import re
 
 import pytest
 
 pytest.importorskip("triton")
 
 from aot import triton_cases as cases  # noqa: E402
+from aot.table import markdown  # noqa: E402
 from aot.triton_gate import TARGETS, inspect  # noqa: E402
 from fastprimer.backends import interpreting  # noqa: E402
 from fastprimer.kernels import rms_norm  # noqa: E402
@@ -22,6 +24,14 @@ def faults(case, targets=TARGETS):
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
 def test_gate(case):
     assert not faults(case), "\n".join(faults(case))
+
+
+def test_the_table_counts_instructions():
+    case = next(case for case in cases.CASES if case.name.startswith("decoding float16"))
+    rows = inspect(case, {name: TARGETS[name] for name in ("sm_80", "gfx942")})
+    head, _, line = markdown(("kernel", "case"), (row.cell for row in rows)).splitlines()
+    assert head == "| kernel | case | sm_80 | gfx942 |"
+    assert re.fullmatch(r"\| attention_with_kv_cache_kernel \| decoding .* \| \d+ / \S+ / .*HMMA.* \| \d+ / \S+ / .*MFMA.* \|", line)
 
 
 def test_planted_spilling_tile_is_caught(tmp_path):

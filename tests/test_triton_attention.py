@@ -1,5 +1,7 @@
 """The Triton attention in the interpreter: tiles, masks, packing, strides, NaN, same bits, registration."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ import fastprimer as fp  # noqa: E402
 from attention_checks import SINKS, check, inputs, kernels, lengths, options, run  # noqa: E402
 from fastprimer import interpreter  # noqa: E402
 from fastprimer.backends import interpreting  # noqa: E402
+from fastprimer.kernels import _launch  # noqa: E402
 from kernel_checks import HALF_AND_SINGLE, launched, random  # noqa: E402
 
 numpy_on_nan = "ignore:(overflow encountered|invalid value encountered|All-NaN slice):RuntimeWarning"
@@ -18,6 +21,7 @@ pytestmark = [
     pytest.mark.filterwarnings(numpy_on_nan),
 ]
 
+set_allocator = triton.set_allocator
 TILES = (kernels.FORWARD, kernels.DK_DV, kernels.DQ)
 
 
@@ -180,9 +184,9 @@ def test_nan_in_a_hidden_key_reaches_nobody_who_cannot_see_it(small_tiles):
     assert o[:, 25:].isnan().all() and lse[..., 25:].isnan().all() and dq[:, 25:].isnan().all()
 
 
-def test_nan_of_one_sequence_stays_there(small_tiles):
+def assert_nan_of_one_sequence_stays_there(dtype):
     cu_q, cu_k = lengths(5, 0, 20, 30), lengths(40, 7, 1, 33)
-    tensors = inputs(55, 81, 2, 1)
+    tensors = inputs(55, 81, 2, 1, dtype=dtype)
     for mask in ((None, 0), (3, 3)):
         opts = options(cu_q, cu_k, left=mask[0], right=mask[1])
         expected = run(kernels, tensors, opts)
@@ -196,6 +200,68 @@ def test_nan_of_one_sequence_stays_there(small_tiles):
                 elsewhere = torch.ones(int(ends_of[-1]), dtype=torch.bool)
                 elsewhere[ends_of[spoiled] : ends_of[spoiled + 1]] = False
                 assert torch.equal(got[result][elsewhere], expected[result][elsewhere])
+
+
+def test_nan_of_one_sequence_stays_there(small_tiles):
+    assert_nan_of_one_sequence_stays_there(torch.float32)
+
+
+@pytest.fixture
+def descriptors(small_tiles, monkeypatch):
+    """As on a GPU that has tensor descriptors; says of each kernel whether its launches were given any."""
+    monkeypatch.setattr(_launch, "WITHOUT_GPU", "sm_90")
+    names = [f"attention_{name}_kernel" for name in ("forward", "dk_dv", "dq")]
+    seen = [launched(monkeypatch, kernels, name) for name in names]
+    return lambda: [launch[-1] for launch in seen]
+
+
+@pytest.mark.parametrize("mask", [(None, None), (None, 0), (20, 9)], ids=str)
+@pytest.mark.parametrize("heads", [(16, 16), (64, 32)], ids=str)
+def test_tensor_descriptors(heads, mask, descriptors):
+    check(inputs(70, 90, 4, 2, *heads, dtype=torch.bfloat16, B=2, sinks=True), left=mask[0], right=mask[1], softcap=4.0)
+    assert descriptors() == [True] * 3
+
+
+@pytest.mark.parametrize("packing", PACKED)
+def test_tensor_descriptors_of_packed_sequences(packing, descriptors):
+    cu_q, cu_k = PACKED[packing]
+    cu_k = cu_q if cu_k is None else cu_k
+    tensors = inputs(int(cu_q[-1]), int(cu_k[-1]), 4, 2, dtype=torch.float16)
+    check(tensors, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, left=20, right=0)
+    assert descriptors() == [True] * 3
+
+
+def test_tensor_descriptors_end_where_a_sequence_ends(descriptors):
+    """The NaN of one sequence never reaches the next, though a tile may hold rows of both."""
+    assert_nan_of_one_sequence_stays_there(torch.bfloat16)
+    assert descriptors() == [True] * 3
+
+
+REFUSED = {
+    "float32": (16, lambda t: t.float()),
+    "no power of 2": (24, lambda t: t),
+    "unaligned": (16, lambda t: torch.nn.functional.pad(t, (1, 0))[..., 1:]),
+    "rows of odd multiples of 8 bytes": (16, lambda t: torch.nn.functional.pad(t, (0, 4))[..., :16]),
+    "one token repeated": (16, lambda t: t[:, :1].expand(t.shape)),
+}
+
+
+@pytest.mark.parametrize("layout", REFUSED)
+def test_pointers_where_descriptors_cannot_be(layout, descriptors):
+    D, view = REFUSED[layout]
+    q, k, v, _, do, dlse = inputs(20, 40, 4, 2, D, dtype=torch.bfloat16, B=2)
+    check((*map(view, (q, k, v)), None, view(do), dlse), right=0)
+    assert descriptors() == [False] * 3
+
+
+def test_the_allocator_of_the_user_stays(descriptors, monkeypatch):
+    seen = []
+    monkeypatch.setattr(triton, "set_allocator", lambda allocator: (seen.append(allocator), set_allocator(allocator)))
+    from triton.runtime import _allocation
+
+    before = _allocation._allocator.get()
+    check(inputs(20, 20, dtype=torch.bfloat16, B=1))
+    assert seen and _allocation._allocator.get() is before
 
 
 def far(which):
@@ -228,9 +294,9 @@ def test_same_bits_in_every_program_order(small_tiles):
 def test_tiles_are_what_triton_can_launch():
     for table in TILES:
         for target in ("sm_80", "sm_86", "sm_90", "sm_100", "sm_103", "sm_120", "gfx942", "gfx950"):
-            for dtype in HALF_AND_SINGLE:
+            for dtype, TMA in itertools.product(HALF_AND_SINGLE, (False, True)):
                 for D, Dv in [(n, n) for n in range(1, 257)] + [(1, 256), (256, 1)]:
-                    BLOCK_M, BLOCK_N, num_warps, num_stages = kernels.tile(table, D, Dv, dtype, target)
+                    BLOCK_M, BLOCK_N, num_warps, num_stages = kernels.tile(table, D, Dv, dtype, target, TMA)
                     assert all(n >= 16 and n & (n - 1) == 0 for n in (BLOCK_M, BLOCK_N))
                     assert num_warps in (4, 8) and 1 <= num_stages <= 4
 

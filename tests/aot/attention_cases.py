@@ -9,16 +9,18 @@ from fastprimer.kernels import attention, decoding
 
 MATRIX_UNIT = {"sm_80": r"\bHMMA\.", "sm_90": r"\bHGMMA\.", "sm_100": r"\bUTC\w*MMA", "gfx942": r"v_mfma_f32"}
 """The instruction that a half-precision product must compile to."""
+WITH_TMA = {"sm_90": r"\bUTMALDG", "sm_100": r"\bUTMALDG"}
+"""The load of a tile through a tensor descriptor."""
 FEW_ROWS = MATRIX_UNIT | dict.fromkeys(("sm_90", "sm_100"), r"\b(?:HMMA\.|HGMMA\.|UTC\w*MMA)")
-"""The same for tiles of fewer than 64 rows, for which these targets have the older instruction alone."""
+"""The same for tiles that may have fewer than 64 rows, for which these targets have the older instruction alone."""
 
 
 def meta(dtype: torch.dtype, *shape: int) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def required(dtype: torch.dtype, unit: dict[str, str]) -> dict[str, tuple[str, ...]]:
-    return {} if dtype == torch.float32 else {target: (instruction,) for target, instruction in unit.items()}
+def required(dtype: torch.dtype, *units: dict[str, str]) -> dict[str, tuple[str, ...]]:
+    return {} if dtype == torch.float32 else {target: tuple(unit[target] for unit in units if target in unit) for target in MATRIX_UNIT}
 
 
 def attention_cases(
@@ -33,7 +35,8 @@ def attention_cases(
     options = *ends, None, None, D**-0.5, left, 0 if causal else None, softcap
     words = {"causal": causal, "packed": packed, "sinks": sinks, "window": left is not None, "softcap": softcap is not None}
     name = " ".join(["attention", str(dtype)[6:], f"D={D}", *(word for word, present in words.items() if present)])
-    products = required(dtype, MATRIX_UNIT), ("attention_delta_kernel",)
+    units = (MATRIX_UNIT, WITH_TMA) if D == attention.width(D) else (FEW_ROWS,)  # with pointers tiles are smaller
+    products = required(dtype, *units), ("attention_delta_kernel",)
     return [
         Case(f"{name} forward", lambda: kernels.attention_forward(q, k, k, sink, *options), *products),
         Case(f"{name} backward", lambda: kernels.attention_backward(q, None, q, k, k, q, lse, sink, *options), *products),
@@ -63,6 +66,8 @@ CASES = [
     *attention_cases(torch.bfloat16, 128, left=1024, packed=True, sinks=True),
     *attention_cases(torch.bfloat16, 128, softcap=50.0),
     *attention_cases(torch.float16, 256, left=4096, softcap=50.0),
+    *attention_cases(torch.bfloat16, 80, left=1024),
+    *attention_cases(torch.bfloat16, 192, packed=True),
     *attention_cases(torch.float32, 128, left=128, softcap=30.0, sinks=True),
     decoding_case(torch.bfloat16, 128),
     decoding_case(torch.bfloat16, 128, B=1, H=8, Hk=1),
