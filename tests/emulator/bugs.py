@@ -184,7 +184,7 @@ BUGS = [
     Bug(
         "16-byte accesses without a look at the strides of rows",
         "swiglu",
-        Patch(SWIGLU_LAUNCH, "many = args.N > 1;\n  return aligned<T, V>(args.dy", "many = 0;\n  return aligned<T, V>(args.dy"),
+        Patch(SWIGLU_LAUNCH, "aligned<T, V>(p, N > 1 ? stride_row : 0)", "aligned<T, V>(p, 0)"),
         {"plain": "is not aligned"},
     ),
     Bug("a clamp swallows NaN", "swiglu", Patch(SWIGLU, "smaller(a, limit)", "fminf(a, limit)"), {"plain": "wrong for gate nan"}),
