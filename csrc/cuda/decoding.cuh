@@ -92,7 +92,8 @@ struct DecodingShape {
   static constexpr int WARPS = DECODING_THREADS / 32, ROWS = 16 * ROW_WARPS, KEY_WARPS = WARPS / ROW_WARPS;
   static constexpr int KEYS = sizeof(T) == 2 ? 64 : 32, WARP_KEYS = KEYS / KEY_WARPS;
   static constexpr size_t SHARED = (ROWS + 4 * KEYS) * WIDTH * sizeof(T);
-  static constexpr int LD_SUMS = WIDTH + 8;  // eight more: the rows that a warp writes together lie in different banks
+  static constexpr int BLOCKS = WIDTH == 64 ? 1 : 0;  // at once, for ptxas: it aims at more than fit, and spills; 0: as it likes
+  static constexpr int LD_SUMS = WIDTH + 8;           // eight more: the rows that a warp writes together lie in different banks
   static_assert(KEY_WARPS * ROWS * LD_SUMS * sizeof(float) <= 4 * KEYS * WIDTH * sizeof(T), "the sums take the place of the stages");
 };
 
@@ -117,10 +118,10 @@ struct DecodingParts {
 
 // One block for each split, tile of rows, key/value head and sequence; those past the sequence's end have nothing to do. Moves the keys
 // and values that all queries see once for each tile of ROWS rows, 2 T D elements a head, q, and a part for each split and row. Two
-// stages of keys and values: while one is multiplied, the next is on its way. (The bounds' 1: else ptxas spills to let more blocks run
-// at once than there is shared memory for.)
+// stages of keys and values: while one is multiplied, the next is on its way.
 template <class T, int WIDTH, int ROW_WARPS>
-__global__ void __launch_bounds__(DECODING_THREADS, 1) decoding_parts(const Decoding args, const DecodingOptions options) {
+__global__ void __launch_bounds__(DECODING_THREADS, DecodingShape<T, WIDTH, ROW_WARPS>::BLOCKS)
+    decoding_parts(const Decoding args, const DecodingOptions options) {
   using Shape = DecodingShape<T, WIDTH, ROW_WARPS>;
   constexpr int KEYS = Shape::KEYS, ROWS = Shape::ROWS, WARP_KEYS = Shape::WARP_KEYS, KEY_WARPS = Shape::KEY_WARPS;
   const int tile = blockIdx.x % options.row_tiles, split = blockIdx.x / options.row_tiles % options.splits;
