@@ -68,6 +68,10 @@ struct CachedRows {
 
 constexpr int DECODING_THREADS = 128;
 
+// Parts have a multiple of so many keys.
+template <class T>
+constexpr int DECODING_STEP = sizeof(T) == 2 ? 64 : 32;
+
 // Writes the new keys and values, B S Hk (D + Dv) elements, into the caches. One warp for each token and head.
 template <class T>
 __global__ void __launch_bounds__(DECODING_THREADS) decoding_append(const Decoding args) {
@@ -90,16 +94,12 @@ __global__ void __launch_bounds__(DECODING_THREADS) decoding_append(const Decodi
 template <class T, int WIDTH, int ROW_WARPS>
 struct DecodingShape {
   static constexpr int WARPS = DECODING_THREADS / 32, ROWS = 16 * ROW_WARPS, KEY_WARPS = WARPS / ROW_WARPS;
-  static constexpr int KEYS = sizeof(T) == 2 ? 64 : 32, WARP_KEYS = KEYS / KEY_WARPS;
+  static constexpr int KEYS = DECODING_STEP<T> / (WIDTH == 256 ? 2 : 1), WARP_KEYS = KEYS / KEY_WARPS;
   static constexpr size_t SHARED = (ROWS + 4 * KEYS) * WIDTH * sizeof(T);
   static constexpr int BLOCKS = WIDTH == 64 ? 1 : 0;  // at once, for ptxas: it aims at more than fit, and spills; 0: as it likes
   static constexpr int LD_SUMS = WIDTH + 8;           // eight more: the rows that a warp writes together lie in different banks
-  static_assert(KEY_WARPS * ROWS * LD_SUMS * sizeof(float) <= 4 * KEYS * WIDTH * sizeof(T), "the sums take the place of the stages");
+  static_assert(KEY_WARPS * ROWS * LD_SUMS * sizeof(float) <= SHARED, "the sums take the place of queries, keys and values");
 };
-
-// The keys of a stage: DecodingShape::KEYS of every width and number of rows.
-template <class T>
-constexpr int DECODING_STEP = DecodingShape<T, 64, 1>::KEYS;
 
 // A part's o, sum of weights and logarithm of their unit: what a split contributes to row r of a key/value head.
 struct DecodingParts {
@@ -128,7 +128,8 @@ __global__ void __launch_bounds__(DECODING_THREADS, DecodingShape<T, WIDTH, ROW_
   const int head = blockIdx.x / options.row_tiles / options.splits, b = head / static_cast<int>(args.Hk),
             hk = head % static_cast<int>(args.Hk);
   const DecodingSequence at(args, options, b);
-  const int part_keys = at.part_keys(options.splits, KEYS), begin = at.begin + split * part_keys, end = min(at.end, begin + part_keys);
+  const int part_keys = at.part_keys(options.splits, DECODING_STEP<T>), begin = at.begin + split * part_keys,
+            end = min(at.end, begin + part_keys);
   if (begin >= end) return;
 
   const int G = static_cast<int>(args.H / args.Hk), rows = at.S * G, first_row = tile * ROWS;
@@ -169,10 +170,10 @@ __global__ void __launch_bounds__(DECODING_THREADS, DecodingShape<T, WIDTH, ROW_
     multiply(o, s, tile_of(stage, 1, key_warp * WARP_KEYS));
   }
 
-  // The warps that share rows put their sums side by side, in the place of the stages.
+  // The warps that share rows put their sums side by side, in the place of queries, keys and values.
   FASTPRIMER_SHARED(tops, float[KEY_WARPS][ROWS]);
   FASTPRIMER_SHARED(totals, float[KEY_WARPS][ROWS]);
-  float* sums = reinterpret_cast<float*>(stages);
+  float* sums = reinterpret_cast<float*>(q_tile.data);
   __syncthreads();
 #pragma unroll
   for (int r = 0; r < 2; r++) {
