@@ -57,17 +57,17 @@ def _window_mask(S: int, T: int, left, right, causal: bool, device) -> torch.Ten
 
 
 def _attention_with_kv_cache(q, k_cache, v_cache, cache_seqlens, *, k, v, block_table=None, return_lse=False):
-    """For sequences of one length, which the caller knows."""
-    S, length = q.shape[1], int(cache_seqlens[0])
+    """For sequences of one length, which with the new tokens fill their caches: no length has to be read."""
+    S, T = q.shape[1], k_cache.shape[1] if block_table is None else k_cache.shape[1] * block_table.shape[1]
     if block_table is None:
-        k_cache[:, length : length + S], v_cache[:, length : length + S] = k, v
+        k_cache[:, T - S :], v_cache[:, T - S :] = k, v
     else:
-        position = torch.arange(length, length + S, device=q.device)
+        position = torch.arange(T - S, T, device=q.device)
         place = block_table[:, position // k_cache.shape[1]], position % k_cache.shape[1]
         k_cache[place], v_cache[place] = k, v
         k_cache, v_cache = (cache[block_table].flatten(1, 2) for cache in (k_cache, v_cache))
-    mask = None if S == 1 else _window_mask(S, length + S, None, None, True, q.device)
-    q, k, v = (t.transpose(1, 2) for t in (q, k_cache[:, : length + S], v_cache[:, : length + S]))
+    mask = None if S == 1 else _window_mask(S, T, None, None, True, q.device)
+    q, k, v = (t.transpose(1, 2) for t in (q, k_cache, v_cache))
     return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
 

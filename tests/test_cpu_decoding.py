@@ -191,7 +191,7 @@ def test_compiled_graphs_see_the_caches_before_and_after():
 
 @pytest.mark.parametrize("S, page", [(1, 0), (4, 0), (1, 16), (3, 16)])
 def test_the_peer_of_the_benchmarks_computes_the_same(S, page):
-    case = decoding_case("peer", [40 - S] * 2, S, 4, 2, 16, page=page)
+    case = decoding_case("peer", [48 - S] * 2, S, 4, 2, 16, page=page)
     arguments, others = (case.arguments(testing.Inputs(torch.float32, "cpu", 0)) for _ in range(2))
     with use_backend("reference"):
         expected, _ = fp.attention_with_kv_cache(**arguments)

@@ -50,7 +50,7 @@ class DecodeChunk {
   explicit DecodeChunk(const Context<T>& context)
       : x_(context),
         a_(context.a),
-        block_(context.plan.rows == 1 ? LANES : 8),
+        block_(context.plan.rows == 1 ? LANES : 16 / sizeof(T)),
         padded_(round_up(context.plan.rows, 4)),
         ld_q_(round_up(context.a.D, Dot<T>::size)),
         ld_o_(round_up(context.a.Dv, LANES)),

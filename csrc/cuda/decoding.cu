@@ -10,15 +10,18 @@ namespace {
 constexpr int64_t BLOCKS_PER_MULTIPROCESSOR = 4;  // more than run at once, so that sequences of different lengths even out
 constexpr int64_t LEAST_KEYS = 256;               // that are worth a split
 
-// One tile of rows where they fit in it; more than 64, or with the widest rows of float32 more than 16, take several.
-int64_t rows_of_tile(const Decoding& args) {
-  const bool one_warp = args.S * (args.H / args.Hk) <= 16 || (args.dtype == Dtype::float32 && std::max(args.D, args.Dv) > 128);
-  return one_warp ? 16 : 64;
+bool widest(const Decoding& args) { return std::max(args.D, args.Dv) > 128; }
+
+// Warps that have rows of their own, 16 each; a key/value head with more rows takes several tiles. The widest heads take two at least,
+// those of float32 just two, so that 99 KiB of shared memory are enough.
+int row_warps(const Decoding& args) {
+  if (args.S * (args.H / args.Hk) <= 16) return widest(args) ? 2 : 1;
+  return widest(args) && args.dtype == Dtype::float32 ? 2 : 4;
 }
 
 // A matter of shapes and of the device: lengths are not known here.
 DecodingOptions cut(const Decoding& args) {
-  const int64_t rows = args.S * (args.H / args.Hk), tile = rows_of_tile(args);
+  const int64_t rows = args.S * (args.H / args.Hk), tile = 16 * row_warps(args);
   DecodingOptions options = {};
   options.row_tiles = static_cast<int>((rows + tile - 1) / tile);
   const int64_t blocks = args.B * args.Hk * options.row_tiles, wanted = BLOCKS_PER_MULTIPROCESSOR * multiprocessors();
@@ -72,17 +75,15 @@ Error launch_parts(Cuda device, const Decoding& args, const DecodingOptions& opt
 template <class T, int WIDTH>
 Error launch_parts(Cuda device, const Decoding& args, const DecodingOptions& options) {
   if constexpr (sizeof(T) == 2 || WIDTH <= 128) {
-    if (rows_of_tile(args) == 64) return launch_parts<T, WIDTH, 4>(device, args, options);
+    if (row_warps(args) == 4) return launch_parts<T, WIDTH, 4>(device, args, options);
   }
-  return launch_parts<T, WIDTH, 1>(device, args, options);
+  return launch_parts<T, WIDTH, WIDTH <= 128 ? 1 : 2>(device, args, options);
 }
 
 template <class T>
 Error launch_parts(Cuda device, const Decoding& args, const DecodingOptions& options) {
-  const int64_t features = std::max(args.D, args.Dv);
-  if (features <= 64) return launch_parts<T, 64>(device, args, options);
-  if (features <= 128) return launch_parts<T, 128>(device, args, options);
-  return launch_parts<T, 256>(device, args, options);
+  if (std::max(args.D, args.Dv) <= 64) return launch_parts<T, 64>(device, args, options);
+  return widest(args) ? launch_parts<T, 256>(device, args, options) : launch_parts<T, 128>(device, args, options);
 }
 
 }  // namespace

@@ -68,6 +68,10 @@ struct CachedRows {
 
 constexpr int DECODING_THREADS = 128;
 
+// Parts have a multiple of so many keys.
+template <class T>
+constexpr int DECODING_STEP = sizeof(T) == 2 ? 64 : 32;
+
 // Writes the new keys and values, B S Hk (D + Dv) elements, into the caches. One warp for each token and head.
 template <class T>
 __global__ void __launch_bounds__(DECODING_THREADS) decoding_append(const Decoding args) {
@@ -90,15 +94,12 @@ __global__ void __launch_bounds__(DECODING_THREADS) decoding_append(const Decodi
 template <class T, int WIDTH, int ROW_WARPS>
 struct DecodingShape {
   static constexpr int WARPS = DECODING_THREADS / 32, ROWS = 16 * ROW_WARPS, KEY_WARPS = WARPS / ROW_WARPS;
-  static constexpr int KEYS = sizeof(T) == 2 ? 64 : 32, WARP_KEYS = KEYS / KEY_WARPS;
+  static constexpr int KEYS = DECODING_STEP<T> / (WIDTH == 256 ? 2 : 1), WARP_KEYS = KEYS / KEY_WARPS;
   static constexpr size_t SHARED = (ROWS + 4 * KEYS) * WIDTH * sizeof(T);
-  static constexpr int LD_SUMS = WIDTH + 8;  // eight more: the rows that a warp writes together lie in different banks
-  static_assert(KEY_WARPS * ROWS * LD_SUMS * sizeof(float) <= 4 * KEYS * WIDTH * sizeof(T), "the sums take the place of the stages");
+  static constexpr int BLOCKS = WIDTH == 64 ? 1 : 0;  // at once, for ptxas: it aims at more than fit, and spills; 0: as it likes
+  static constexpr int LD_SUMS = WIDTH + 8;           // eight more: the rows that a warp writes together lie in different banks
+  static_assert(KEY_WARPS * ROWS * LD_SUMS * sizeof(float) <= SHARED, "the sums take the place of queries, keys and values");
 };
-
-// The keys of a stage: DecodingShape::KEYS of every width and number of rows.
-template <class T>
-constexpr int DECODING_STEP = DecodingShape<T, 64, 1>::KEYS;
 
 // A part's o, sum of weights and logarithm of their unit: what a split contributes to row r of a key/value head.
 struct DecodingParts {
@@ -117,17 +118,18 @@ struct DecodingParts {
 
 // One block for each split, tile of rows, key/value head and sequence; those past the sequence's end have nothing to do. Moves the keys
 // and values that all queries see once for each tile of ROWS rows, 2 T D elements a head, q, and a part for each split and row. Two
-// stages of keys and values: while one is multiplied, the next is on its way. (The bounds' 1: else ptxas spills to let more blocks run
-// at once than there is shared memory for.)
+// stages of keys and values: while one is multiplied, the next is on its way.
 template <class T, int WIDTH, int ROW_WARPS>
-__global__ void __launch_bounds__(DECODING_THREADS, 1) decoding_parts(const Decoding args, const DecodingOptions options) {
+__global__ void __launch_bounds__(DECODING_THREADS, DecodingShape<T, WIDTH, ROW_WARPS>::BLOCKS)
+    decoding_parts(const Decoding args, const DecodingOptions options) {
   using Shape = DecodingShape<T, WIDTH, ROW_WARPS>;
   constexpr int KEYS = Shape::KEYS, ROWS = Shape::ROWS, WARP_KEYS = Shape::WARP_KEYS, KEY_WARPS = Shape::KEY_WARPS;
   const int tile = blockIdx.x % options.row_tiles, split = blockIdx.x / options.row_tiles % options.splits;
   const int head = blockIdx.x / options.row_tiles / options.splits, b = head / static_cast<int>(args.Hk),
             hk = head % static_cast<int>(args.Hk);
   const DecodingSequence at(args, options, b);
-  const int part_keys = at.part_keys(options.splits, KEYS), begin = at.begin + split * part_keys, end = min(at.end, begin + part_keys);
+  const int part_keys = at.part_keys(options.splits, DECODING_STEP<T>), begin = at.begin + split * part_keys,
+            end = min(at.end, begin + part_keys);
   if (begin >= end) return;
 
   const int G = static_cast<int>(args.H / args.Hk), rows = at.S * G, first_row = tile * ROWS;
@@ -170,10 +172,10 @@ __global__ void __launch_bounds__(DECODING_THREADS, 1) decoding_parts(const Deco
     multiply(o, s, tile_of(stage, 1, key_warp * WARP_KEYS));
   }
 
-  // The warps that share rows put their sums side by side, in the place of the stages.
+  // The warps that share rows put their sums side by side, in the place of queries, keys and values.
   FASTPRIMER_SHARED(tops, float[KEY_WARPS][ROWS]);
   FASTPRIMER_SHARED(totals, float[KEY_WARPS][ROWS]);
-  float* sums = reinterpret_cast<float*>(stages);
+  float* sums = reinterpret_cast<float*>(q_tile.data);
   __syncthreads();
 #pragma unroll
   for (int r = 0; r < 2; r++) {
