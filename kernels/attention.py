@@ -2,6 +2,8 @@
 
 Forward is one kernel (_attention_forward.py), backward three (_attention_backward.py): delta, then dk and dv with the queries in
 the inner loop, then dq with the keys in the inner loop. Each output element is summed by one program, in the order of the blocks.
+Where the target and the layout allow, tiles come through tensor descriptors, made by each program for its own sequence: what lies
+beyond its end is never read, packed or not.
 
 Bytes moved, with b bytes a number: forward b for each number of q and o, and of k and v, which the tiles of all queries of a group
 read from the cache; lse 4 a row. Backward reads q, k, v, o, do and writes dq, dk, dv, again once where the cache holds what the
