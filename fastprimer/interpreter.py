@@ -285,7 +285,7 @@ def _set_program(original, builder, x, y, z):
 
 
 def _patch_language(original, function):
-    """Replace the builtins once a launch, not again at every call of a device function, which takes half of all time."""
+    """Replace the builtins once a launch, not again at every call of a device function, which took two thirds of a test's time."""
     languages = [value for value in function.__globals__.values() if value is tl or value is tl.core]
     if any(tl.core.is_builtin(language.load) for language in languages):
         return original(function)

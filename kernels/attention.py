@@ -2,6 +2,8 @@
 
 Forward is one kernel (_attention_forward.py), backward three (_attention_backward.py): delta, then dk and dv with the queries in
 the inner loop, then dq with the keys in the inner loop. Each output element is summed by one program, in the order of the blocks.
+Where the target and the layout allow, tiles come through tensor descriptors, made by each program for its own sequence: what lies
+beyond its end is never read, packed or not.
 
 Bytes moved, with b bytes a number: forward b for each number of q and o, and of k and v, which the tiles of all queries of a group
 read from the cache; lse 4 a row. Backward reads q, k, v, o, do and writes dq, dk, dv, again once where the cache holds what the
@@ -49,8 +51,8 @@ DK_DV = {
     "sm_80": {64: Tile(32, 128, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
     "sm_90": {64: Tile(32, 128, 8, 2), 128: Tile(32, 128, 8, 2), 256: Tile(32, 32, 8, 1)},
     "sm_100": {64: Tile(64, 64, 8, 2), 128: Tile(64, 64, 8, 2), 256: Tile(32, 32, 8, 1)},
-    "sm_90 TMA": {64: Tile(32, 128, 8, 2), 128: Tile(32, 128, 8, 2), 256: Tile(16, 64, 8, 2)},
-    "sm_100 TMA": {64: Tile(64, 64, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(32, 64, 8, 2)},
+    "sm_90 TMA": {64: Tile(32, 128, 8, 2), 128: Tile(32, 128, 8, 2)},
+    "sm_100 TMA": {64: Tile(64, 64, 8, 2), 128: Tile(32, 64, 8, 2), 256: Tile(16, 64, 8, 2)},
     "gfx": {64: Tile(32, 128, 4, 1), 128: Tile(32, 32, 4, 1), 256: Tile(16, 32, 4, 1)},
     "float32": {64: Tile(16, 32, 4, 1), 128: Tile(16, 16, 4, 1), 256: Tile(16, 16, 8, 1)},
     "gfx float32": {64: Tile(16, 32, 4, 1), 128: Tile(16, 16, 4, 1), 256: Tile(16, 16, 4, 1)},
@@ -68,34 +70,30 @@ DQ = {
 """By target and width: the largest found that spill no registers where the compile gate looks. No GPU has timed them yet.
 
 In forward and for dq, BLOCK_M queries stay in registers and blocks of BLOCK_N keys pass by; for dk and dv it is the other way
-round. "TMA": where tensor descriptors bring the tiles. float32 is multiplied in full precision, which no tensor core does.
+round. "TMA": where tensor descriptors bring the tiles; sm_90 has none for dk and dv of 256 features, for every tile tried spills.
+float32 is multiplied in full precision, which no tensor core does.
 """
 
 
-def tile(table: dict[str, dict[int, Tile]], D: int, Dv: int, dtype: torch.dtype, target: str, TMA: bool) -> Tile:
+def family_of(dtype: torch.dtype, target: str) -> str:
     """sm_80's tiles also suit the GPUs with 99 KiB of shared memory; sm_103 is like sm_100."""
     family = "gfx" if target.startswith("gfx") else {"sm_90": "sm_90", "sm_100": "sm_100", "sm_103": "sm_100"}.get(target, "sm_80")
     if dtype == torch.float32:
-        family = "gfx float32" if family == "gfx" else "float32"
-    elif TMA and f"{family} TMA" in table:
-        family += " TMA"
-    return table[family][max(64, width(D), width(Dv))]
+        return "gfx float32" if family == "gfx" else "float32"
+    return family
 
 
-WITH_TMA = ("sm_90", "sm_100", "sm_103")
+def tile(table: dict[str, dict[int, Tile]], D: int, Dv: int, dtype: torch.dtype, target: str, TMA: bool) -> Tile:
+    return table[family_of(dtype, target) + " TMA" * TMA][max(64, width(D), width(Dv))]
 
 
-def has_tma(target: str, *tensors: Tensor) -> bool:
-    """Whether tensor descriptors can read these tensors (B, tokens, heads, C): 16-bit, C a power of 2, all addresses multiples of 16.
-
-    float32 goes without: its products are not made from shared memory.
+def has_tma(table: dict[str, dict[int, Tile]], target: str, *tensors: Tensor) -> bool:
+    """Whether tensor descriptors read these tensors (B, tokens, heads, C): the table has a tile for it, C is a power of 2, and all
+    addresses are multiples of 16. float32 goes without: its products are not made from shared memory.
     """
-    return target in WITH_TMA and all(
-        t.element_size() == 2
-        and t.shape[-1] == width(t.shape[-1])
-        and t.data_ptr() % 16 == 0
-        and all(stride > 0 and stride % 8 == 0 for stride in t.stride()[:3])
-        for t in tensors
+    tiles = table.get(f"{family_of(tensors[0].dtype, target)} TMA", {})
+    return max(64, *(width(t.shape[-1]) for t in tensors)) in tiles and all(
+        t.shape[-1] == width(t.shape[-1]) and t.data_ptr() % 16 == 0 and all(n > 0 and n % 8 == 0 for n in t.stride()[:3]) for t in tensors
     )
 
 
@@ -159,7 +157,7 @@ def attention_forward(
     o = torch.empty((*q.shape[:-1], a.Dv), dtype=q.dtype, device=q.device)
     lse = torch.empty((a.H, a.N) if a.packed else (a.B, a.H, a.N), dtype=torch.float32, device=q.device)
     target = architecture(q.device)
-    TMA = has_tma(target, a.q, a.k, a.v)
+    TMA = has_tma(FORWARD, target, a.q, a.k, a.v)
     BLOCK_M, BLOCK_N, num_warps, num_stages = tile(FORWARD, a.D, a.Dv, q.dtype, target, TMA)
     tiles = triton.cdiv(a.S, BLOCK_M)
     if tiles * a.B:
@@ -221,7 +219,7 @@ def _delta(a: Problem, do: Tensor, dlse: Optional[Tensor], o: Tensor, lse: Tenso
 
 def _launch_dk_dv(a: Problem, do: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor) -> None:
     target = architecture(dk.device)
-    TMA = has_tma(target, do, a.q, a.k, a.v)
+    TMA = has_tma(DK_DV, target, do, a.q, a.k, a.v)
     BLOCK_M, BLOCK_N, num_warps, num_stages = tile(DK_DV, a.D, a.Dv, dk.dtype, target, TMA)
     tiles = triton.cdiv(a.T, BLOCK_N)
     if tiles * a.B:
@@ -239,7 +237,7 @@ def _launch_dk_dv(a: Problem, do: Tensor, lse: Tensor, delta: Tensor, dk: Tensor
 
 def _launch_dq(a: Problem, do: Tensor, lse: Tensor, delta: Tensor, dq: Tensor) -> None:
     target = architecture(dq.device)
-    TMA = has_tma(target, do, a.q, a.k, a.v)
+    TMA = has_tma(DQ, target, do, a.q, a.k, a.v)
     BLOCK_M, BLOCK_N, num_warps, num_stages = tile(DQ, a.D, a.Dv, dq.dtype, target, TMA)
     tiles = triton.cdiv(a.S, BLOCK_M)
     if tiles * a.B:

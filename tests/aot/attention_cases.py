@@ -35,11 +35,19 @@ def attention_cases(
     options = *ends, None, None, D**-0.5, left, 0 if causal else None, softcap
     words = {"causal": causal, "packed": packed, "sinks": sinks, "window": left is not None, "softcap": softcap is not None}
     name = " ".join(["attention", str(dtype)[6:], f"D={D}", *(word for word, present in words.items() if present)])
-    units = (MATRIX_UNIT, WITH_TMA) if D == attention.width(D) else (FEW_ROWS,)  # with pointers tiles are smaller
-    products = required(dtype, *units), ("attention_delta_kernel",)
+    spared = ("attention_delta_kernel",)
+    unit = MATRIX_UNIT, WITH_TMA
+    if D != attention.width(D):  # pointers, smaller tiles
+        unit = (FEW_ROWS,)
+    unit_backward = (FEW_ROWS,) if D == 256 else unit
     return [
-        Case(f"{name} forward", lambda: kernels.attention_forward(q, k, k, sink, *options), *products),
-        Case(f"{name} backward", lambda: kernels.attention_backward(q, None, q, k, k, q, lse, sink, *options), *products),
+        Case(f"{name} forward", lambda: kernels.attention_forward(q, k, k, sink, *options), required(dtype, *unit)),
+        Case(
+            f"{name} backward",
+            lambda: kernels.attention_backward(q, None, q, k, k, q, lse, sink, *options),
+            required(dtype, *unit_backward),
+            spared,
+        ),
     ]
 
 
