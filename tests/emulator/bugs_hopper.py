@@ -109,7 +109,7 @@ BUGS = [
     bug(
         "NaN in a key reaches queries that do not see it",
         BACKWARD,
-        "clear_nan<OTHER, HOPPER_CONSUMERS>(Tile<T, WIDTH>{k});",
+        "clear_nan<OTHER, HOPPER_CONSUMERS>(Tile<T, WIDTH>{k}, threadIdx.x - WARPGROUP);",
         "",
         "dq is wrong",
     ),
@@ -125,7 +125,7 @@ BUGS = [
         "rows of queries are overwritten while others read them",
         BACKWARD,
         "barrier_init(full[stage], producers);",
-        "barrier_init(full[stage], 1);",
+        "barrier_init(full[stage], producers / producers);",
         "FAILED",
     ),
     bug(
