@@ -24,7 +24,7 @@ def served_by_hopper(case, dtype, capability, monkeypatch):
     return torch.ops.fastprimer_emulated.take_products() > 0
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("case", ATTENTION, ids=lambda case: case.name)
 def test_case(case, dtype, monkeypatch):
     assert served_by_hopper(case, dtype, 9, monkeypatch) == (case.name not in OTHERS)

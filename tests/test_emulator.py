@@ -16,7 +16,7 @@ SEEDS = {"plain": 4, "address": 2, "thread": 1}
 HOPPER_LAYOUTS = {
     "tma swizzle": ("(address / SWIZZLED_ROW % 8) << 4", "(address / SWIZZLED_ROW % 4) << 4", ["tma", "wgmma"]),
     "tma outside": ("first[d] + i[d] + add >= 0", "first[d] + i[d] + add >= -1", ["tma"]),
-    "wgmma rows of a tile": ("start + n / 64 * panel_stride + k / 8", "start + n / 64 * panel_stride + k / 4", ["registers"]),
+    "wgmma rows of a tile": ("panel_stride + k / 8 * eight_rows", "panel_stride + (k / 8 ^ 1) * eight_rows", ["registers"]),
     "wgmma registers": ("registers[r / 8 + k / 8 * 2]", "registers[r / 8 * 2 + k / 8]", ["registers"]),
     "wgmma rows": ("sums[lane / 4 + i / 2 % 2 * 8]", "sums[lane / 4 * 2 + i / 2 % 2]", ["wgmma"]),
 }

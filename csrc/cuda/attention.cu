@@ -39,11 +39,11 @@ Error backward_queries(Cuda device, const AttentionBackward& args, const Attenti
                       args, options);
 }
 
-// Whether TMA can load heads: their strides must be whole 16 bytes, `wide`, and not 0 (an expanded tensor).
+// Whether TMA can load heads: their strides must be whole 16 bytes, `wide`, less than 2^40 bytes, and not 0 (an expanded tensor).
 bool loadable(const AttentionProblem& problem, const Heads& heads, bool wide, int64_t H, int64_t tokens) {
-  const bool one_sequence = problem.B == 1 || problem.cu_seqlens_q != nullptr;
-  return wide && tokens > 0 && (H == 1 || heads.stride_head > 0) && (tokens == 1 || heads.stride_token > 0) &&
-         (one_sequence || heads.stride_batch > 0);
+  const auto fits = [](int64_t size, int64_t stride) { return size == 1 || (stride > 0 && stride < int64_t{1} << 39); };
+  return wide && tokens > 0 && tokens <= ATTENTION_MOST_TOKENS && fits(H, heads.stride_head) && fits(tokens, heads.stride_token) &&
+         (problem.cu_seqlens_q != nullptr || fits(problem.B, heads.stride_batch));
 }
 
 // Whether Hopper's own kernels serve a call: on that GPU, for 16-bit elements that TMA can load and groups of which a tile has room for a

@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(BackwardShape<T, WIDTH>::THREADS)
     }
     if (!all_visible) {
       __syncthreads();  // the scores are made
-      clear_nan<OTHER, THREADS>(k_tile(stage));
+      clear_nan<OTHER, THREADS>(k_tile(stage), threadIdx.x);
       __syncthreads();
     }
     multiply(dq, dp, k_tile(stage));

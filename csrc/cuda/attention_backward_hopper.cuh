@@ -216,7 +216,7 @@ __device__ __forceinline__ void sum_queries(float (&dq)[1][WIDTH / 8][4], Hopper
     }
     if (!all_visible) {
       sync_consumers();  // the scores are made
-      clear_nan<OTHER, HOPPER_CONSUMERS>(Tile<T, WIDTH>{k});
+      clear_nan<OTHER, HOPPER_CONSUMERS>(Tile<T, WIDTH>{k}, threadIdx.x - WARPGROUP);
       fence_async();
       sync_consumers();
     }

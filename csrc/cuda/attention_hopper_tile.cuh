@@ -116,8 +116,9 @@ __device__ __forceinline__ void clear_rows(T* tile, int first) {
   sync_consumers();
 }
 
-// The calling warp has used a tile.
+// The calling warp has used a tile, and what else came with it.
 __device__ __forceinline__ void release(Barrier& free) {
+  __syncwarp();
   if (threadIdx.x % 32 == 0) barrier_arrive(free);
 }
 

@@ -21,8 +21,8 @@ __device__ __forceinline__ QueryRow query_row(const AttentionBackward& args, con
 // Makes NaN in a tile of keys zero, before a product with weights. A row that sees such a key has NaN for its weight already; for one
 // that does not it is 0, and 0 · nan is nan.
 template <int ROWS, int THREADS, class T, int WIDTH>
-__device__ __forceinline__ void clear_nan(const Tile<T, WIDTH>& tile) {
-  for (int i = threadIdx.x % THREADS * CHUNK<T>; i < ROWS * WIDTH; i += THREADS * CHUNK<T>) {
+__device__ __forceinline__ void clear_nan(const Tile<T, WIDTH>& tile, int thread) {
+  for (int i = thread * CHUNK<T>; i < ROWS * WIDTH; i += THREADS * CHUNK<T>) {
     Vector<T, CHUNK<T>> v = load<CHUNK<T>>(tile.data + i);
     bool found = false;
 #pragma unroll

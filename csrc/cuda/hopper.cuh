@@ -30,21 +30,29 @@ namespace fastprimer {
 
 using TensorMap = CUtensorMap;
 
+// The driver's function, or null. It is asked for, as a link to libcuda would keep the library from loading where there is none.
+inline decltype(&cuTensorMapEncodeTiled) tile_encoder() {
+  static const auto encoder = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
+    cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
+#else
+    cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &found);
+#endif
+    const bool usable = error == cudaSuccess && found == cudaDriverEntryPointSuccess;
+    return usable ? reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry) : nullptr;
+  }();
+  return encoder;
+}
+
 // Describes a tensor of 4 dimensions with elements of 16 bits, the innermost ones adjacent, the others `strides` elements apart, and
-// the box that a copy takes of it, 64 elements wide; what lies outside the tensor reads as 0. The driver's function is asked for, as a
-// link to libcuda would keep the library from loading where there is none.
+// the box that a copy takes of it, 64 elements wide; what lies outside the tensor reads as 0.
 template <class T>
 Error encode_tiles(TensorMap& map, const void* data, const int64_t (&sizes)[4], const int64_t (&strides)[3], const int (&box)[4]) {
   static_assert(sizeof(T) == 2, "bfloat16 or float16");
-  void* entry = nullptr;
-  cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-#if CUDART_VERSION >= 12050
-  cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
-#else
-  cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &entry, cudaEnableDefault, &found);
-#endif
-  if (error != cudaSuccess) return cudaGetErrorString(error);
-  if (found != cudaDriverEntryPointSuccess) return "the driver has no cuTensorMapEncodeTiled: CUDA 12 or later is needed";
+  const auto encoder = tile_encoder();
+  if (encoder == nullptr) return "the driver has no cuTensorMapEncodeTiled: one for CUDA 12 or later is needed";
   cuuint64_t global[4], bytes[3];
   cuuint32_t boxes[4], steps[4];
   for (int d = 0; d < 4; d++) {
@@ -54,9 +62,8 @@ Error encode_tiles(TensorMap& map, const void* data, const int64_t (&sizes)[4], 
     if (d < 3) bytes[d] = static_cast<cuuint64_t>(strides[d]) * sizeof(T);
   }
   constexpr auto TYPE = std::is_same_v<T, bfloat16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const CUresult result = reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(entry)(
-      &map, TYPE, 4, const_cast<void*>(data), global, bytes, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = encoder(&map, TYPE, 4, const_cast<void*>(data), global, bytes, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                  CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refused a tensor: its address, strides or sizes do not fit TMA";
 }
 

@@ -39,7 +39,13 @@ BUGS = [
         "barrier_wait(k_full[stage.index], stage.parity ^ 1);",
         "FAILED",
     ),
-    bug("values are used before they have arrived", FORWARD, "      barrier_wait(v_full[now], parity);\n", "", CHANGED),
+    bug(
+        "values are used before they have arrived",
+        FORWARD,
+        "barrier_wait(v_full[now], parity);",
+        "if (parity > 1) barrier_wait(v_full[now], 0);",
+        CHANGED,
+    ),
     bug("scores are read while they are made", FORWARD, "warpgroup_wait<1>(s[0]);", "warpgroup_wait<2>(s[0]);", UNDER_WAY),
     bug(
         "sums are rescaled while they are made",
@@ -49,10 +55,10 @@ BUGS = [
         UNDER_WAY,
     ),
     bug(
-        "a stage is released before its keys are multiplied",
+        "a stage is released before its values are multiplied",
         FORWARD,
-        "      warpgroup_wait<1>(s[0]);\n      release(k_free[stage.index]);",
-        "      release(k_free[stage.index]);\n      warpgroup_wait<1>(s[0]);",
+        "      warpgroup_wait<0>(o[0]);\n      release(v_free[now]);",
+        "      release(v_free[now]);\n      warpgroup_wait<0>(o[0]);",
         CHANGED,
     ),
     bug(
@@ -103,7 +109,7 @@ BUGS = [
     bug(
         "NaN in a key reaches queries that do not see it",
         BACKWARD,
-        "clear_nan<OTHER, HOPPER_CONSUMERS>(Tile<T, WIDTH>{k});",
+        "clear_nan<OTHER, HOPPER_CONSUMERS>(Tile<T, WIDTH>{k}, threadIdx.x - WARPGROUP);",
         "",
         "dq is wrong",
     ),
@@ -119,7 +125,7 @@ BUGS = [
         "rows of queries are overwritten while others read them",
         BACKWARD,
         "barrier_init(full[stage], producers);",
-        "barrier_init(full[stage], 1);",
+        "barrier_init(full[stage], producers / producers);",
         "FAILED",
     ),
     bug(

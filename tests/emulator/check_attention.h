@@ -19,7 +19,7 @@ struct Case {
   double softcap = 0, scale = 0.3;
   bool sinks = false, dlse = true;
   int more = 0, offset = 0;  // how much further apart than contiguous the tokens of q, k, v, do are; from a 16-byte boundary
-  int nan_sequence = -1;     // whose keys and values are NaN
+  int nan_sequence = -1;     // whose queries, keys, values and do are NaN and infinite
   int nan_key = -1;          // of every sequence, whose k is NaN
   bool quick = false;
 };
@@ -84,14 +84,14 @@ class Check {
       cu_seqlens_q_[b] = q_.first[b];
       cu_seqlens_k_[b] = k_.first[b];
     }
-    for (int b = 0; b < sequences_; b++) {
-      for (int j = 0; j < c.T[b]; j++) {
-        for (int h = 0; h < c.Hk; h++) {
-          for (int d = 0; d < c.D && (b == c.nan_sequence || j == c.nan_key); d++) k_.at(b, j, h, d) = narrow<T>(NAN);
-          for (int d = 0; d < c.Dv && b == c.nan_sequence; d++) v_.at(b, j, h, d) = narrow<T>(NAN);
-        }
+    for (int b = 0; b < sequences_ && c.nan_key >= 0; b++) {
+      for (int h = 0; h < c.Hk; h++) {
+        for (int d = 0; d < c.D; d++) k_.at(b, c.nan_key, h, d) = narrow<T>(NAN);
       }
     }
+    spoil(q_, c.S);
+    spoil(k_, c.T);
+    spoil(v_, c.T);
   }
 
   void run() {
@@ -114,6 +114,15 @@ class Check {
   }
 
  private:
+  void spoil(Tensor<T>& t, const std::vector<int>& lengths) {
+    const int b = c_.nan_sequence;
+    for (int i = 0; b >= 0 && i < lengths[b]; i++) {
+      for (int h = 0; h < t.heads; h++) {
+        for (int d = 0; d < t.features; d++) t.at(b, i, h, d) = narrow<T>(d % 2 == 0 ? NAN : INFINITY);
+      }
+    }
+  }
+
   AttentionProblem problem() {
     return {.q = q_.heads_of(),
             .k = k_.heads_of(),
@@ -209,6 +218,7 @@ class Check {
     Tensor<T> dk(c_, c_.T, c_.Hk, c_.D, 0, 0), dv(c_, c_.T, c_.Hk, c_.Dv, 0, 0);
     Buffer<float> dlse(lse_.size()), delta(lse_.size()), dsinks(c_.H);
     randomize(dout.data, random_);
+    spoil(dout, c_.S);
     randomize(dlse, random_);
     for (size_t i = 0; i < lse_.size(); i++) {
       if (lse_[i] == -INFINITY) dlse[i] = i % 2 == 0 ? NAN : INFINITY;  // to be ignored

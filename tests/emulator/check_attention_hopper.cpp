@@ -14,10 +14,9 @@ const std::vector<Case> CASES = {
     {.S = {30}, .T = {150}, .H = 5, .Hk = 1, .D = 32, .Dv = 40, .left = 90, .right = 2, .softcap = 0.7, .quick = true},
     {.S = {4, 7, 5}, .T = {6, 9, 5}, .H = 2, .Hk = 2, .D = 16, .Dv = 16, .packed = true, .nan_sequence = 1, .quick = true},
     {.S = {12}, .T = {12}, .H = 1, .Hk = 1, .D = 16, .Dv = 16, .right = 0, .nan_key = 7, .quick = true},
-    {.S = {140}, .T = {400}, .H = 1, .Hk = 1, .D = 128, .Dv = 80, .left = 150, .right = 10, .scale = 0.08, .more = 8},  // a window of some
-                                                                                                                        // tiles
-    {.S = {70, 70}, .T = {200, 200}, .H = 2, .Hk = 1, .D = 256, .Dv = 256, .right = 0, .scale = 0.06},
-    {.S = {33}, .T = {650}, .H = 5, .Hk = 1, .D = 40, .Dv = 128, .softcap = 5, .dlse = false},
+    {.S = {70}, .T = {300}, .H = 1, .Hk = 1, .D = 128, .Dv = 80, .left = 150, .right = 10, .scale = 0.08, .more = 8},
+    {.S = {20, 20}, .T = {150, 150}, .H = 2, .Hk = 1, .D = 256, .Dv = 256, .right = 0, .scale = 0.06},
+    {.S = {13}, .T = {300}, .H = 5, .Hk = 1, .D = 40, .Dv = 128, .softcap = 5, .dlse = false},
 };
 
 // Each case must come to products of warpgroups: it is no case for Hopper's kernels otherwise.
