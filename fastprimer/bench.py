@@ -242,10 +242,14 @@ def table(results: list[Result]) -> Table:
         shown.add_column(heading, justify="left" if heading in ("case", "dtype", "pass") else "right", no_wrap=True)
     short = {"float32": "fp32", "bfloat16": "bf16", "forward": "fwd", "forward+backward": "fwd+bwd"}
     for r in results:
-        name = f"{r.op} {r.case.removeprefix('bench-')}"
+        name = _shown(r)
         head = name if one else f"{name} {r.backend}", short[r.dtype], short[r.measured]
         shown.add_row(*head, *(["[red]WRONG[/red]"] if r.wrong else [f"{r.ours_ms:.2f}", *_ratios(r)]))
     return shown
+
+
+def _shown(r: Result) -> str:
+    return f"{'decoding' if r.op == 'attention_with_kv_cache' else r.op} {r.case.removeprefix('bench-')}"
 
 
 def _ratios(r: Result) -> list[str]:
@@ -256,6 +260,6 @@ def markdown(results: list[Result]) -> str:
     lines = ["| case | dtype | pass | ms | vs eager | vs torch.compile | of roof |", "| --- | --- | --- | --: | --: | --: | --: |"]
     for r in results:
         if not r.wrong:
-            head = f"| {r.op} {r.case.removeprefix('bench-')} | {r.dtype} | {r.measured} | {r.ours_ms:.2f} | "
+            head = f"| {_shown(r)} | {r.dtype} | {r.measured} | {r.ours_ms:.2f} | "
             lines.append(head + " | ".join(_ratios(r)) + " |")
     return "\n".join(lines)

@@ -236,7 +236,7 @@ DECODING = [
     decoding_case("paged-heads-first", [50, 9], 1, 6, 2, 32, page=16, view=lambda t: t.transpose(1, 2)),
     decoding_case("odd-features", [18, 3], 1, 2, 1, 33, view=lambda t: t.transpose(1, 2)),
     decoding_case("no-sequences", [], 1, 2, 1, 16),
-    decoding_case("bench-decode", [4095] * 8, 1, 32, 8, 128, bench=True),
-    decoding_case("bench-decode-paged", [4095] * 8, 1, 32, 8, 128, page=64, bench=True),
-    decoding_case("bench-speculative", [4092] * 8, 4, 32, 8, 128, bench=True),
+    decoding_case("bench-one-token", [4095] * 8, 1, 32, 8, 128, bench=True),
+    decoding_case("bench-pages-of-64", [4095] * 8, 1, 32, 8, 128, page=64, bench=True),
+    decoding_case("bench-four-tokens", [4092] * 8, 4, 32, 8, 128, bench=True),
 ]
