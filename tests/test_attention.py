@@ -8,11 +8,12 @@ import torch
 
 import fastprimer as fp
 from conftest import device_or_skip
-from fastprimer.backends import BACKENDS, declared, use_backend
+from fastprimer.backends import BACKENDS, declared, interpreting, use_backend
 
 
 def backends_of(*ops):
-    return pytest.mark.parametrize("backend", [b for b in BACKENDS if all(b in declared(op) for op in ops)])
+    wanted = ["triton"] if interpreting() else BACKENDS
+    return pytest.mark.parametrize("backend", [b for b in wanted if all(b in declared(op) for op in ops)])
 
 
 def random(device, *shape, seed=0):

@@ -24,13 +24,14 @@ needs_interpreter = pytest.mark.skipif(not interpreting(), reason="runs in the p
 @pytest.mark.slow
 @pytest.mark.skipif(interpreting(), reason="this is the process with the interpreter")
 def test_in_the_interpreter():
-    """This file, test_traffic.py and test_triton_*.py once more, in a process that has TRITON_INTERPRET set when it imports Triton."""
+    """This file and all others with Triton kernels once more, in a process that has TRITON_INTERPRET set when it imports Triton."""
     command = [
         sys.executable,
         "-m",
         "pytest",
         __file__,
         str(HERE / "test_traffic.py"),
+        str(HERE / "test_attention.py"),
         *map(str, HERE.glob("test_triton_*.py")),
         "-p",
         "no:cacheprovider",
