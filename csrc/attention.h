@@ -22,7 +22,7 @@ struct AttentionProblem {
   const int32_t* cu_seqlens_k;
   int64_t B, S, T, H, Hk, D, Dv;
   int64_t tokens_q, tokens_k;  // S and T, or the tokens of all packed sequences
-  int64_t left, right;  // UNLIMITED, or >= 0
+  int64_t left, right;         // UNLIMITED, or >= 0
   double scale;
   double softcap;  // 0: none
   Dtype dtype;     // of q, k, v, o and their gradients
