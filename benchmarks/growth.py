@@ -65,11 +65,13 @@ def extra_memory(contestant: str, mask: str, S: int, dtype: torch.dtype, measure
 
 
 def extra_memory_of(*arguments) -> float:
-    """MB; nan where the system does not tell."""
+    """MB."""
     contestant, mask, S, dtype, measured, device = arguments
     command = [sys.executable, __file__, "--measure", contestant, mask, str(S), str(dtype).removeprefix("torch."), measured, device]
     child = subprocess.run(command, capture_output=True, text=True)
-    return float(child.stdout) / 1e6 if child.returncode == 0 else math.nan
+    if child.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {child.stderr}")
+    return float(child.stdout) / 1e6
 
 
 def exponent(small: tuple[int, float], large: tuple[int, float]) -> float:

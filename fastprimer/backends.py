@@ -89,13 +89,18 @@ def register(chapter) -> None:
         _functions[op, "reference"] = SimpleNamespace(**{name: _outside_autocast(getattr(chapter, name)) for name in names})
 
 
+def autocasting(device: str) -> bool:
+    """Whether autocast is on for this type of device; some have none (meta)."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _outside_autocast(function):
     """The chapters choose every dtype themselves; autocast, which would recast their matrix products, has no say there."""
 
     @functools.wraps(function)
     def call(x, *args):
         device = x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        if autocasting(device):
             with torch.autocast(device, enabled=False):
                 return function(x, *args)
         return function(x, *args)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastprimer import ops
 from fastprimer.config import HIDDEN_ACTS, Config
+from fastprimer.ops._arguments import needs_gradient
 from fastprimer.ops.decoding import MAX_QUERIES
 from fastprimer.rotary import RotaryEmbedding as RotaryEmbedding
 
@@ -56,12 +57,16 @@ class LayerCache:
         start, stop = self.length, self.length + q.shape[1]
         if stop > self.room:
             raise ValueError(f"cache: expected at most {self.room} tokens, got {stop}")
-        self.length = stop
+        if needs_gradient(q, k, v):
+            raise RuntimeError("cache: its keys and values have no gradient: call the model under torch.no_grad()")
         if q.shape[1] <= MAX_QUERIES:  # more are a prompt
             lengths = torch.full((q.shape[0],), start, dtype=torch.int32, device=q.device)
-            return ops.attention_with_kv_cache(q, self.k, self.v, lengths, k=k, v=v, causal=True, window=window)
-        self.k[:, start:stop], self.v[:, start:stop] = k, v
-        return ops.attention(q, self.k[:, :stop], self.v[:, :stop], causal=True, window=window)
+            output = ops.attention_with_kv_cache(q, self.k, self.v, lengths, k=k, v=v, causal=True, window=window)
+        else:
+            self.k[:, start:stop], self.v[:, start:stop] = k, v
+            output = ops.attention(q, self.k[:, :stop], self.v[:, :stop], causal=True, window=window)
+        self.length = stop  # only now: a call that failed can be repeated
+        return output
 
 
 class Attention(nn.Module):

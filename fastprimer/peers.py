@@ -42,7 +42,9 @@ def _swiglu(gate, up=None, *, activation="silu", limit=None):
 
 
 def _attention(q, k, v, *, causal=False, window=None, return_lse=False):
-    mask = None if window is None else _window_mask(q.shape[1], k.shape[1], *window, causal, q.device)
+    S, T = q.shape[1], k.shape[1]
+    masked = window is not None or (causal and S != T)  # SDPA's own causal mask is aligned at the first key
+    mask = _window_mask(S, T, *(window or (None, None)), causal, q.device) if masked else None
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     gqa = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and mask is None, enable_gqa=gqa).transpose(1, 2)

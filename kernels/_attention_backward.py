@@ -5,7 +5,7 @@
     dq_i = scale sum_j ds_ij k_j                             one tile of queries a program               attention_dq_kernel
 
 with ds = p (dp - delta), and (1 - t²) times that with a softcap, where t = tanh(inner q k). Logits are in base 2, as in forward.
-What a query does not see is replaced by 0 after it was computed, so that no infinity or NaN of such a pair gets into a sum.
+What a query does not see is replaced by 0 after it was computed, so that an infinite score of such a pair does not get into a sum.
 """
 
 import triton

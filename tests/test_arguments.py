@@ -17,6 +17,7 @@ def i(*values, dtype=torch.int32):
 x, table = t(2, 8), t(4, 2)
 q, k = t(1, 3, 4, 8), t(1, 5, 2, 8)
 packed = t(5, 2, 8)
+new = {"k": t(2, 1, 2, 8), "v": t(2, 1, 2, 8)}
 cache = t(2, 6, 2, 8)
 
 BAD = [
@@ -82,7 +83,7 @@ BAD = [
     ("attention", (q, k.half(), k), {}, TypeError, "attention: k: expected q's dtype"),
     ("attention", (q, k, k), {"window": 3}, ValueError, "attention: window: expected \\(left, right\\)"),
     ("attention", (q, k, k), {"window": (-2, 0)}, ValueError, "attention: window"),
-    ("attention", (q, k, k), {"softcap": 0.0}, ValueError, "attention: softcap: expected None or a number > 0, got 0.0"),
+    ("attention", (q, k, k), {"softcap": 0.0}, ValueError, "attention: softcap: expected None or a finite number > 0, got 0.0"),
     ("attention", (q, k, k), {"sinks": t(2)}, ValueError, "attention: sinks: expected shape \\(H,\\) = \\(4,\\)"),
     ("attention", (packed, packed, packed), {"cu_seqlens_q": i(0, 3)}, ValueError, "attention: cu_seqlens_q: expected .* N = 5"),
     (
@@ -91,6 +92,47 @@ BAD = [
         {"cu_seqlens_q": i(0, 4, 3, 5)},
         ValueError,
         "attention: cu_seqlens_q: expected .* never falling",
+    ),
+    (
+        "attention",
+        (t(4, 2, 8), t(4, 2, 8), t(4, 2, 8)),
+        {"cu_seqlens_q": i(0, 3, 4), "max_seqlen_q": 2},
+        ValueError,
+        "max_seqlen_q: expected at least the longest sequence's 3",
+    ),
+    (
+        "attention",
+        (t(4, 2, 8), t(4, 2, 8), t(4, 2, 8)),
+        {"cu_seqlens_q": i(0, 3, 4), "max_seqlen_k": 3.0},
+        ValueError,
+        "max_seqlen_k: expected None or a number",
+    ),
+    ("attention", (t(1, 4, 2, 8),) * 3, {"softcap": 1e-46}, ValueError, "softcap: expected None or a finite number > 0"),
+    ("attention", (t(1, 4, 2, 8),) * 3, {"softcap": "1"}, ValueError, "softcap: expected None or a finite number > 0"),
+    ("attention", (t(1, 4, 2, 8),) * 3, {"scale": float("nan")}, ValueError, "scale: expected None or a finite number"),
+    ("attention", (t(1, 4, 2, 8),) * 3, {"causal": "no"}, TypeError, "causal: expected True or False"),
+    ("attention", (t(1, 4, 2, 8),) * 3, {"window": (True, 0)}, ValueError, "window: expected"),
+    (
+        "attention_with_kv_cache",
+        (t(2, 1, 3, 8), cache, cache, i(0, 1)),
+        {},
+        ValueError,
+        "k_cache: expected a number of heads",
+    ),
+    ("attention_with_kv_cache", (t(2, 1, 4, 0), cache[..., :0], cache[..., :0], i(0, 1)), {}, ValueError, "q: expected shape"),
+    (
+        "attention_with_kv_cache",
+        (t(2, 1, 4, 8), cache[:1].expand(2, -1, -1, -1), cache, i(0, 1)),
+        {"k": t(2, 1, 2, 8), "v": t(2, 1, 2, 8)},
+        ValueError,
+        "k_cache: expected memory for each token",
+    ),
+    (
+        "attention_with_kv_cache",
+        (t(2, 1, 4, 8), cache, cache, i(0, 1)),
+        {"k": t(2, 1, 2, 8), "v": t(2, 1, 2, 8)},
+        ValueError,
+        "v_cache: expected another tensor",
     ),
     ("attention_with_kv_cache", (t(2, 17, 4, 8), cache, cache, i(0, 0)), {}, ValueError, "q: expected shape \\(B, S <= 16, H, D\\)"),
     ("attention_with_kv_cache", (t(2, 1, 4, 8), cache, cache, i(0, 7)), {}, ValueError, "cache_seqlens: expected 0..6 tokens"),

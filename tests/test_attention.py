@@ -9,6 +9,8 @@ import torch
 import fastprimer as fp
 from conftest import device_or_skip
 from fastprimer.backends import BACKENDS, declared, interpreting, use_backend
+from fastprimer.cases import CASES, Inputs
+from fastprimer.peers import EAGER
 
 
 def backends_of(*ops):
@@ -114,3 +116,36 @@ def test_what_lies_behind_a_sequence_in_the_cache_has_no_say(backend, page, what
     with use_backend(backend):
         expected, got = (fp.attention_with_kv_cache(q, *caches, lengths, block_table=table, return_lse=True) for caches in (clean, dirty))
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+def test_a_call_that_failed_leaves_the_cache_as_long_as_it_was():
+    cache = fp.layers.LayerCache(torch.zeros(1, 40, 1, 4), torch.zeros(1, 40, 1, 4))
+    for S in (1, 20):  # a step, and a prompt
+        q, k = random("cpu", 1, S, 2, 4), random("cpu", 1, S, 1, 4)
+        with pytest.raises(RuntimeError, match="no_grad"):
+            cache.attend(q, k.clone().requires_grad_(), k, None)
+        with pytest.raises(TypeError, match="dtype"):
+            cache.attend(q.half(), k.half(), k.half(), None)
+        assert cache.length == 0 and not cache.k.requires_grad
+
+
+def test_shapes_alone():
+    q = torch.empty(1, 3, 2, 8, device="meta")
+    assert fp.attention(q, q, q).shape == q.shape
+
+
+PEERS = {
+    "rms_norm": ("odd", "gemma"),
+    "rope": ("interleaved", "positions"),
+    "swiglu": ("odd", "gpt-oss"),
+    "attention": ("full", "causal", "causal-bottom-right", "window", "window-both"),
+}
+
+
+@pytest.mark.parametrize("op, name", [(op, name) for op in PEERS for name in PEERS[op]])
+def test_peers_of_benchmarks_compute_the_same(op, name):
+    case = next(c for c in CASES if c.op == op and c.name == name)
+    arguments = case.arguments(Inputs(torch.float32, "cpu", 0)) | ({"return_lse": False} if op == "attention" else {})
+    expected, got = (t if isinstance(t, tuple) else (t,) for t in (getattr(fp, op)(**arguments), EAGER[op](**arguments)))
+    for a, b in zip(expected, got, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-4)

@@ -139,9 +139,12 @@ def test_many_queries_need_their_own_keys():
 
 
 def test_nothing_is_appended_to_a_cache_that_is_too_short():
-    k_cache, v_cache, new = torch.zeros(1, 30, 2, 8), torch.zeros(1, 30, 2, 8), torch.ones(1, 20, 2, 8)
-    with pytest.raises(ValueError, match=r"cache_seqlens: expected 0..30 tokens, the new ones included, got 31"):
+    k_cache, v_cache, new = (random(1, n, 2, 8).fill_(x) for n, x in ((30, 0), (30, 0), (20, 1)))
+    with pytest.raises(ValueError, match=r"cache_seqlens: expected 0..30 tokens, the new ones included, got .11, 31."):
         fa.flash_attn_with_kvcache(random(1, 20, 2, 8), k_cache, v_cache, new, new, cache_seqlens=11, causal=True)
+    short = random(1, 19, 2, 8)
+    with pytest.raises(ValueError, match="flash_attn_with_kvcache: k: expected shape"):
+        fa.flash_attn_with_kvcache(random(1, 20, 2, 8), k_cache, v_cache, short, short, cache_seqlens=0, causal=True)
     assert not k_cache.any() and not v_cache.any()
 
 

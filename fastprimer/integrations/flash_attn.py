@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from fastprimer import ops
-from fastprimer.ops import _arguments as arguments
-from fastprimer.ops.decoding import MAX_QUERIES
+from fastprimer.ops.decoding import MAX_QUERIES, check_cached
 
 UNLIMITED = (-1, -1)
 
@@ -127,8 +126,7 @@ def flash_attn_with_kvcache(
         return (o, lse) if return_softmax_lse else o
     if not (causal and k is not None):
         raise NotImplementedError(f"{name}: q: expected at most {MAX_QUERIES} queries unless causal and with their own k and v, got {S}")
-    if B and arguments.inspectable(cache_seqlens) and (longest := int(cache_seqlens.max()) + S) > room:  # before anything is appended
-        raise ValueError(f"{name}: cache_seqlens: expected 0..{room} tokens, the new ones included, got {longest}")
+    check_cached(name, q, k_cache, v_cache, cache_seqlens, k, v, block_table)  # for all of them, before any is appended
     parts = []
     for begin in range(0, S, MAX_QUERIES):
         part = slice(begin, begin + MAX_QUERIES)

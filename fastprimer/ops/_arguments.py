@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastprimer.backends import autocasting
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
 
@@ -85,7 +87,7 @@ def distinct(*tensors: Tensor | None) -> tuple:
 def autocast(*tensors: Tensor | None) -> tuple:
     """What torch.matmul does under autocast: cast floating-point operands to the autocast dtype (others pass through)."""
     device = next(t for t in tensors if t is not None).device.type
-    if not torch.is_autocast_enabled(device):
+    if not autocasting(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t is not None and t.dtype in (torch.float32, torch.float16, torch.bfloat16) else t for t in tensors)

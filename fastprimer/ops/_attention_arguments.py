@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Optional
 
+import torch
 from torch import Tensor
 
 from fastprimer.ops import _arguments as arguments
 
+SMALLEST_SOFTCAP = 2.0**-126
+"""A smaller one is 0 in float32, which means none to the kernels."""
 
-def check_attention(name: str, q, k, v, scale, softcap, sinks, cu_seqlens_q, cu_seqlens_k) -> None:
+
+def check_attention(name: str, q, k, v, scale, softcap, sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -> None:
     """Raise an error that names the argument unless these floating-point q, k, v describe one attention, dense or packed."""
     packed = cu_seqlens_q is not None
     dims = 3 if packed else 4
@@ -31,16 +36,20 @@ def check_attention(name: str, q, k, v, scale, softcap, sinks, cu_seqlens_q, cu_
     if packed:
         check_packing(name, "cu_seqlens_q", cu_seqlens_q, cu_seqlens_q, q)
         check_packing(name, "cu_seqlens_k", cu_seqlens_k, cu_seqlens_q, k)
+        check_longest(f"{name}: max_seqlen_q", max_seqlen_q, cu_seqlens_q, q.shape[0])
+        check_longest(f"{name}: max_seqlen_k", max_seqlen_k, cu_seqlens_k, k.shape[0])
 
 
-def check_heads(name: str, q: Tensor, k: Tensor) -> None:
+def check_heads(name: str, q: Tensor, k: Tensor, label: str = "k") -> None:
     H, Hk = q.shape[-2], k.shape[-2]
-    arguments.check(Hk > 0 and H % Hk == 0, f"{name}: k", f"a number of heads Hk that divides H = {H}", Hk)
+    arguments.check(Hk > 0 and H % Hk == 0, f"{name}: {label}", f"a number of heads Hk that divides H = {H}", Hk)
 
 
 def check_scores(name: str, q: Tensor, scale, softcap, sinks) -> None:
-    arguments.check(scale is None or isinstance(scale, (int, float)), f"{name}: scale", "None or a number", scale)
-    arguments.check(softcap is None or softcap > 0, f"{name}: softcap", "None or a number > 0", softcap)
+    fits = scale is None or (isinstance(scale, (int, float)) and abs(scale) < math.inf)
+    arguments.check(fits, f"{name}: scale", "None or a finite number", scale)
+    fits = softcap is None or (isinstance(softcap, (int, float)) and SMALLEST_SOFTCAP <= softcap < math.inf)
+    arguments.check(fits, f"{name}: softcap", "None or a finite number > 0", softcap)
     if sinks is not None:
         arguments.check_floating(f"{name}: sinks", sinks)
         arguments.check_shape(f"{name}: sinks", sinks, q.shape[-2:-1], "(H,)")
@@ -60,12 +69,30 @@ def check_packing(name: str, label: str, cu_seqlens: Tensor, like: Tensor, token
         arguments.check(rising, label, f"lengths summed up, from 0 to N = {N}, never falling", values)
 
 
+def check_longest(label: str, longest: object, cu_seqlens: Tensor, N: int) -> None:
+    """Kernels visit no row beyond it. Compared with the lengths where they can be looked at, else with their mean."""
+    if longest is None:
+        return
+    arguments.check(isinstance(longest, int) and not isinstance(longest, bool) and longest >= 0, label, "None or a number >= 0", longest)
+    if arguments.inspectable(cu_seqlens):
+        true = int(cu_seqlens.diff().max())
+        arguments.check(longest >= true, label, f"at least the longest sequence's {true} tokens", longest)
+    elif not torch.compiler.is_compiling():
+        sequences = cu_seqlens.shape[0] - 1
+        arguments.check(longest * sequences >= N, label, f"the longest of {sequences} sequences of {N} tokens together", longest)
+
+
+def _is_side(w: object) -> bool:
+    return w is None or (isinstance(w, int) and not isinstance(w, bool) and -1 <= w < 2**62)
+
+
 def normalise_window(name: str, window: Optional[tuple], causal: bool) -> tuple[Optional[int], Optional[int]]:
     """(left, right) with causal folded in; None: unlimited. FlashAttention's -1 also means unlimited."""
+    arguments.check_flag(f"{name}: causal", causal)
     if window is None:
         left = right = None
     else:
-        fits = isinstance(window, (tuple, list)) and len(window) == 2 and all(w is None or (isinstance(w, int) and w >= -1) for w in window)
+        fits = isinstance(window, (tuple, list)) and len(window) == 2 and all(map(_is_side, window))
         arguments.check(fits, f"{name}: window", "(left, right), each a number >= 0 or None", window)
         left, right = (None if w == -1 else w for w in window)
     if causal:

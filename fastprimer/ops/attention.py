@@ -34,7 +34,8 @@ The sink is one more logit with the value 0, so dsink = Σ_i exp(sink − lse_i)
 
 with dk and dv summed over the H / Hk query heads of the group. Saved: q, k, v, o, lse. This reference holds S x T
 numbers per head and treats packed sequences as one sequence with a block-diagonal mask, so that a NaN in one of them
-spreads (0 · nan is nan); the kernels do neither.
+spreads (0 · nan is nan); the kernels do neither. Within a sequence the GPU kernels too multiply what a block holds of masked
+keys by 0, so that a NaN there reaches queries that do not see it; the CPU kernel keeps it out.
 """
 
 from __future__ import annotations
@@ -248,7 +249,8 @@ def attention(
         sinks: (H,), a learnable extra logit per head, neither scaled nor capped; it takes part in lse.
         cu_seqlens_q, cu_seqlens_k: int32 (B + 1,), cumulative lengths of the packed sequences, from 0 to N; empty
             sequences are allowed; cu_seqlens_k defaults to cu_seqlens_q.
-        max_seqlen_q, max_seqlen_k: the longest sequence, where it is known on the host (spares a kernel empty work).
+        max_seqlen_q, max_seqlen_k: the longest sequence or more, where it is known on the host (spares a kernel empty work); less
+            is an error, which on a GPU is noticed only where it is less than the mean.
         return_lse: return (o, lse).
 
     Returns:
@@ -264,7 +266,7 @@ def attention(
         arguments.check_floating(f"attention: {label}", t)
     q, k, v = arguments.autocast(q, k, v)
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
-    check_attention("attention", q, k, v, scale, softcap, sinks, cu_seqlens_q, cu_seqlens_k)
+    check_attention("attention", q, k, v, scale, softcap, sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     left, right = normalise_window("attention", window, causal)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     options = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, left, right, softcap

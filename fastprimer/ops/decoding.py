@@ -14,7 +14,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from fastprimer.backends import choose, dtype_limit, implementation
+from fastprimer.backends import autocasting, choose, dtype_limit, implementation
 from fastprimer.ops import _arguments as arguments
 from fastprimer.ops._attention_arguments import check_heads, check_scores, normalise_window
 from fastprimer.ops.attention import attend
@@ -119,9 +119,11 @@ def attention_with_kv_cache(
     for label, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("k", k), ("v", v)):
         if t is not None or label not in ("k", "v"):
             arguments.check_floating(f"{name}: {label}", t)
-    if torch.is_autocast_enabled(q.device.type):
+    if autocasting(q.device.type):
         q, k, v = (None if t is None else t.to(k_cache.dtype) for t in (q, k, v))
-    _check(name, q, k_cache, v_cache, cache_seqlens, k, v, block_table)
+    arguments.check(q.dim() == 4 and 1 <= q.shape[1] <= MAX_QUERIES, f"{name}: q", f"shape (B, S <= {MAX_QUERIES}, H, D)", tuple(q.shape))
+    check_cached(name, q, k_cache, v_cache, cache_seqlens, k, v, block_table)
+    arguments.check_flag(f"{name}: return_lse", return_lse)
     check_scores(name, q, scale, softcap, sinks)
     if arguments.needs_gradient(q, k_cache, v_cache, k, v, sinks):
         raise RuntimeError(f"{name}: decoding has no backward: call it under torch.no_grad(), or train with fastprimer.attention")
@@ -134,8 +136,9 @@ def attention_with_kv_cache(
     return (o, lse) if return_lse else o
 
 
-def _check(name, q, k_cache, v_cache, cache_seqlens, k, v, block_table) -> None:
-    arguments.check(q.dim() == 4 and 1 <= q.shape[1] <= MAX_QUERIES, f"{name}: q", f"shape (B, S <= {MAX_QUERIES}, H, D)", tuple(q.shape))
+def check_cached(name, q, k_cache, v_cache, cache_seqlens, k, v, block_table) -> None:
+    """Raise an error that names the argument unless queries q, of any number, fit caches into which k and v can be appended."""
+    arguments.check(q.dim() == 4 and min(q.shape[-2:]) > 0, f"{name}: q", "shape (B, S, H, D)", tuple(q.shape))
     B, S, _, D = q.shape
     leading = (B,) if block_table is None else k_cache.shape[:1]
     letters = "(B, T, Hk, D)" if block_table is None else "(pages, page_size, Hk, D)"
@@ -143,13 +146,17 @@ def _check(name, q, k_cache, v_cache, cache_seqlens, k, v, block_table) -> None:
     arguments.check(fits, f"{name}: k_cache", f"shape {letters} with B = {B}, D = {D}", tuple(k_cache.shape))
     fits = v_cache.dim() == 4 and v_cache.shape[:-1] == k_cache.shape[:-1]
     arguments.check(fits, f"{name}: v_cache", f"k_cache's shape {tuple(k_cache.shape[:-1])} + (Dv,)", tuple(v_cache.shape))
-    check_heads(name, q, k_cache)
+    check_heads(name, q, k_cache, "k_cache")
     arguments.check((k is None) == (v is None), f"{name}: v", "both k and v or neither", "one of them")
     tensors = [("k_cache", k_cache), ("v_cache", v_cache)]
     if k is not None:
         arguments.check_shape(f"{name}: k", k, (B, S, *k_cache.shape[2:]), "(B, S, Hk, D)")
         arguments.check_shape(f"{name}: v", v, (B, S, *v_cache.shape[2:]), "(B, S, Hk, Dv)")
         tensors += [("k", k), ("v", v)]
+        for label, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
+            one_place_each = all(size == 1 or stride for size, stride in zip(cache.shape, cache.stride(), strict=True))
+            arguments.check(one_place_each, f"{name}: {label}", "memory for each token, not an expanded tensor", cache.stride())
+        arguments.check(k_cache is not v_cache, f"{name}: v_cache", "another tensor than k_cache", "the same")
     for label, t in tensors:
         arguments.check_like(f"{name}: {label}", t, q, "q")
     arguments.check_integer(f"{name}: cache_seqlens", cache_seqlens)
