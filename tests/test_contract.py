@@ -21,6 +21,7 @@ from fastprimer.backends import _functions, declared, interpreting, operations, 
 from fastprimer.cases import CASES, Inputs, rms_norm_case
 from fastprimer.verify import device_of
 
+NO_GRADIENT, NOT_ALONE = "it has no gradient", "it writes into its arguments: compiled as part of a decoder, not alone"
 EXTRA = [rms_norm_case("contract", 6, 136, residual=True, weight_offset=0.5)]
 
 
@@ -63,7 +64,7 @@ def test_upstream_gradients_may_be_expanded(cell, dim):
         with use_backend(backend):
             outputs = [o for o in call(case, arguments) if o.requires_grad]
             if not outputs:
-                pytest.skip("it has no gradient")
+                pytest.skip(NO_GRADIENT)
             dys = [torch.randn_like(o) if o.dim() < 2 else torch.randn_like(o.narrow(dim, 0, 1)).expand_as(o) for o in outputs]
             leaves = leaves_of(arguments)
             expanded = torch.autograd.grad(outputs, leaves, dys, retain_graph=True)
@@ -178,7 +179,7 @@ def test_double_backward_is_right(cell):
     op, backend, device = cell
     case = case_of(op)
     if not leaves_of(case.arguments(Inputs(torch.float32, device, 0))):
-        pytest.skip("it has no gradient")
+        pytest.skip(NO_GRADIENT)
 
     def penalty(name):
         arguments = case.arguments(Inputs(torch.float32, device, 0))
@@ -260,7 +261,7 @@ def _with(backend, op):
 def test_compiles_into_one_graph_with_dynamic_shapes(cell):
     op, backend, device = cell
     if op == "attention_with_kv_cache":
-        pytest.skip("it writes into its arguments: compiled as part of a decoder, not alone")
+        pytest.skip(NOT_ALONE)
     case = case_of(op)
     torch.compiler.reset()
     compiled = torch.compile(getattr(fp, op), fullgraph=True, dynamic=True)
@@ -304,7 +305,7 @@ def test_forward_mode_derivatives_raise_rather_than_lie(cell):
     arguments = case.arguments(Inputs(torch.float32, device, 0))
     names = [k for k, v in arguments.items() if isinstance(v, torch.Tensor) and v.requires_grad]
     if not names:
-        pytest.skip("it has no gradient")
+        pytest.skip(NO_GRADIENT)
     with use_backend(backend), forward_ad.dual_level(), pytest.raises((NotImplementedError, RuntimeError), match="jvp|forward"):
         primal = arguments[names[0]].detach()
         getattr(fp, op)(**arguments | {names[0]: forward_ad.make_dual(primal, torch.ones_like(primal))})
@@ -325,7 +326,8 @@ def test_triton_in_the_interpreter():
     if unavailable("rms_norm", "triton", "cpu") == "the package triton is not installed":
         pytest.skip("the package triton is not installed")
     cells = " or ".join(f"{op}-triton" for op in operations() if "triton" in declared(op))
-    command = [sys.executable, "-m", "pytest", __file__, "-k", cells, "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", __file__, "-k", cells, "-p", "no:cacheprovider", "-rs"]
     child = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert child.returncode == 0, child.stdout[-3000:]
-    assert " passed" in child.stdout and "skipped" not in child.stdout, child.stdout[-500:]
+    skipped = [line for line in child.stdout.splitlines() if line.startswith("SKIPPED")]
+    assert " passed" in child.stdout and all(line.endswith((NO_GRADIENT, NOT_ALONE)) for line in skipped), skipped

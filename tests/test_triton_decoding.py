@@ -235,7 +235,7 @@ def test_refusals():
     with fp.use_backend("triton"):
         for arguments, reason in [
             ((q.double(), k_cache.double(), v_cache.double(), lengths), "not float64"),
-            ((q, k_cache, wide, lengths), "at most 256 features, not D = 16 and Dv = 300"),
+            ((q, k_cache, wide, lengths), "of 1..256 features, not D = 16 and Dv = 300"),
             ((q, k_cache.mT.contiguous().mT, v_cache, lengths), "next to each other"),
         ]:
             with pytest.raises(fp.BackendError, match=reason):
