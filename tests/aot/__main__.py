@@ -13,7 +13,8 @@ HEAD = """# What the kernels compile to
 
 Written by `make gate`; the test suite fails on what is in bold here (a spill, more shared memory than there is, an instruction missing).
 A cell is registers a thread / KiB of shared memory (of CUDA C++ without what a launch asks for) / how often an instruction stands in
-the machine code; several launches are joined by +. HMMA, HGMMA, UTC*MMA and v_mfma are the matrix units of Ampere, Hopper, Blackwell and AMD, UTMALDG is a load by TMA, LDGSTS one by
+the machine code; several launches are joined by +. HMMA, HGMMA, UTC*MMA and v_mfma are the matrix units of Ampere, Hopper, Blackwell
+and AMD, UTMALDG is a load by TMA, LDGSTS one by
 cp.async, STG.E.128 a store of 16 bytes.
 """
 
