@@ -5,25 +5,6 @@
 
 namespace fastprimer {
 
-using Integer = std::optional<int64_t>;
-
-// t itself, if it is contiguous and of that dtype; otherwise its copy.
-inline Tensor as(ScalarType dtype, const Tensor& t) {
-  if (t.scalar_type() == dtype) return torch::stable::contiguous(t);
-  Tensor converted = empty(t, t.sizes(), dtype);
-  return torch::stable::copy_(converted, t);
-}
-
-inline std::optional<Tensor> as(ScalarType dtype, const std::optional<Tensor>& t) {
-  if (!t) return std::nullopt;
-  return as(dtype, *t);
-}
-
-template <class T>
-const T* data_of(const std::optional<Tensor>& t) {
-  return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
-}
-
 inline Heads heads_of(const Tensor& x) {
   return {.data = x.const_data_ptr(),
           .stride_batch = x.dim() == 3 ? 0 : x.stride(0),

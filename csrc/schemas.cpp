@@ -24,6 +24,15 @@ STABLE_TORCH_LIBRARY(FASTPRIMER_NAMESPACE, m) {
   m.def(
       "attention_with_kv_cache_forward(Tensor q, Tensor(a1!) k_cache, Tensor(a2!) v_cache, Tensor cache_seqlens, Tensor? k, Tensor? v, "
       "Tensor? block_table, Tensor? sinks, float scale, SymInt? left, SymInt? right, float? softcap) -> (Tensor, Tensor)");
+  m.def(
+      "route_forward(Tensor logits, SymInt k, SymInt score, bool renormalize, Tensor? bias, SymInt? groups, SymInt? top_groups, float "
+      "scale) "
+      "-> (Tensor, Tensor)");
+  m.def("route_backward(Tensor dweights, Tensor logits, Tensor experts, SymInt score, bool renormalize, float scale) -> Tensor");
+  m.def("moe_forward(Tensor x, Tensor gate_up, Tensor down, Tensor weights, Tensor experts) -> (Tensor, Tensor)");
+  m.def(
+      "moe_backward(Tensor dy, Tensor x, Tensor gate_up, Tensor down, Tensor weights, Tensor experts, Tensor hidden) -> (Tensor, Tensor, "
+      "Tensor, Tensor)");
 #ifndef FASTPRIMER_EMULATED
   m.def("limit_cpu_instruction_set(int limit) -> int");  // for tests: csrc/cpu/dispatch.cpp
   m.def("allow_brgemm(bool allow) -> bool");             // for tests: csrc/cpu/brgemm.h

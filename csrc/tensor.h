@@ -9,6 +9,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <optional>
+#include <type_traits>
 
 #include "kernel.h"
 
@@ -78,6 +79,42 @@ inline void check_weight(const std::optional<Tensor>& weight, const Tensor& x) {
   STD_TORCH_CHECK(weight->dim() == 1 && weight->size(0) == x.size(x.dim() - 1) && weight->get_device_index() == x.get_device_index() &&
                       (weight->scalar_type() == x.scalar_type() || weight->scalar_type() == ScalarType::Float),
                   "fastprimer: weight: expected shape (C,), x's dtype or float32, and x's device");
+}
+
+inline void check_like(const char* name, const Tensor& t, const Tensor& like, ScalarType dtype) {
+  check_shape(name, t, like.sizes());
+  STD_TORCH_CHECK(t.scalar_type() == dtype && t.get_device_index() == like.get_device_index(), "fastprimer: ", name,
+                  ": expected another dtype or device");
+}
+
+// Integers that must be in 0..n-1; on a GPU nobody can tell without waiting for it, so kernels look themselves.
+template <class Device>
+inline void check_numbers(const char* name, const Tensor& numbers, int64_t n) {
+  if constexpr (std::is_same_v<Device, Cpu>) {
+    const auto* values = static_cast<const int64_t*>(numbers.const_data_ptr());
+    bool fits = true;
+    for (int64_t i = 0; i < numbers.numel(); i++) fits = fits && 0 <= values[i] && values[i] < n;
+    STD_TORCH_CHECK(fits, "fastprimer: ", name, ": expected numbers in 0..", n - 1);
+  }
+}
+
+using Integer = std::optional<int64_t>;
+
+// t itself, if it is contiguous and of that dtype; otherwise its copy.
+inline Tensor as(ScalarType dtype, const Tensor& t) {
+  if (t.scalar_type() == dtype) return torch::stable::contiguous(t);
+  Tensor converted = empty(t, t.sizes(), dtype);
+  return torch::stable::copy_(converted, t);
+}
+
+inline std::optional<Tensor> as(ScalarType dtype, const std::optional<Tensor>& t) {
+  if (!t) return std::nullopt;
+  return as(dtype, *t);
+}
+
+template <class T>
+const T* data_of(const std::optional<Tensor>& t) {
+  return t ? static_cast<const T*>(t->const_data_ptr()) : nullptr;
 }
 
 // A tensor (..., C) seen as N rows of C adjacent numbers; a scalar is one row of one. Views whose leading dimensions fold into one stride

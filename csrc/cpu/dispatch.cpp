@@ -7,9 +7,11 @@
 #include "brgemm.h"
 #include "decoding.h"
 #include "isa.h"
+#include "moe.h"
 #include "parallel.h"
 #include "rms_norm.h"
 #include "rope.h"
+#include "routing.h"
 #include "swiglu.h"
 
 #define FASTPRIMER_CPU_KERNELS(KERNEL)          \
@@ -20,7 +22,11 @@
   KERNEL(swiglu_backward, SwiGluBackward)       \
   KERNEL(attention_forward, AttentionForward)   \
   KERNEL(attention_backward, AttentionBackward) \
-  KERNEL(decoding, Decoding)
+  KERNEL(decoding, Decoding)                    \
+  KERNEL(route_forward, RouteForward)           \
+  KERNEL(route_backward, RouteBackward)         \
+  KERNEL(moe_forward, MoeForward)               \
+  KERNEL(moe_backward, MoeBackward)
 
 namespace fastprimer {
 
@@ -56,6 +62,10 @@ int64_t rms_norm_partials(Cpu, int64_t N, int64_t C) {
   const int64_t partials = by_size < by_rows ? by_size : by_rows;
   return partials < 1 ? 1 : partials > 64 ? 64 : partials;
 }
+
+// On the CPU the kernels allocate their scratch memory themselves, thread by thread.
+int64_t moe_forward_scratch(Cpu, const MoeProblem&) { return 0; }
+int64_t moe_backward_scratch(Cpu, const MoeProblem&) { return 0; }
 
 void parallel_ranges(int64_t n, int64_t grain, void (*body)(void*, int64_t, int64_t), void* context) {
   torch::stable::parallel_for(0, n, grain, [=](int64_t begin, int64_t end) { body(context, begin, end); });

@@ -49,12 +49,14 @@ from fastprimer.backends import choose, implementation
 from fastprimer.ops import _arguments as arguments
 
 SCORES = ("softmax", "softmax_topk", "sigmoid")
+SOFTMAX, SOFTMAX_TOPK, SIGMOID = range(3)
+"""What a backend's functions take for `score`: a number, for a string that a native operator takes is never freed in torch 2.13."""
 
 
 def route_forward(
     logits: Tensor,
     k: int,
-    score: str,
+    score: int,
     renormalize: bool,
     bias: Optional[Tensor],
     groups: Optional[int],
@@ -63,19 +65,19 @@ def route_forward(
 ) -> tuple[Tensor, Tensor]:
     """logits (N, E) -> weights (N, K) float32 (float64 for float64), experts (N, K) int64, best first."""
     l = logits.to(arguments.wide(logits.dtype))
-    choice = {"softmax": lambda: torch.softmax(l, -1), "softmax_topk": lambda: l, "sigmoid": lambda: torch.sigmoid(l)}[score]()
+    choice = torch.softmax(l, -1) if score == SOFTMAX else torch.sigmoid(l) if score == SIGMOID else l
     choice = choice.detach() if bias is None else (choice + bias.to(l.dtype)).detach()
     if groups is not None and top_groups is not None:
-        choice = _only_best_groups(choice, groups, top_groups, 2 if score == "sigmoid" else 1)
+        choice = _only_best_groups(choice, groups, top_groups, 2 if score == SIGMOID else 1)
     experts = _top(choice, k)
     return _weights(l, experts, score, renormalize, scale).contiguous(), experts
 
 
-def route_backward(dweights: Tensor, logits: Tensor, experts: Tensor, score: str, renormalize: bool, scale: float) -> Tensor:
+def route_backward(dweights: Tensor, logits: Tensor, experts: Tensor, score: int, renormalize: bool, scale: float) -> Tensor:
     """dweights (N, K), logits (N, E), experts (N, K) -> dlogits (N, E)."""
     l = logits.to(arguments.wide(logits.dtype))
     dr = scale * dweights
-    if score == "sigmoid":
+    if score == SIGMOID:
         chosen = l.gather(-1, experts)
         s = torch.sigmoid(chosen)
         if renormalize:
@@ -83,7 +85,7 @@ def route_backward(dweights: Tensor, logits: Tensor, experts: Tensor, score: str
             dchosen = r * (dr - (r * dr).sum(-1, keepdim=True)) * (1 - s)
         else:
             dchosen = dr * s * (1 - s)
-    elif renormalize or score == "softmax_topk":
+    elif renormalize or score == SOFTMAX_TOPK:
         r = torch.softmax(l.gather(-1, experts), -1)
         dchosen = r * (dr - (r * dr).sum(-1, keepdim=True))
     else:
@@ -106,11 +108,11 @@ def _only_best_groups(choice: Tensor, groups: int, top_groups: int, best: int) -
     return by_group.masked_fill(~keep.unsqueeze(-1), -torch.inf).flatten(-2)
 
 
-def _weights(l: Tensor, experts: Tensor, score: str, renormalize: bool, scale: float) -> Tensor:
+def _weights(l: Tensor, experts: Tensor, score: int, renormalize: bool, scale: float) -> Tensor:
     chosen = l.gather(-1, experts)
-    if score == "sigmoid":
+    if score == SIGMOID:
         r = torch.softmax(logsigmoid(chosen), -1) if renormalize else torch.sigmoid(chosen)
-    elif renormalize or score == "softmax_topk":
+    elif renormalize or score == SOFTMAX_TOPK:
         r = torch.softmax(chosen, -1)
     else:
         r = torch.softmax(l, -1).gather(-1, experts)
@@ -183,7 +185,7 @@ def route(
         arguments.check(1 <= top_groups <= groups, "route: top_groups", f"a number in 1..groups = {groups}", top_groups)
         room = top_groups * (E // groups)
         arguments.check(k <= room, "route: k", f"at most {room}, the experts in top_groups groups", k)
-    call = logits, k, score, bool(renormalize), bias, groups, top_groups, float(scale)
+    call = logits, k, SCORES.index(score), bool(renormalize), bias, groups, top_groups, float(scale)
     backend = choose("route", *call)
     if arguments.needs_gradient(logits):
         return Route.apply(backend, *call)

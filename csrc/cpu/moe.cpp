@@ -1,0 +1,8 @@
+#include "moe.h"
+#include "isa.h"
+namespace fastprimer {
+inline namespace FASTPRIMER_ISA {
+Error moe_forward(const MoeForward&) { return "not written"; }
+Error moe_backward(const MoeBackward&) { return "not written"; }
+}
+}
