@@ -58,8 +58,9 @@ Tensor backward(const Tensor& dweights_, const Tensor& logits_, const Tensor& ex
   const Rows logits(logits_);
   const int64_t N = logits.N, E = logits.C, K = experts_.size(1);
   check_shape("experts", experts_, {N, K});
-  check_like("dweights", dweights_, experts_, wide(logits_));
-  check_like("experts", experts_, logits_, ScalarType::Long);
+  check_on("experts", experts_, ScalarType::Long, logits_);
+  check_shape("dweights", dweights_, {N, K});
+  check_on("dweights", dweights_, wide(logits_), logits_);
   const Tensor dweights = torch::stable::contiguous(dweights_), experts = torch::stable::contiguous(experts_);
   check_numbers<Device>("experts", experts, E);
   Tensor dlogits = empty(logits_, {N, E}, logits_.scalar_type());

@@ -81,8 +81,7 @@ inline void check_weight(const std::optional<Tensor>& weight, const Tensor& x) {
                   "fastprimer: weight: expected shape (C,), x's dtype or float32, and x's device");
 }
 
-inline void check_like(const char* name, const Tensor& t, const Tensor& like, ScalarType dtype) {
-  check_shape(name, t, like.sizes());
+inline void check_on(const char* name, const Tensor& t, ScalarType dtype, const Tensor& like) {
   STD_TORCH_CHECK(t.scalar_type() == dtype && t.get_device_index() == like.get_device_index(), "fastprimer: ", name,
                   ": expected another dtype or device");
 }

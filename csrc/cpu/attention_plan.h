@@ -1,10 +1,8 @@
-// What attention's CPU kernels share: which sequence lies where, which keys a query sees, scratch memory, and tasks for threads.
+// What attention's CPU kernels share: which sequence lies where, and which keys a query sees.
 #pragma once
-#include <cstdlib>
-
 #include "attention.h"
 #include "pack.h"
-#include "parallel.h"
+#include "tasks.h"
 
 namespace fastprimer {
 inline namespace FASTPRIMER_ISA {
@@ -12,25 +10,6 @@ inline namespace FASTPRIMER_ISA {
 constexpr int64_t KEY_BLOCK = 128;  // keys that meet a tile of queries at a time
 constexpr int64_t KEY_STEP = 32;    // or fewer, in steps of these, where a mask or the sequence ends: few sizes of products
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
-constexpr Error OUT_OF_MEMORY = "out of memory";
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// Scratch memory of n numbers; data() is null when there was none.
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t n) : data_(static_cast<T*>(std::aligned_alloc(64, round_up(larger(n, 1) * sizeof(T), 64)))) {}
-  ~Buffer() { std::free(data_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  T* data() const { return data_; }
-  T& operator[](int64_t i) const { return data_[i]; }
-
- private:
-  T* data_;
-};
 
 struct Range {
   int64_t begin, end;
@@ -129,25 +108,6 @@ class Pieces {
   int64_t size_;
   Buffer<Piece> pieces_;
 };
-
-// Runs tasks 0..n-1 in their order; each thread takes the next one with a Worker of its own, Worker(context)(task).
-template <class Worker, class Context>
-Error run_tasks(int64_t n, const Context& context) {
-  struct Queue {
-    const Context& context;
-    int64_t n, next;
-  } queue{context, n, 0};
-  parallel_ranges(
-      n, 1,
-      [](void* shared, int64_t, int64_t) {
-        Queue& queue = *static_cast<Queue*>(shared);
-        Worker worker(queue.context);
-        if (!worker.ready()) return;  // the other threads' workers take its part
-        for (int64_t i; (i = __atomic_fetch_add(&queue.next, 1, __ATOMIC_RELAXED)) < queue.n;) worker(i);
-      },
-      &queue);
-  return queue.next < n ? OUT_OF_MEMORY : nullptr;
-}
 
 // Rows of a tile of queries: the query heads of one key/value head, position by position, so that a block of keys serves them all.
 struct QueryTile {

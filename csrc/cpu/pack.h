@@ -1,11 +1,10 @@
 // Copies rows into tiles as matrix products read them: padded with zeros, transposed, or with pairs of rows interleaved.
 #pragma once
 #include "simd.h"
+#include "tasks.h"
 
 namespace fastprimer {
 inline namespace FASTPRIMER_ISA {
-
-constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // The columns of a tile: those that take part in products, and the distance of its rows. Zeros behind the C that mean something.
 template <class Tile>

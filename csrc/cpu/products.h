@@ -85,5 +85,25 @@ inline Brgemm library_products() {
 #endif
 }
 
+// run(T{}, Tile{}) with the element type and the type of the tiles: float32 and bfloat16 numbers are multiplied as they are, where the
+// processor can; all others as float32.
+template <class Run>
+inline Error by_tile(Dtype dtype, const Run& run) {
+  switch (dtype) {
+    case Dtype::float32:
+      return run(float{}, float{});
+    case Dtype::float16:
+      return run(float16{}, float{});
+    case Dtype::bfloat16:
+#if defined(__AVX512BF16__)
+      if (library_products().bfloat16) return run(bfloat16{}, bfloat16{});
+#endif
+      return run(bfloat16{}, float{});
+    case Dtype::float64:
+      return "float64 is not written";
+  }
+  return "unknown dtype";
+}
+
 }  // namespace FASTPRIMER_ISA
 }  // namespace fastprimer

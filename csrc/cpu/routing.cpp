@@ -1,8 +1,207 @@
+// Routing on the CPU. The mathematics: fastprimer/ops/routing.py; the arguments: csrc/routing.h.
+//
+// One token at a time: its E scores, K sweeps' worth of comparisons in one, and the weights of the chosen in float64. Next to the experts
+// themselves it costs nothing: about E (10 + K) instructions for each token, and one read of the logits.
 #include "routing.h"
-#include "isa.h"
+
+#include "simd_math.h"
+#include "tasks.h"
+
 namespace fastprimer {
 inline namespace FASTPRIMER_ISA {
-Error route_forward(const RouteForward&) { return "not written"; }
-Error route_backward(const RouteBackward&) { return "not written"; }
+namespace {
+
+constexpr int64_t TOKENS = 64;  // that are one piece of work
+
+// Whether a is chosen before b, which comes earlier: as torch sorts, a NaN is larger than all numbers.
+template <class A>
+bool before(A a, A b) {
+  return a > b || (a != a && b == b);
 }
+
+// The k largest of n values, the largest first and of equal ones the earlier: their numbers, and in `best` themselves.
+template <class A>
+void choose(const A* values, int64_t n, int64_t k, int64_t* numbers, A* best) {
+  int64_t found = 0;
+  for (int64_t i = 0; i < n; i++) {
+    if (found == k && !before(values[i], best[k - 1])) continue;
+    int64_t place = found < k ? found++ : k - 1;
+    for (; place > 0 && before(values[i], best[place - 1]); place--) {
+      best[place] = best[place - 1];
+      numbers[place] = numbers[place - 1];
+    }
+    best[place] = values[i];
+    numbers[place] = i;
+  }
 }
+
+// e^x for x <= 0 as long as it is a number above 0: near the smallest normal number the choice is still among different scores.
+template <class A>
+void exponentials(A* values, int64_t n) {
+  A least = 0;
+  for (int64_t i = 0; i < n; i++) least = values[i] < least ? values[i] : least;
+  if (least > -87) {
+    for_columns<A>(0, n, [&](int64_t c, auto count, int) { store(values + c, exp_of_negative<A>(load(values + c, count)), count); });
+  } else {
+    for (int64_t i = 0; i < n; i++) values[i] = A(__builtin_exp(double(values[i])));
+  }
+}
+
+// softmax of n values, in place.
+template <class A>
+void softmax(A* values, int64_t n) {
+  A most = values[0];
+  for (int64_t i = 1; i < n; i++) most = before(values[i], most) ? values[i] : most;
+  for (int64_t i = 0; i < n; i++) values[i] -= most;
+  exponentials(values, n);
+  const A total = sum_columns<A>(n, [&](int64_t c, auto count) { return load(values + c, count); });
+  for (int64_t i = 0; i < n; i++) values[i] /= total;
+}
+
+double sigmoid(double l) {
+  const double e = __builtin_exp(-__builtin_fabs(l));
+  return l >= 0 ? 1 / (1 + e) : e / (1 + e);
+}
+
+double log_sigmoid(double l) { return (l < 0 ? l : 0) - __builtin_log1p(__builtin_exp(-__builtin_fabs(l))); }
+
+// The weights of K chosen logits, without the scale: `scores` are all experts', which only a softmax over all needs.
+template <class A>
+void shares(const Weighting& weighting, const A* chosen, const A* scores, const int64_t* experts, int64_t K, double* r) {
+  const bool sigmoids = weighting.score == Score::sigmoid;
+  if (!weighting.renormalize && weighting.score != Score::softmax_topk) {
+    for (int64_t k = 0; k < K; k++) r[k] = sigmoids ? sigmoid(chosen[k]) : scores[experts[k]];
+    return;
+  }
+  double most = -__builtin_inf(), total = 0;
+  for (int64_t k = 0; k < K; k++) {
+    r[k] = sigmoids ? log_sigmoid(chosen[k]) : chosen[k];
+    most = before(r[k], most) ? r[k] : most;
+  }
+  for (int64_t k = 0; k < K; k++) total += r[k] = __builtin_exp(r[k] - most);
+  for (int64_t k = 0; k < K; k++) r[k] /= total;
+}
+
+bool needs_all_scores(const Weighting& weighting) { return weighting.score == Score::softmax && !weighting.renormalize; }
+
+template <class T, class A>
+void read_logits(const void* logits, int64_t stride_row, int64_t token, int64_t E, A* l) {
+  const T* row = static_cast<const T*>(logits) + token * stride_row;
+  for_columns<A>(0, E, [&](int64_t c, auto n, int) { store(l + c, load(row + c, n), n); });
+}
+
+template <class T>
+class Route {
+ public:
+  using A = Wide<T>;
+
+  explicit Route(const RouteForward& args)
+      : a_(args), l_(args.E), scores_(args.E), choice_(args.E), best_(args.E), worth_(args.groups), numbers_(args.groups), r_(args.K) {}
+  bool ready() const {
+    return l_.data() && scores_.data() && choice_.data() && best_.data() && worth_.data() && numbers_.data() && r_.data();
+  }
+
+  void operator()(int64_t task) const {
+    for (int64_t n = task * TOKENS; n < smaller((task + 1) * TOKENS, a_.N); n++) route(n);
+  }
+
+ private:
+  void route(int64_t n) const {
+    const int64_t E = a_.E, K = a_.K;
+    read_logits<T>(a_.logits, a_.stride_logits_row, n, E, l_.data());
+    score();
+    const A* bias = static_cast<const A*>(a_.bias);
+    for (int64_t e = 0; e < E; e++) choice_[e] = bias ? scores_[e] + bias[e] : scores_[e];
+    if (a_.groups > 1) keep_best_groups();
+    int64_t* experts = a_.experts + n * K;
+    choose(choice_.data(), E, K, experts, best_.data());
+    A* weights = static_cast<A*>(a_.weights) + n * K;
+    for (int64_t k = 0; k < K; k++) best_[k] = l_[experts[k]];
+    shares(a_.weighting, best_.data(), scores_.data(), experts, K, r_.data());
+    for (int64_t k = 0; k < K; k++) weights[k] = A(a_.weighting.scale * r_[k]);
+  }
+
+  void score() const {
+    __builtin_memcpy(scores_.data(), l_.data(), a_.E * sizeof(A));
+    if (a_.weighting.score == Score::softmax) softmax(scores_.data(), a_.E);
+    if (a_.weighting.score != Score::sigmoid) return;
+    for (int64_t e = 0; e < a_.E; e++) scores_[e] = -A(__builtin_fabs(double(l_[e])));
+    exponentials(scores_.data(), a_.E);
+    for (int64_t e = 0; e < a_.E; e++) scores_[e] = (l_[e] < 0 ? scores_[e] : A(1)) / (1 + scores_[e]);
+  }
+
+  // choice becomes -infinity outside the top_groups groups that are worth most.
+  void keep_best_groups() const {
+    const int64_t size = a_.E / a_.groups, best = smaller(a_.weighting.score == Score::sigmoid ? 2 : 1, size);
+    int64_t largest[2];
+    for (int64_t g = 0; g < a_.groups; g++) {
+      choose(choice_.data() + g * size, size, best, largest, best_.data());
+      worth_[g] = best == 2 ? best_[0] + best_[1] : best_[0];
+    }
+    choose(worth_.data(), a_.groups, a_.top_groups, numbers_.data(), best_.data());
+    for (int64_t g = 0; g < a_.groups; g++) {
+      bool kept = false;
+      for (int64_t i = 0; i < a_.top_groups; i++) kept = kept || numbers_[i] == g;
+      for (int64_t e = g * size; !kept && e < (g + 1) * size; e++) choice_[e] = -A(__builtin_inf());
+    }
+  }
+
+  const RouteForward& a_;
+  Buffer<A> l_, scores_, choice_, best_, worth_;
+  Buffer<int64_t> numbers_;
+  Buffer<double> r_;
+};
+
+template <class T>
+class RouteGradient {
+ public:
+  using A = Wide<T>;
+
+  explicit RouteGradient(const RouteBackward& args) : a_(args), l_(args.E), scores_(args.E), chosen_(args.K), r_(args.K), dr_(args.K) {}
+  bool ready() const { return l_.data() && scores_.data() && chosen_.data() && r_.data() && dr_.data(); }
+
+  void operator()(int64_t task) const {
+    for (int64_t n = task * TOKENS; n < smaller((task + 1) * TOKENS, a_.N); n++) differentiate(n);
+  }
+
+ private:
+  void differentiate(int64_t n) const {
+    const int64_t E = a_.E, K = a_.K;
+    const Weighting& weighting = a_.weighting;
+    const bool sigmoids = weighting.score == Score::sigmoid, all = needs_all_scores(weighting);
+    const int64_t* experts = a_.experts + n * K;
+    T* dlogits = static_cast<T*>(a_.dlogits) + n * E;
+    read_logits<T>(a_.logits, a_.stride_logits_row, n, E, l_.data());
+    __builtin_memcpy(scores_.data(), l_.data(), E * sizeof(A));
+    if (all) softmax(scores_.data(), E);
+    for (int64_t k = 0; k < K; k++) chosen_[k] = l_[experts[k]];
+    shares(weighting, chosen_.data(), scores_.data(), experts, K, r_.data());
+    const A* dweights = static_cast<const A*>(a_.dweights) + n * K;
+    double mean = 0;  // sum r dr
+    for (int64_t k = 0; k < K; k++) mean += r_[k] * (dr_[k] = weighting.scale * dweights[k]);
+    for (int64_t e = 0; e < E; e++) dlogits[e] = from_wide<T>(all ? -scores_[e] * mean : 0.0);
+    for (int64_t k = 0; k < K; k++) {
+      const double slope = sigmoids ? sigmoid(-double(chosen_[k])) : 1;
+      const bool alone = sigmoids && !weighting.renormalize;
+      dlogits[experts[k]] = from_wide<T>(r_[k] * (alone ? dr_[k] : dr_[k] - mean) * slope);
+    }
+  }
+
+  const RouteBackward& a_;
+  Buffer<A> l_, scores_, chosen_;
+  Buffer<double> r_, dr_;
+};
+
+}  // namespace
+
+Error route_forward(const RouteForward& args) {
+  return by_dtype(args.dtype, [&](auto element) { return run_tasks<Route<decltype(element)>>((args.N + TOKENS - 1) / TOKENS, args); });
+}
+
+Error route_backward(const RouteBackward& args) {
+  return by_dtype(args.dtype,
+                  [&](auto element) { return run_tasks<RouteGradient<decltype(element)>>((args.N + TOKENS - 1) / TOKENS, args); });
+}
+
+}  // namespace FASTPRIMER_ISA
+}  // namespace fastprimer

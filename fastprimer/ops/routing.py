@@ -45,7 +45,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from fastprimer.backends import choose, implementation
+from fastprimer.backends import choose, dtype_limit, implementation
 from fastprimer.ops import _arguments as arguments
 
 SCORES = ("softmax", "softmax_topk", "sigmoid")
@@ -119,7 +119,11 @@ def _weights(l: Tensor, experts: Tensor, score: int, renormalize: bool, scale: f
     return scale * r
 
 
-LIMITS = {"route": {}}
+LIMITS = {
+    "route": {
+        "cpu": lambda logits, *_: dtype_limit(logits, None, "float32 bfloat16 float16 float64"),
+    }
+}
 
 
 class Route(torch.autograd.Function):

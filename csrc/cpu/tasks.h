@@ -1,0 +1,53 @@
+// Scratch memory, and tasks for threads that have some.
+#pragma once
+#include <cstdlib>
+
+#include "kernel.h"
+#include "parallel.h"
+
+namespace fastprimer {
+inline namespace FASTPRIMER_ISA {
+
+constexpr Error OUT_OF_MEMORY = "out of memory";
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Scratch memory of n numbers; data() is null when there was none.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t n) : data_(static_cast<T*>(std::aligned_alloc(64, round_up(larger(n, 1) * sizeof(T), 64)))) {}
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* data() const { return data_; }
+  T& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  T* data_;
+};
+
+// Runs tasks 0..n-1 in their order; each thread takes the next one with a Worker of its own, Worker(context)(task).
+template <class Worker, class Context>
+Error run_tasks(int64_t n, const Context& context) {
+  struct Queue {
+    const Context& context;
+    int64_t n, next;
+  } queue{context, n, 0};
+  parallel_ranges(
+      n, 1,
+      [](void* shared, int64_t, int64_t) {
+        Queue& queue = *static_cast<Queue*>(shared);
+        Worker worker(queue.context);
+        if (!worker.ready()) return;  // the other threads' workers take its part
+        for (int64_t i; (i = __atomic_fetch_add(&queue.next, 1, __ATOMIC_RELAXED)) < queue.n;) worker(i);
+      },
+      &queue);
+  return queue.next < n ? OUT_OF_MEMORY : nullptr;
+}
+
+}  // namespace FASTPRIMER_ISA
+}  // namespace fastprimer
