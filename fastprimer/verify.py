@@ -66,8 +66,12 @@ def how(backend: str, device: str) -> str:
     return stand_in.get(backend, backend) if device == "cpu" else f"{backend} (on the GPU)"
 
 
+PRODUCTS = ("attention", "attention_with_kv_cache", "moe", "linear_cross_entropy")
+"""Operations that are matrix products above all: their kernels have no float64."""
+
+
 def dtypes_of(backend: str, op: str = "") -> tuple[torch.dtype, ...]:
-    wide = backend == "reference" or (backend == "cpu" and not op.startswith("attention"))
+    wide = backend == "reference" or (backend == "cpu" and op not in PRODUCTS)
     return DTYPES if wide else tuple(d for d in DTYPES if d != torch.float64)
 
 

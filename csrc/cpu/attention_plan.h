@@ -76,39 +76,6 @@ class Plan {
   Buffer<int64_t> padded_;
 };
 
-// Every sequence in pieces, the last piece of each first: under a causal mask that is the longest work first.
-class Pieces {
- public:
-  struct Piece {
-    int32_t b, i;
-  };
-
-  // count(b): the pieces of sequence b.
-  template <class Count>
-  Pieces(int64_t B, const Count& count) : size_(total(B, count)), pieces_(size_) {
-    if (pieces_.data() == nullptr) return;
-    int64_t most = 0, n = 0;
-    for (int64_t b = 0; b < B; b++) most = larger(most, count(b));
-    for (int64_t i = most - 1; i >= 0; i--)
-      for (int64_t b = 0; b < B; b++)
-        if (i < count(b)) pieces_[n++] = {static_cast<int32_t>(b), static_cast<int32_t>(i)};
-  }
-  bool ready() const { return pieces_.data() != nullptr; }
-  int64_t size() const { return size_; }
-  Piece operator[](int64_t i) const { return pieces_[i]; }
-
- private:
-  template <class Count>
-  static int64_t total(int64_t B, const Count& count) {
-    int64_t n = 0;
-    for (int64_t b = 0; b < B; b++) n += count(b);
-    return n;
-  }
-
-  int64_t size_;
-  Buffer<Piece> pieces_;
-};
-
 // Rows of a tile of queries: the query heads of one key/value head, position by position, so that a block of keys serves them all.
 struct QueryTile {
   Sequence sequence;

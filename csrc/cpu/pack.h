@@ -93,41 +93,76 @@ inline void transpose_left(const float* tile, int64_t n, const Width<float>& wid
 // n rows, an even number, as the right factor of a product; float32 is so already.
 inline const float* right_factor(const float* tile, int64_t, const Width<float>&, float*) { return tile; }
 
-#if defined(__AVX512BF16__)
 inline void transpose_left(const bfloat16* tile, int64_t n, const Width<bfloat16>& width, bfloat16* transposed, int64_t ld) {
   Word pairs[16 * 16];
   for (int64_t c = 0; c < width.ld; c += 32) {
     for (int64_t r = 0; r < n; r += 16) {
       transpose_block(words(tile + r * width.ld + c), width.ld / 2, pairs, 16);
       for (int i = 0; i < 16; i++) {
-        const __m512i pair = _mm512_loadu_si512(pairs + 16 * i);
         bfloat16* even = transposed + (c + 2 * i) * ld + r;
+#if defined(__AVX512F__)
+        const __m512i pair = _mm512_loadu_si512(pairs + 16 * i);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(even), _mm512_cvtepi32_epi16(pair));
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(even + ld), _mm512_cvtepi32_epi16(_mm512_srli_epi32(pair, 16)));
+#else
+        for (int j = 0; j < 16; j++) {
+          even[j].bits = static_cast<uint16_t>(pairs[16 * i + j]);
+          even[ld + j].bits = static_cast<uint16_t>(pairs[16 * i + j] >> 16);
+        }
+#endif
       }
     }
   }
 }
 
+#if defined(__AVX512BW__)
 // The 32 numbers of a and b, 16 each, alternating.
 inline __m512i alternating(__m512i a_then_b) {
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3,
                                          18, 2, 17, 1, 16, 0);
   return _mm512_permutexvar_epi16(order, a_then_b);
 }
+#endif
+
+// 16 numbers of a and of b, alternating.
+inline void store_alternating(const bfloat16* a, const bfloat16* b, bfloat16* to) {
+#if defined(__AVX512BW__)
+  const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a));
+  const __m256i second = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
+  _mm512_storeu_si512(to, alternating(_mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1)));
+#else
+  for (int i = 0; i < 16; i++) {
+    to[2 * i] = a[i];
+    to[2 * i + 1] = b[i];
+  }
+#endif
+}
+
+// Registers of two neighbouring rows of a right factor, from column c on; rows are ld numbers apart.
+inline void store_rows_of_right_factor(float* rows, int64_t ld, int64_t c, Vec<float> even, Vec<float> odd) {
+  store(rows + c, even);
+  store(rows + ld + c, odd);
+}
+inline void store_rows_of_right_factor(bfloat16* rows, int64_t, int64_t c, Vec<float> even, Vec<float> odd) {
+  bfloat16 both[2 * LANES];
+  store_both(both, even, odd);
+#if defined(__AVX512BW__)
+  _mm512_storeu_si512(rows + 2 * c, alternating(_mm512_loadu_si512(both)));
+#else
+  for (int i = 0; i < LANES; i++) {
+    rows[2 * (c + i)] = both[i];
+    rows[2 * (c + i) + 1] = both[LANES + i];
+  }
+#endif
+}
 
 inline const bfloat16* right_factor(const bfloat16* tile, int64_t n, const Width<bfloat16>& width, bfloat16* paired) {
   for (int64_t r = 0; r < n; r += 2) {
     const bfloat16* row = tile + r * width.ld;
-    for (int64_t c = 0; c < width.ld; c += 16) {
-      const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + c));
-      const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + width.ld + c));
-      _mm512_storeu_si512(paired + r * width.ld + 2 * c, alternating(_mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1)));
-    }
+    for (int64_t c = 0; c < width.ld; c += 16) store_alternating(row + c, row + width.ld + c, paired + r * width.ld + 2 * c);
   }
   return paired;
 }
-#endif
 
 }  // namespace FASTPRIMER_ISA
 }  // namespace fastprimer

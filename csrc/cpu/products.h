@@ -33,19 +33,36 @@ inline void product_of_rows(int64_t K, const float* A, int64_t lda, const float*
   }
 }
 
-// M and N are multiples of 16.
+// M and N are multiples of 16, and K is at most TERMS. The columns of B that are in registers are copied first: rows that are a power of
+// two apart would push each other out of the L1 cache.
 inline void product(int64_t M, int64_t N, int64_t K, const float* A, int64_t lda, const float* B, int64_t ldb, float* C, int64_t ldc,
                     bool add) {
   constexpr int64_t width = PRODUCT_REGISTERS * LANES;
+  alignas(REGISTER_BYTES) float columns[TERMS * width];
   int64_t n = 0;
-  for (; n + width <= N; n += width)
+  for (; n + width <= N; n += width) {
+    for (int64_t k = 0; k < K; k++)
+      for (int i = 0; i < PRODUCT_REGISTERS; i++) store(columns + k * width + i * LANES, load(B + k * ldb + n + i * LANES));
     for (int64_t m = 0; m < M; m += PRODUCT_ROWS)
-      product_of_rows<PRODUCT_REGISTERS>(K, A + m * lda, lda, B + n, ldb, C + m * ldc + n, ldc, add);
+      product_of_rows<PRODUCT_REGISTERS>(K, A + m * lda, lda, columns, width, C + m * ldc + n, ldc, add);
+  }
   for (; n < N; n += LANES)
     for (int64_t m = 0; m < M; m += PRODUCT_ROWS) product_of_rows<1>(K, A + m * lda, lda, B + n, ldb, C + m * ldc + n, ldc, add);
 }
 
-// What multiplies tiles of Tile = float or bfloat16; those of bfloat16 have B in pairs of rows (brgemm.h) and need the library.
+// The same for bfloat16, rows of B in pairs, for tests on processors whose library has no such product: slow.
+inline void product(int64_t M, int64_t N, int64_t K, const bfloat16* A, int64_t lda, const bfloat16* B, int64_t ldb, float* C, int64_t ldc,
+                    bool add) {
+  for (int64_t m = 0; m < M; m++) {
+    for (int64_t n = 0; n < N; n++) {
+      float sum = add ? C[m * ldc + n] : 0;
+      for (int64_t k = 0; k < K; k++) sum += to_wide(A[m * lda + k]) * to_wide(B[(k / 2 * ldb + n) * 2 + k % 2]);
+      C[m * ldc + n] = sum;
+    }
+  }
+}
+
+// What multiplies tiles of Tile = float or bfloat16; those of bfloat16 have B in pairs of rows (brgemm.h).
 template <class Tile>
 class Products {
  public:
@@ -54,7 +71,10 @@ class Products {
   void operator()(int64_t M, int64_t N, int64_t K, const Tile* A, int64_t lda, const Tile* B, int64_t ldb, float* C, int64_t ldc,
                   bool add) const {
     if constexpr (is_bfloat16<Tile>) {
-      multiply_(M, N, K, lda, ldb, ldc, add, A, B, C, true);
+      if (multiply_)
+        multiply_(M, N, K, lda, ldb, ldc, add, A, B, C, true);
+      else
+        product(M, N, K, A, lda, B, ldb, C, ldc, add);
     } else {
       for (int64_t k = 0; k < K; k += TERMS) {
         const int64_t terms = K - k < TERMS ? K - k : TERMS;

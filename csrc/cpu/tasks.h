@@ -30,6 +30,39 @@ class Buffer {
   T* data_;
 };
 
+// Every one of B sequences (or experts) in pieces, the last piece of each first: under a causal mask that is the longest work first.
+class Pieces {
+ public:
+  struct Piece {
+    int32_t b, i;
+  };
+
+  // count(b): the pieces of b.
+  template <class Count>
+  Pieces(int64_t B, const Count& count) : size_(total(B, count)), pieces_(size_) {
+    if (pieces_.data() == nullptr) return;
+    int64_t most = 0, n = 0;
+    for (int64_t b = 0; b < B; b++) most = larger(most, count(b));
+    for (int64_t i = most - 1; i >= 0; i--)
+      for (int64_t b = 0; b < B; b++)
+        if (i < count(b)) pieces_[n++] = {static_cast<int32_t>(b), static_cast<int32_t>(i)};
+  }
+  bool ready() const { return pieces_.data() != nullptr; }
+  int64_t size() const { return size_; }
+  Piece operator[](int64_t i) const { return pieces_[i]; }
+
+ private:
+  template <class Count>
+  static int64_t total(int64_t B, const Count& count) {
+    int64_t n = 0;
+    for (int64_t b = 0; b < B; b++) n += count(b);
+    return n;
+  }
+
+  int64_t size_;
+  Buffer<Piece> pieces_;
+};
+
 // Runs tasks 0..n-1 in their order; each thread takes the next one with a Worker of its own, Worker(context)(task).
 template <class Worker, class Context>
 Error run_tasks(int64_t n, const Context& context) {

@@ -30,7 +30,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastprimer.backends import choose, implementation
+from fastprimer.backends import choose, dtype_limit, implementation
 from fastprimer.ops import _arguments as arguments
 from fastprimer.ops.swiglu import constants, swiglu_backward, swiglu_forward
 
@@ -78,7 +78,11 @@ def _where(chosen: Tensor, values: Tensor) -> Tensor:
     return torch.where(chosen, values, 0.0)
 
 
-LIMITS = {"moe": {}}
+LIMITS = {
+    "moe": {
+        "cpu": lambda x, *_: dtype_limit(x, None, "float32 bfloat16 float16"),
+    }
+}
 
 
 class MoE(torch.autograd.Function):

@@ -1,0 +1,254 @@
+// The experts' backward pass on the CPU, in four sweeps:
+//
+//   tokens     sorts x and dy by expert, as factors of the products below
+//   features   for some hidden features of an expert and all of its tokens: d = dy down, from it and hidden dweights, dhidden and w u, and
+//              with them these features' part of dgate_up = dhidden^T x and ddown = dy^T (w u)
+//   columns    for some columns of an expert's gate_up: their part of dx = dhidden gate_up
+//   combine    adds up dx over a token's experts, and dweights over the features
+//
+// So every weight is packed once, every gradient of a weight written once and by one thread, and y is never needed. Compute-bound: 18 C F
+// FLOPs for each pair, in six products of 2 C F and the three that dgate_up and gate_up count double. Moved: weights, their gradients and
+// hidden once; scratch memory for sorted x and dy, for dhidden and, in float32, for each pair's dx.
+#pragma once
+#include "moe_plan.h"
+
+namespace fastprimer {
+inline namespace FASTPRIMER_ISA {
+namespace moe_pass {
+
+constexpr int64_t SLICE = 64;   // hidden features, or columns of gate_up, that one task is about
+constexpr int64_t ROWS = 128;   // tokens of a product
+constexpr int64_t CHUNK = 512;  // tokens whose dhidden and w u are kept for the gradients of the weights: a multiple of ROWS
+
+template <class Tile>
+struct BackwardContext {
+  const MoeBackward& args;
+  const Plan& plan;
+  const Products<Tile> multiply;
+  const Width<Tile> width, width_f;
+  const int64_t slices, stride_dhidden;
+  const Pieces blocks;
+  const Buffer<Tile> dy, dy_transposed, x;  // padded rows by expert: as left factors, and x as a right one
+  const Buffer<Tile> dhidden;               // padded rows by expert, a's features then b's
+  const Buffer<float> dx;                   // (N, K, C)
+  const Buffer<float> dweights;             // (slices, N, K)
+
+  BackwardContext(const MoeBackward& a, const Plan& p)
+      : args(a),
+        plan(p),
+        multiply(library_products()),
+        width(p.p.C),
+        width_f(p.p.F),
+        slices((p.p.F + SLICE - 1) / SLICE),
+        stride_dhidden(2 * width_f.ld),
+        blocks(p.p.E, [&](int64_t e) { return (p.rows(e) + ROWS - 1) / ROWS; }),
+        dy(p.all_padded_rows() * width.ld),
+        dy_transposed(p.all_padded_rows() * width.ld),
+        x(p.all_padded_rows() * width.ld),
+        dhidden(p.all_padded_rows() * stride_dhidden),
+        dx(p.p.N * p.p.K * p.p.C),
+        dweights(slices * p.p.N * p.p.K) {}
+  bool ready() const {
+    return blocks.ready() && dy.data() && dy_transposed.data() && x.data() && dhidden.data() && dx.data() && dweights.data();
+  }
+};
+
+template <class T, class Tile>
+class SortTokens {
+ public:
+  explicit SortTokens(const BackwardContext<Tile>& context) : x_(context), tokens_(is_bfloat16<Tile> ? ROWS * x_.width.ld : 0) {}
+  bool ready() const { return tokens_.data() != nullptr; }
+
+  void operator()(int64_t task) const {
+    const auto [e, i] = x_.blocks[task];
+    const Plan& plan = x_.plan;
+    const int64_t i0 = i * ROWS, n = smaller(ROWS, plan.rows(e) - i0), padded = round_up(n, STEP), begin = plan.padded_begin(e);
+    Tile* dy = x_.dy.data() + (begin + i0) * x_.width.ld;
+    gather_tokens<T>(x_.args.dy, x_.args.stride_dy_row, plan, e, i0, n, padded, x_.width, dy);
+    transpose_left(dy, padded, x_.width, x_.dy_transposed.data() + begin * x_.width.ld + i0, plan.padded_rows(e));
+    Tile* x = x_.x.data() + (begin + i0) * x_.width.ld;
+    Tile* rows = is_bfloat16<Tile> ? tokens_.data() : x;
+    gather_tokens<T>(plan.p.x, plan.p.stride_x_row, plan, e, i0, n, padded, x_.width, rows);
+    right_factor(rows, padded, x_.width, x);
+  }
+
+ private:
+  const BackwardContext<Tile>& x_;
+  Buffer<Tile> tokens_;
+};
+
+template <class T, class Tile>
+class FeatureSlice {
+ public:
+  explicit FeatureSlice(const BackwardContext<Tile>& context)
+      : x_(context),
+        p_(context.plan.p),
+        columns_(SLICE),
+        chunk_(smaller(CHUNK, round_up(context.plan.all_padded_rows(), STEP))),
+        rows_(round_up(p_.C, STEP) * columns_.ld),
+        down_(is_bfloat16<Tile> ? round_up(p_.C, STEP) * columns_.ld : 0),
+        d_(ROWS * columns_.ld),
+        da_(ROWS * columns_.ld),
+        db_(ROWS * columns_.ld),
+        u_(is_bfloat16<Tile> ? ROWS * columns_.ld : 0),
+        dhidden_transposed_(2 * columns_.ld * chunk_),
+        wu_(chunk_ * columns_.ld),
+        dgate_up_(2 * columns_.ld * x_.width.ld),
+        ddown_(round_up(p_.C, STEP) * columns_.ld) {}
+  ~FeatureSlice() { x_.multiply.release(); }
+  bool ready() const {
+    return rows_.data() && down_.data() && d_.data() && da_.data() && db_.data() && u_.data() && dhidden_transposed_.data() && wu_.data() &&
+           dgate_up_.data() && ddown_.data();
+  }
+
+  void operator()(int64_t task) const {
+    const int64_t e = task / x_.slices, f = task % x_.slices * SLICE, features = smaller(SLICE, p_.F - f), n = x_.plan.rows(e);
+    const Width<Tile> width(features);
+    const Tile* down = n > 0 ? pack_down(e, f, width) : nullptr;
+    for (int64_t i0 = 0; i0 < n; i0 += CHUNK) {
+      const int64_t rows = smaller(CHUNK, n - i0), padded = round_up(rows, STEP);
+      for (int64_t j = 0; j < rows; j += ROWS) differentiate(e, f, i0, j, smaller(ROWS, rows - j), width, down);
+      const int64_t begin = x_.plan.padded_begin(e);
+      const Tile* x = x_.x.data() + (begin + i0) * x_.width.ld;
+      const Tile* dy = x_.dy_transposed.data() + begin * x_.width.ld + i0;
+      x_.multiply(2 * width.ld, x_.width.used, padded, dhidden_transposed_.data(), chunk_, x, x_.width.ld, dgate_up_.data(), x_.width.ld,
+                  i0 > 0);
+      x_.multiply(round_up(p_.C, STEP), width.used, padded, dy, x_.plan.padded_rows(e), wu_.data(), width.ld, ddown_.data(), columns_.ld,
+                  i0 > 0);
+    }
+    write_gradients(e, f, features, width, n > 0);
+  }
+
+ private:
+  // These columns of down as a right factor.
+  const Tile* pack_down(int64_t e, int64_t f, const Width<Tile>& width) const {
+    const int64_t padded = round_up(p_.C, STEP);
+    gather_rows(x_.plan.template down<T>(e, 0) + f, p_.stride_down_row, p_.C, padded, width, rows_.data());
+    return right_factor(rows_.data(), padded, width, down_.data());
+  }
+
+  // For n rows from row j of a chunk: d, and all that follows from it.
+  void differentiate(int64_t e, int64_t f, int64_t i0, int64_t j, int64_t n, const Width<Tile>& width, const Tile* down) const {
+    const int64_t padded = round_up(n, STEP), at = x_.plan.padded_begin(e) + i0 + j;
+    x_.multiply(padded, width.used, x_.width.used, x_.dy.data() + at * x_.width.ld, x_.width.ld, down, width.ld, d_.data(), width.ld,
+                false);
+    Tile* wu_right = wu_.data() + j * width.ld;
+    Tile* wu_rows = is_bfloat16<Tile> ? u_.data() : wu_right;
+    for (int64_t r = 0; r < padded; r++) {
+      Tile *da = da_.data() + r * width.ld, *db = db_.data() + r * width.ld, *wu = wu_rows + r * width.ld;
+      if (r < n) {
+        const int64_t pair = x_.plan.pair(e, i0 + j + r);
+        x_.dweights[f / SLICE * p_.N * p_.K + pair] = differentiate_row(pair, f, width.C, d_.data() + r * width.ld, da, db, wu);
+      }
+      const int64_t written = r < n ? width.C : 0;
+      Tile* const all[] = {da, db, wu};
+      for (Tile* row : all) __builtin_memset(row + written, 0, (width.ld - written) * sizeof(Tile));
+      Tile* dhidden = x_.dhidden.data() + (at + r) * x_.stride_dhidden + f;
+      __builtin_memcpy(dhidden, da, width.ld * sizeof(Tile));
+      __builtin_memcpy(dhidden + x_.width_f.ld, db, width.ld * sizeof(Tile));
+    }
+    transpose_left(da_.data(), padded, width, dhidden_transposed_.data() + j, chunk_);
+    transpose_left(db_.data(), padded, width, dhidden_transposed_.data() + width.ld * chunk_ + j, chunk_);
+    right_factor(wu_rows, padded, width, wu_right);
+  }
+
+  // da, db and w u of a pair, and d u, its share of dweights.
+  float differentiate_row(int64_t pair, int64_t f, int64_t features, const float* d_row, Tile* da, Tile* db, Tile* wu) const {
+    const T* hidden = static_cast<const T*>(x_.args.hidden) + pair * 2 * p_.F + f;
+    const float w = p_.weights[pair];
+    return sum_columns<float>(features, [&](int64_t c, auto count) {
+      const Vec<float> a = load(hidden + c, count), b = load(hidden + p_.F + c, count), d = load(d_row + c, count);
+      const Activated<T> activated(a);
+      const Vec<float> u = activated.silu * b, du = w * d;
+      store(da + c, du * b * activated.slope(a), count);
+      store(db + c, du * activated.silu, count);
+      store(wu + c, w * u, count);
+      return d * u;
+    });
+  }
+
+  void write_gradients(int64_t e, int64_t f, int64_t features, const Width<Tile>& width, bool any) const {
+    for (int64_t half = 0; half < 2; half++) {
+      for (int64_t i = 0; i < features; i++) {
+        T* row = static_cast<T*>(x_.args.dgate_up) + ((2 * e + half) * p_.F + f + i) * p_.C;
+        write_row(row, dgate_up_.data() + (half * width.ld + i) * x_.width.ld, p_.C, any);
+      }
+    }
+    for (int64_t c = 0; c < p_.C; c++)
+      write_row(static_cast<T*>(x_.args.ddown) + (e * p_.C + c) * p_.F + f, ddown_.data() + c * columns_.ld, features, any);
+  }
+
+  static void write_row(T* row, const float* sums, int64_t n, bool any) {
+    for_columns<float>(0, n, [&](int64_t c, auto count, int) { store(row + c, any ? load(sums + c, count) : Vec<float>{}, count); });
+  }
+
+  const BackwardContext<Tile>& x_;
+  const MoeProblem& p_;
+  const Width<Tile> columns_;
+  const int64_t chunk_;
+  Buffer<Tile> rows_, down_;
+  Buffer<float> d_;
+  Buffer<Tile> da_, db_, u_;
+  Buffer<Tile> dhidden_transposed_, wu_;
+  Buffer<float> dgate_up_, ddown_;
+};
+
+template <class T, class Tile>
+class ColumnSlice {
+ public:
+  explicit ColumnSlice(const BackwardContext<Tile>& context)
+      : x_(context),
+        p_(context.plan.p),
+        columns_(SLICE),
+        rows_(x_.stride_dhidden * columns_.ld),
+        gate_up_(is_bfloat16<Tile> ? x_.stride_dhidden * columns_.ld : 0),
+        dx_(ROWS * columns_.ld) {}
+  ~ColumnSlice() { x_.multiply.release(); }
+  bool ready() const { return rows_.data() && gate_up_.data() && dx_.data(); }
+
+  void operator()(int64_t task) const {
+    const int64_t slices = (p_.C + SLICE - 1) / SLICE, e = task / slices, c = task % slices * SLICE, n = x_.plan.rows(e);
+    if (n == 0) return;
+    const Width<Tile> width(smaller(SLICE, p_.C - c));
+    const int64_t half = x_.width_f.ld;  // a's features, zeros behind them, then b's
+    for (int64_t i = 0; i < 2; i++)
+      gather_rows(x_.plan.template gate_up<T>(e, i * p_.F) + c, p_.stride_gate_up_row, p_.F, half, width,
+                  rows_.data() + i * half * width.ld);
+    const Tile* gate_up = right_factor(rows_.data(), 2 * half, width, gate_up_.data());
+    for (int64_t i0 = 0; i0 < n; i0 += ROWS) {
+      const int64_t rows = smaller(ROWS, n - i0);
+      const Tile* dhidden = x_.dhidden.data() + (x_.plan.padded_begin(e) + i0) * x_.stride_dhidden;
+      x_.multiply(round_up(rows, STEP), width.used, x_.stride_dhidden, dhidden, x_.stride_dhidden, gate_up, width.ld, dx_.data(), width.ld,
+                  false);
+      for (int64_t r = 0; r < rows; r++)
+        __builtin_memcpy(x_.dx.data() + x_.plan.pair(e, i0 + r) * p_.C + c, dx_.data() + r * width.ld, width.C * sizeof(float));
+    }
+  }
+
+ private:
+  const BackwardContext<Tile>& x_;
+  const MoeProblem& p_;
+  const Width<Tile> columns_;
+  Buffer<Tile> rows_, gate_up_;
+  Buffer<float> dx_;
+};
+
+template <class T, class Tile>
+Error backward(const MoeBackward& args, const Plan& plan) {
+  const MoeProblem& p = args.problem;
+  const BackwardContext<Tile> context(args, plan);
+  if (!context.ready()) return OUT_OF_MEMORY;
+  if (const Error error = run_tasks<SortTokens<T, Tile>>(context.blocks.size(), context)) return error;
+  if (const Error error = run_tasks<FeatureSlice<T, Tile>>(p.E * context.slices, context)) return error;
+  if (const Error error = run_tasks<ColumnSlice<T, Tile>>(p.E * ((p.C + SLICE - 1) / SLICE), context)) return error;
+  combine<T>(p, context.dx.data(), nullptr, args.dx);
+  for (int64_t i = 0; i < p.N * p.K; i++) {
+    args.dweights[i] = 0;
+    for (int64_t s = 0; s < context.slices; s++) args.dweights[i] += context.dweights[s * p.N * p.K + i];
+  }
+  return nullptr;
+}
+
+}  // namespace moe_pass
+}  // namespace FASTPRIMER_ISA
+}  // namespace fastprimer

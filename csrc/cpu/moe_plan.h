@@ -1,0 +1,146 @@
+// What the passes of a mixture of experts share on the CPU: which tokens go to an expert, its weights as factors of products, and the
+// sums over a token's experts.
+#pragma once
+#include "moe.h"
+#include "pack.h"
+#include "products.h"
+#include "simd_math.h"
+#include "tasks.h"
+
+namespace fastprimer {
+inline namespace FASTPRIMER_ISA {
+namespace moe_pass {
+
+constexpr int64_t STEP = 16;  // Sizes of products are multiples of it.
+
+// Pairs sorted by expert, in the order of tokens within each: a histogram, its running sum, and a stable scatter. In scratch memory
+// every expert's rows begin at a multiple of STEP, and zeros follow them up to the next.
+class Plan {
+ public:
+  const MoeProblem& p;
+
+  explicit Plan(const MoeProblem& problem) : p(problem), begin_(p.E + 1), padded_(p.E + 1), next_(p.E), pairs_(p.N * p.K) {
+    if (!ready()) return;
+    __builtin_memset(next_.data(), 0, p.E * sizeof(int64_t));
+    for (int64_t i = 0; i < p.N * p.K; i++) next_[p.experts[i]]++;
+    begin_[0] = padded_[0] = 0;
+    for (int64_t e = 0; e < p.E; e++) {
+      begin_[e + 1] = begin_[e] + next_[e];
+      padded_[e + 1] = padded_[e] + round_up(next_[e], STEP);
+      active_ += next_[e] > 0;
+      next_[e] = begin_[e];
+    }
+    for (int64_t i = 0; i < p.N * p.K; i++) pairs_[next_[p.experts[i]]++] = i;
+  }
+  bool ready() const { return begin_.data() && padded_.data() && next_.data() && pairs_.data(); }
+
+  int64_t rows(int64_t e) const { return begin_[e + 1] - begin_[e]; }
+  int64_t padded_rows(int64_t e) const { return padded_[e + 1] - padded_[e]; }
+  int64_t padded_begin(int64_t e) const { return padded_[e]; }
+  int64_t all_padded_rows() const { return ready() ? padded_[p.E] : 0; }
+  int64_t active_experts() const { return active_; }
+  // Row i of an expert.
+  int64_t pair(int64_t e, int64_t i) const { return pairs_[begin_[e] + i]; }
+  int64_t token(int64_t e, int64_t i) const { return pair(e, i) / p.K; }
+
+  template <class T>
+  const T* gate_up(int64_t e, int64_t row) const {
+    return static_cast<const T*>(p.gate_up) + e * p.stride_gate_up_expert + row * p.stride_gate_up_row;
+  }
+  template <class T>
+  const T* down(int64_t e, int64_t row) const {
+    return static_cast<const T*>(p.down) + e * p.stride_down_expert + row * p.stride_down_row;
+  }
+
+ private:
+  Buffer<int64_t> begin_, padded_, next_, pairs_;
+  int64_t active_ = 0;
+};
+
+// Rows i0 .. i0 + n - 1 of an expert from a tensor like x, as `padded` rows of a tile.
+template <class T, class Tile>
+void gather_tokens(const void* x, int64_t stride_row, const Plan& plan, int64_t e, int64_t i0, int64_t n, int64_t padded,
+                   const Width<Tile>& width, Tile* tile) {
+  for (int64_t r = 0; r < n; r++)
+    gather_rows(static_cast<const T*>(x) + plan.token(e, i0 + r) * stride_row, 0, 1, r + 1 == n ? padded - r : 1, width,
+                tile + r * width.ld);
+}
+
+// `n` rows of `columns` weights as the left factor of a product, with a multiple of STEP rows: where they lie, if the product can read
+// them there, else a copy.
+template <class T, class Tile>
+class LeftFactor {
+ public:
+  LeftFactor(int64_t most_rows, int64_t most_columns) : copy_(round_up(most_rows, STEP) * Width<Tile>(most_columns).ld) {}
+  bool ready() const { return copy_.data() != nullptr; }
+
+  const Tile* data;
+  int64_t ld, M, K;
+
+  LeftFactor& operator()(const T* rows, int64_t stride, int64_t n, int64_t columns) {
+    const Width<Tile> width(columns);
+    M = round_up(n, STEP);
+    K = width.used;
+    if constexpr (sizeof(T) == sizeof(Tile)) {
+      if (M == n && K == columns) {
+        data = rows;
+        ld = stride;
+        return *this;
+      }
+    }
+    gather_rows(rows, stride, n, M, width, copy_.data());
+    data = copy_.data();
+    ld = width.ld;
+    return *this;
+  }
+
+ private:
+  Buffer<Tile> copy_;
+};
+
+// u = silu(a) b and its slopes.
+template <class T>
+struct Activated {
+  Vec<float> e, r, sigma, silu;
+
+  explicit Activated(Vec<float> a)
+      : e(exp_of_negative<T>(minus_magnitude(a))), r(reciprocal<T>(1 + e)), sigma(a > 0 ? r : e * r), silu(a * sigma) {}
+  Vec<float> slope(Vec<float> a) const { return sigma + a * e * r * r; }  // of silu
+};
+
+// y[n] = sum over a token's K pairs of w[pair] z[pair], or of z[pair] where there is no w.
+template <class T>
+void combine(const MoeProblem& p, const float* z, const float* w, void* y) {
+  parallel_for(p.N, GRAIN / (p.K * p.C) + 1, [&](int64_t n) {
+    T* row = static_cast<T*>(y) + n * p.C;
+    for_columns<float>(0, p.C, [&](int64_t c, auto count, int) {
+      Vec<float> total{};
+      for (int64_t i = n * p.K; i < (n + 1) * p.K; i++) {
+        const Vec<float> part = load(z + i * p.C + c, count);
+        total += w ? part * w[i] : part;
+      }
+      store(row + c, total, count);
+    });
+  });
+}
+
+// The transpose of a tile of sums (features, rows), ld numbers apart, a multiple of STEP of each: row(r)[c] from tile[c ld + r] for
+// n rows and `columns` features.
+template <class T, class Row>
+void write_transposed(const float* tile, int64_t ld, int64_t n, int64_t columns, const Row& row) {
+  float block[16 * 16];
+  for (int64_t c = 0; c < columns; c += 16) {
+    for (int64_t r0 = 0; r0 < n; r0 += 16) {
+      transpose_block(words(tile + c * ld + r0), ld, words(block), 16);
+      for (int64_t r = 0; r < smaller(16, n - r0); r++) {
+        T* to = row(r0 + r) + c;
+        for_columns<float>(0, smaller(16, columns - c),
+                           [&](int64_t i, auto count, int) { store(to + i, load(block + 16 * r + i, count), count); });
+      }
+    }
+  }
+}
+
+}  // namespace moe_pass
+}  // namespace FASTPRIMER_ISA
+}  // namespace fastprimer
