@@ -71,6 +71,12 @@ Brgemm brgemm() {
   return allowed ? found : Brgemm{};
 }
 
+bool force_bfloat16_tiles(const bool* force) {
+  static bool forced = false;
+  if (force) forced = *force;
+  return forced;
+}
+
 bool allow_brgemm(bool allow) {
   allowed = allow;
   return brgemm().float32 != nullptr;

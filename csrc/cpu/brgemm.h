@@ -21,4 +21,8 @@ Brgemm brgemm();
 // For tests: whether brgemm() may return functions at all; returns whether it does.
 bool allow_brgemm(bool allow);
 
+// For tests: whether bfloat16 is multiplied in tiles of bfloat16, as where the library can, even where it cannot and plain loops stand
+// in for it: so the packing of such tiles is proven on any processor. With `force` null it only tells.
+bool force_bfloat16_tiles(const bool* force);
+
 }  // namespace fastprimer

@@ -5,21 +5,29 @@
 
 namespace fastprimer {
 inline namespace FASTPRIMER_ISA {
+namespace {
+
+template <class Run>
+Error by_tile_or_force(Dtype dtype, const Run& run) {
+  return dtype == Dtype::bfloat16 && force_bfloat16_tiles(nullptr) ? run(bfloat16{}, bfloat16{}) : by_tile(dtype, run);
+}
+
+}  // namespace
 
 Error moe_forward(const MoeForward& args) {
   const moe_pass::Plan plan(args.problem);
   if (!plan.ready()) return OUT_OF_MEMORY;
   if (moe_pass::few_tokens(plan))
     return by_tile(args.problem.dtype, [&](auto element, auto) { return moe_pass::forward_of_few<decltype(element)>(args, plan); });
-  return by_tile(args.problem.dtype,
-                 [&](auto element, auto tile) { return moe_pass::forward<decltype(element), decltype(tile)>(args, plan); });
+  return by_tile_or_force(args.problem.dtype,
+                          [&](auto element, auto tile) { return moe_pass::forward<decltype(element), decltype(tile)>(args, plan); });
 }
 
 Error moe_backward(const MoeBackward& args) {
   const moe_pass::Plan plan(args.problem);
   if (!plan.ready()) return OUT_OF_MEMORY;
-  return by_tile(args.problem.dtype,
-                 [&](auto element, auto tile) { return moe_pass::backward<decltype(element), decltype(tile)>(args, plan); });
+  return by_tile_or_force(args.problem.dtype,
+                          [&](auto element, auto tile) { return moe_pass::backward<decltype(element), decltype(tile)>(args, plan); });
 }
 
 }  // namespace FASTPRIMER_ISA

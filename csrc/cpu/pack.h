@@ -37,6 +37,28 @@ inline bool all_finite(const Tile* tile, int64_t n) {
 
 typedef uint32_t Word __attribute__((may_alias));
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// An 8 x 8 block of 32 bits each.
+inline void transpose_quarter(const Word* x, int64_t stride_x, Word* y, int64_t stride_y) {
+  __m256 r[8], t[8];
+  for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(x + i * stride_x));
+  for (int i = 0; i < 4; i++) {  // pairs of rows by numbers, then by pairs of numbers, then by halves of a register
+    t[2 * i] = _mm256_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 2; i++) {
+    for (int j = 0; j < 2; j++) {
+      r[4 * i + 2 * j] = _mm256_shuffle_ps(t[4 * i + j], t[4 * i + j + 2], 0x44);
+      r[4 * i + 2 * j + 1] = _mm256_shuffle_ps(t[4 * i + j], t[4 * i + j + 2], 0xEE);
+    }
+  }
+  for (int i = 0; i < 4; i++) {
+    _mm256_storeu_ps(reinterpret_cast<float*>(y + i * stride_y), _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+    _mm256_storeu_ps(reinterpret_cast<float*>(y + (i + 4) * stride_y), _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+  }
+}
+#endif
+
 // A 16 x 16 block of 32 bits each.
 inline void transpose_block(const Word* x, int64_t stride_x, Word* y, int64_t stride_y) {
 #if defined(__AVX512F__)
@@ -62,6 +84,9 @@ inline void transpose_block(const Word* x, int64_t stride_x, Word* y, int64_t st
     _mm512_storeu_si512(y + i * stride_y, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
     _mm512_storeu_si512(y + (i + 8) * stride_y, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD));
   }
+#elif defined(__AVX2__)
+  for (int i = 0; i < 16; i += 8)
+    for (int j = 0; j < 16; j += 8) transpose_quarter(x + i * stride_x + j, stride_x, y + j * stride_y + i, stride_y);
 #else
   for (int i = 0; i < 16; i++)
     for (int j = 0; j < 16; j++) y[j * stride_y + i] = x[i * stride_x + j];
