@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from conftest import device_or_skip
 from fastprimer.backends import declared
-from fastprimer.cases import attention_case, decoding_case, rms_norm_case, rope_case, swiglu_case
+from fastprimer.cases import attention_case, decoding_case, moe_case, rms_norm_case, rope_case, route_case, swiglu_case
 from fastprimer.testing import DTYPES, compare
 from fastprimer.verify import dtypes_of
 
@@ -144,6 +144,55 @@ def decoding_cases(draw):
     return decoding_case(f"{lengths} {S} {H} {Hk} {D} {Dv} {options}", lengths, S, H, Hk, D, Dv=Dv, view=view, **options)
 
 
+@st.composite
+def route_cases(draw):
+    # Each token has K gradients that are not 0: with a handful of them the yardstick's own error is a matter of luck.
+    N, E = (
+        draw(st.one_of(st.just(0), st.integers(12, 50))),
+        draw(st.one_of(st.integers(4, 20), st.integers(21, 150), st.sampled_from([64, 128, 256]))),
+    )
+    divisors = [g for g in range(1, E + 1) if E % g == 0]
+    groups = draw(st.sampled_from([None, *divisors]))
+    top = None if groups is None else draw(st.integers(1, groups))
+    room = E if groups is None else top * (E // groups)
+    options = {
+        "score": draw(st.sampled_from(["softmax", "softmax_topk", "sigmoid"])),
+        "renormalize": draw(st.booleans()),
+        "bias": draw(st.booleans()),
+        "ties": draw(st.booleans()),
+        "scale": draw(st.sampled_from([1.0, 2.5, -1.0])),
+    } | ({} if groups is None else {"groups": groups, "top_groups": top})
+    k = draw(st.integers(min(2, room), min(room, 12)))
+    # The only weight of a token is always `scale`: its gradient is what cancellation leaves.
+    options["renormalize"] &= k > 1
+    if k == 1 and options["score"] == "softmax_topk":
+        options["score"] = "softmax"
+    return route_case(f"{N} {E} {k} {options}", N, E, k, **options)
+
+
+@st.composite
+def moe_cases(draw):
+    N = draw(st.one_of(st.integers(0, 12), st.integers(13, 100)))
+    C, F = (draw(st.one_of(st.integers(8, 40), st.sampled_from([64, 65, 96]))) for _ in range(2))
+    E = draw(st.integers(1, 8))
+    options = {"only": draw(st.one_of(st.none(), st.integers(1, E))), "skew": draw(st.sampled_from([0.0, 0.0, 0.2]))}
+    K = draw(st.integers(1, options["only"] or E))
+    # dweights has N K numbers: with a handful of them the yardstick's own error is a matter of luck.
+    options |= {"weights": draw(st.sampled_from(["wide", "like x"])) if N * K >= 24 else "constant"}
+    options |= {"experts": draw(st.sampled_from([torch.int64, torch.int32]))}
+    shapes = {"x": (N, C), "gate_up": (E, 2 * F, C), "down": (E, C, F)}
+    views = {}
+    for name, shape in shapes.items():
+        layout = draw(st.sampled_from(["contiguous", "other order", "wider rows", "first dimension expanded"]))
+        if layout == "other order":
+            views[name] = ((*shape[:-2], shape[-1], shape[-2]), lambda t: t.transpose(-1, -2))
+        elif layout == "wider rows":
+            views[name] = ((*shape[:-1], shape[-1] + 3), lambda t, width=shape[-1]: t[..., 2 : width + 2])
+        elif layout == "first dimension expanded":
+            views[name] = ((1, *shape[1:]), lambda t, n=shape[0]: t.expand(n, *t.shape[1:]))
+    return moe_case(f"{N} {C} {F} {E} {K} {options} {sorted(views)}", N, C, F, E, K, views=views, **options)
+
+
 def assert_within_budget(case, backend, dtype, seed):
     device = device_or_skip(case.op, backend)
     if dtype not in dtypes_of(backend, case.op):
@@ -192,4 +241,18 @@ def test_attention(backend, case, dtype, seed):
 @fuzz
 @given(case=decoding_cases(), **EXAMPLES)
 def test_attention_with_kv_cache(backend, case, dtype, seed):
+    assert_within_budget(case, backend, dtype, seed)
+
+
+@backends_of("route")
+@fuzz
+@given(case=route_cases(), **EXAMPLES)
+def test_route(backend, case, dtype, seed):
+    assert_within_budget(case, backend, dtype, seed)
+
+
+@backends_of("moe")
+@fuzz
+@given(case=moe_cases(), **EXAMPLES)
+def test_moe(backend, case, dtype, seed):
     assert_within_budget(case, backend, dtype, seed)

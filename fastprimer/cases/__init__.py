@@ -3,12 +3,24 @@
 from fastprimer.cases._case import Case, Inputs, Work
 from fastprimer.cases.attention import ATTENTION, DECODING, attention_case, decoding_case
 from fastprimer.cases.losses import loss_cases
-from fastprimer.cases.moe import MOE, ROUTE
+from fastprimer.cases.moe import MOE, ROUTE, moe_case, route_case
 from fastprimer.cases.rms_norm import RMS_NORM, rms_norm_case
 from fastprimer.cases.rope import ROPE, rope_case
 from fastprimer.cases.swiglu import SWIGLU, swiglu_case
 
-__all__ = ["CASES", "Case", "Inputs", "Work", "attention_case", "decoding_case", "rms_norm_case", "rope_case", "swiglu_case"]
+__all__ = [
+    "CASES",
+    "Case",
+    "Inputs",
+    "Work",
+    "attention_case",
+    "decoding_case",
+    "moe_case",
+    "rms_norm_case",
+    "rope_case",
+    "route_case",
+    "swiglu_case",
+]
 
 CASES: tuple[Case, ...] = (
     *RMS_NORM,
