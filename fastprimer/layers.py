@@ -7,6 +7,11 @@ from torch import Tensor, nn
 
 from fastprimer import ops
 from fastprimer.config import HIDDEN_ACTS, Config
+from fastprimer.feed_forward import MoE as MoE
+from fastprimer.feed_forward import Routing as Routing
+from fastprimer.feed_forward import SwiGLU as SwiGLU
+from fastprimer.feed_forward import auxiliary_losses as auxiliary_losses
+from fastprimer.feed_forward import utilisation as utilisation
 from fastprimer.ops._arguments import needs_gradient
 from fastprimer.ops.decoding import MAX_QUERIES
 from fastprimer.rotary import RotaryEmbedding as RotaryEmbedding
@@ -24,20 +29,6 @@ class RMSNorm(nn.Module):
         if residual is not None:
             x = x.to(residual.dtype)  # under autocast x is the half-precision output of a linear layer
         return ops.rms_norm(x, self.weight, self.eps, residual=residual)
-
-
-class SwiGLU(nn.Module):
-    """The dense feed-forward layer: down(silu(gate(x)) * up(x)), or with another activation or limit of fp.swiglu."""
-
-    def __init__(self, width: int, inner: int, activation: str = "silu", limit: float | None = None):
-        super().__init__()
-        self.activation, self.limit = activation, limit
-        self.gate_proj = nn.Linear(width, inner, bias=False)
-        self.up_proj = nn.Linear(width, inner, bias=False)
-        self.down_proj = nn.Linear(inner, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:  # (..., C) -> (..., C)
-        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x), activation=self.activation, limit=self.limit))
 
 
 class LayerCache:
@@ -96,33 +87,6 @@ class Attention(nn.Module):
         else:
             output = cache.attend(q, k, v, self.window)
         return self.o_proj(output.flatten(2))
-
-
-class Experts(nn.Module):
-    """The weights of E SwiGLU layers: gate_up_proj (E, 2F, C), down_proj (E, C, F)."""
-
-    def __init__(self, experts: int, width: int, inner: int):
-        super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, width))
-        self.down_proj = nn.Parameter(torch.empty(experts, width, inner))
-        for parameter in self.parameters():
-            nn.init.normal_(parameter, std=0.02)
-
-
-class MoE(nn.Module):
-    """Every token passes through its K most probable experts, weighted by their probabilities."""
-
-    def __init__(self, width: int, inner: int, experts: int, per_token: int, renormalize: bool = True):
-        super().__init__()
-        self.gate = nn.Linear(width, experts, bias=False)
-        self.experts = Experts(experts, width, inner)
-        self.per_token = per_token
-        self.renormalize = renormalize
-
-    def forward(self, x: Tensor) -> Tensor:  # (..., C) -> (..., C)
-        tokens = x.reshape(-1, x.shape[-1])
-        weights, experts = ops.route(self.gate(tokens), self.per_token, renormalize=self.renormalize)
-        return ops.moe(tokens, self.experts.gate_up_proj, self.experts.down_proj, weights, experts).view_as(x)
 
 
 class DecoderLayer(nn.Module):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastprimer import layers, ops, reference
+from fastprimer import feed_forward, layers, ops, reference
 from fastprimer.config import Config
 from fastprimer.testing import FORWARD_FACTOR, GRADIENT_FACTOR, share_of_budget
 
@@ -99,8 +99,8 @@ def wrong_norm(x, weight, eps, residual=None):
     return ops.rms_norm(x, weight, eps * 100, residual=residual)
 
 
-def wrong_route(logits, k, renormalize):
-    return ops.route(logits, k, renormalize=not renormalize)
+def wrong_route(logits, k, renormalize, **options):
+    return ops.route(logits, k, renormalize=not renormalize, **options)
 
 
 def wrong_halves(q, k, cos, sin, positions=None):
@@ -140,7 +140,8 @@ def test_the_check_sees_a_planted_bug(op, planted, config, monkeypatch):
         def __getattr__(self, name):
             return planted if name == op else getattr(ops, name)
 
-    monkeypatch.setattr(layers, "ops", Bugged())
+    for module in (layers, feed_forward):
+        monkeypatch.setattr(module, "ops", Bugged())
     assert worst_share(CONFIGS[config], torch.float32) > 1
 
 

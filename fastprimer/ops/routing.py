@@ -27,6 +27,9 @@ is what gives its router a gradient.
 the last because r is the softmax of log s over the chosen, which does not divide 0 by 0 where every s underflows, and
 ∂log s_k/∂l_k = 1 − s_k.
 
+**Capacity.** An expert may have room for a number of choices only; what comes later is dropped, its weight 0 (`within_capacity`).
+Experts may choose tokens instead of tokens experts (`best_tokens`). Both are what a layer does around `route`, in plain torch.
+
 **Losses**, over N tokens with p = softmax(l): balance (Switch, section 2.2, equation 4) and z (Zoph et al., "ST-MoE", 2022,
 equation 5). In plain torch, differentiated by autograd, for they are small:
 
@@ -196,6 +199,30 @@ def route(
     return implementation("route", backend).route_forward(*call)
 
 
+def counts_of(experts: Tensor, E: int) -> Tensor:
+    """experts, int of any shape -> (E,), int64: how often each number occurs."""
+    chosen = experts.reshape(-1).long()
+    return torch.zeros(E, dtype=torch.int64, device=experts.device).scatter_add(0, chosen, torch.ones_like(chosen))
+
+
+def within_capacity(experts: Tensor, E: int, capacity: int) -> Tensor:
+    """experts (N, K) -> bool (N, K): whether a choice is among the first `capacity` of its expert; all first choices come before all
+    second ones, and of those the earlier token's (Lepikhin et al., "GShard", 2020, algorithm 1)."""
+    chosen = experts.t().reshape(-1)
+    order = torch.sort(chosen, stable=True).indices
+    counts = counts_of(chosen, E)
+    rank = torch.arange(len(chosen), device=chosen.device) - (counts.cumsum(0) - counts)[chosen[order].long()]
+    return torch.zeros_like(rank).scatter(0, order, rank).view(experts.shape[1], experts.shape[0]).t() < capacity
+
+
+def best_tokens(logits: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """logits (N, E) -> weights and tokens (E, capacity): every expert's most probable tokens, by the softmax over each token's experts
+    (Zhou et al., "Mixture-of-Experts with Expert Choice Routing", 2022, section 3.2)."""
+    p = torch.softmax(logits.to(arguments.wide(logits.dtype)), -1).t()
+    tokens = _top(p.detach(), capacity)
+    return p.gather(1, tokens), tokens
+
+
 def load_balancing_loss(logits: Tensor, experts: Tensor) -> Tensor:
     """Switch's balance loss of a router: E Σ_e f_e P_e (see the head of this file).
 
@@ -215,9 +242,7 @@ def load_balancing_loss(logits: Tensor, experts: Tensor) -> Tensor:
     arguments.check(fits, "load_balancing_loss: experts", f"shape (N = {logits.shape[0]}, K)", tuple(experts.shape))
     N, E = logits.shape
     p = torch.softmax(logits.to(arguments.wide(logits.dtype)), -1)
-    chosen = experts.reshape(-1).long()
-    counts = torch.zeros(E, dtype=p.dtype, device=p.device).scatter_add(0, chosen, torch.ones_like(chosen, dtype=p.dtype))
-    return E * (counts * p.sum(0)).sum() / max(N, 1) ** 2
+    return E * (counts_of(experts, E) * p.sum(0)).sum() / max(N, 1) ** 2
 
 
 def router_z_loss(logits: Tensor) -> Tensor:

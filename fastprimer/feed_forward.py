@@ -1,0 +1,249 @@
+"""Feed-forward layers: SwiGLU, and the mixture of experts with its routers, auxiliary losses and statistics.
+
+Everything that training wants to know of a mixture of experts stands in one place: after a forward pass each MoE layer has a
+`routing`, from which `auxiliary_losses(model)` makes the losses to be added to the model's own, `utilisation(model)` what to log,
+and `MoE.update_selection_bias` the balance without a loss of DeepSeek-V3:
+
+    loss = model(tokens, labels)
+    auxiliary = fp.layers.auxiliary_losses(model)
+    (loss + 0.01 * auxiliary["balance"] + 0.001 * auxiliary["z"]).backward()
+    optimizer.step()
+    for layer in model.modules():
+        if isinstance(layer, fp.layers.MoE) and layer.gate.e_score_correction_bias is not None:
+            layer.update_selection_bias(0.001)
+
+Nothing here waits for a GPU: counts stay tensors until somebody prints them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastprimer import ops
+from fastprimer.ops.routing import best_tokens, counts_of, within_capacity
+
+
+class SwiGLU(nn.Module):
+    """The dense feed-forward layer: down(silu(gate(x)) * up(x)), or with another activation or limit of fp.swiglu."""
+
+    def __init__(self, width: int, inner: int, activation: str = "silu", limit: float | None = None):
+        super().__init__()
+        self.activation, self.limit = activation, limit
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., C) -> (..., C)
+        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x), activation=self.activation, limit=self.limit))
+
+
+class Experts(nn.Module):
+    """The weights of E SwiGLU layers: gate_up_proj (E, 2F, C), down_proj (E, C, F)."""
+
+    def __init__(self, experts: int, width: int, inner: int):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, width))
+        self.down_proj = nn.Parameter(torch.empty(experts, width, inner))
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.02)
+
+
+class Router(nn.Module):
+    """Logits of E experts, weight (E, C), and where asked for DeepSeek-V3's bias of the choice, (E,) in float32, no parameter."""
+
+    def __init__(self, width: int, experts: int, selection_bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(experts, width))
+        nn.init.normal_(self.weight, std=0.02)
+        self.register_buffer("e_score_correction_bias", torch.zeros(experts) if selection_bias else None)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # (N, C) -> (N, E)
+        return F.linear(tokens.to(self.weight.dtype), self.weight)
+
+
+class Routing(NamedTuple):
+    """What a router did in one forward pass."""
+
+    logits: Tensor
+    """(N, E), with their graph while gradients are recorded."""
+    experts: Tensor
+    """(N, K); where experts choose, (their tokens, 1)."""
+    kept: Tensor | None
+    """Like experts: False where the expert was full and the choice dropped. None: nothing can be dropped."""
+    even: bool
+    """Whether experts chose their tokens, equally many each: there is no balance to be lost."""
+
+    def counts(self) -> Tensor:
+        """(E,), int64: how often each expert was chosen, dropped choices included."""
+        return counts_of(self.experts, self.logits.shape[1])
+
+    def entropy(self) -> Tensor:
+        """Of the counts, as a share of the greatest possible: 1 where all experts are used alike, 0 where one has it all."""
+        p = self.counts().float()
+        p = p / p.sum().clamp(min=1)
+        return -torch.special.xlogy(p, p).sum() / math.log(max(len(p), 2))
+
+    def dropped(self) -> Tensor:
+        """The number of choices that found their expert full."""
+        return self.counts().new_zeros(()) if self.kept is None else (~self.kept).sum()
+
+
+class MoE(nn.Module):
+    """A mixture of experts: every token passes through its K best experts, weighted by the router; no token is dropped by default.
+
+    Args:
+        width, inner: C and F of every expert.
+        experts, per_token: E and K.
+        renormalize, score, groups, top_groups, scale: of `fp.route`.
+        selection_bias: adds a bias to the choice, moved by `update_selection_bias` (DeepSeek-V3, section 2.1.2).
+        shared: F of a SwiGLU that every token passes through besides, 0 for none (DeepSeekMoE, 2024, section 3.2).
+        capacity_factor: an expert takes at most capacity_factor N K / E choices, rounded up: first choices before second ones, and
+            earlier tokens before later ones. What is beyond contributes nothing (Switch, section 2.2). None: no limit.
+        choice: "tokens" choose experts, or "experts" choose the tokens that they give the highest softmax probability, capacity_factor
+            (default 1) N K / E each, rounded up (Zhou et al., 2022, section 3.2). That looks ahead: no layer for a causal model.
+
+    Shapes: x (..., C) -> (..., C). `routing` is what the last forward pass did. Names of parameters as in transformers: gate.weight,
+    gate.e_score_correction_bias, experts.gate_up_proj, experts.down_proj, shared_experts.{gate,up,down}_proj.weight.
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        inner: int,
+        experts: int,
+        per_token: int,
+        renormalize: bool = True,
+        *,
+        score: str = "softmax",
+        groups: int | None = None,
+        top_groups: int | None = None,
+        scale: float = 1.0,
+        selection_bias: bool = False,
+        shared: int = 0,
+        capacity_factor: float | None = None,
+        choice: str = "tokens",
+    ):
+        super().__init__()
+        if choice not in ("tokens", "experts"):
+            raise ValueError(f"MoE: choice: expected 'tokens' or 'experts', got {choice!r}")
+        if capacity_factor is not None and not capacity_factor > 0:
+            raise ValueError(f"MoE: capacity_factor: expected a number > 0 or None, got {capacity_factor}")
+        if not 1 <= per_token <= experts:
+            raise ValueError(f"MoE: per_token: expected a number in 1..experts = {experts}, got {per_token}")
+        self.gate = Router(width, experts, selection_bias)
+        self.experts = Experts(experts, width, inner)
+        self.shared_experts = SwiGLU(width, shared) if shared else None
+        self.per_token, self.renormalize, self.choice, self.capacity_factor = per_token, renormalize, choice, capacity_factor
+        self.options = {"score": score, "groups": groups, "top_groups": top_groups, "scale": scale}
+        self.routing: Routing | None = None
+
+    @classmethod
+    def switch(cls, width: int, inner: int, experts: int, capacity_factor: float | None = 1.25) -> MoE:
+        """Switch Transformer: one expert a token, weighted by its probability; the fuller experts drop tokens."""
+        return cls(width, inner, experts, 1, renormalize=False, capacity_factor=capacity_factor)
+
+    @classmethod
+    def mixtral(cls, width: int, inner: int, experts: int = 8, per_token: int = 2) -> MoE:
+        """Mixtral: the two best of eight, their weights summing to one, none dropped."""
+        return cls(width, inner, experts, per_token)
+
+    @classmethod
+    def deepseek(
+        cls, width: int, inner: int, experts: int, per_token: int, shared: int = 1, groups: int = 8, top_groups: int = 4, scale: float = 2.5
+    ) -> MoE:
+        """DeepSeekMoE as in DeepSeek-V3: many small experts by sigmoid from the best groups, `shared` more for all, balanced by a bias."""
+        options = {"groups": groups, "top_groups": top_groups, "scale": scale, "selection_bias": True, "shared": shared * inner}
+        return cls(width, inner, experts, per_token, score="sigmoid", **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, x.shape[-1])
+        logits = self.gate(tokens)
+        y = self._experts_choose(tokens, logits) if self.choice == "experts" else self._tokens_choose(tokens, logits)
+        y = y.view_as(x)
+        return y if self.shared_experts is None else y + self.shared_experts(x)
+
+    def _tokens_choose(self, tokens: Tensor, logits: Tensor) -> Tensor:
+        bias = self.gate.e_score_correction_bias
+        weights, experts = ops.route(logits, self.per_token, renormalize=self.renormalize, bias=bias, **self.options)
+        kept = None
+        if self.capacity_factor is not None:
+            kept = within_capacity(experts, logits.shape[1], self._capacity(len(tokens)))
+            weights = weights * kept
+        self.routing = Routing(logits, experts, kept, even=False)
+        return ops.moe(tokens, self.experts.gate_up_proj, self.experts.down_proj, weights, experts)
+
+    def _experts_choose(self, tokens: Tensor, logits: Tensor) -> Tensor:
+        weights, chosen = best_tokens(logits, min(self._capacity(len(tokens)), len(tokens)))  # (E, capacity)
+        experts = torch.arange(len(chosen), device=chosen.device).repeat_interleave(chosen.shape[1]).unsqueeze(1)
+        self.routing = Routing(logits, experts, None, even=True)
+        chosen, weights = chosen.flatten(), weights.reshape(-1, 1)
+        y = ops.moe(tokens[chosen], self.experts.gate_up_proj, self.experts.down_proj, weights, experts)
+        return (
+            torch.zeros_like(y[:1]).expand(len(tokens), -1).index_put((chosen,), y, accumulate=True)
+        )  # in a fixed order, unlike index_add
+
+    def _capacity(self, N: int) -> int:
+        factor = 1.0 if self.capacity_factor is None else self.capacity_factor
+        return math.ceil(factor * N * self.per_token / len(self.gate.weight))
+
+    @torch.no_grad()
+    def update_selection_bias(self, rate: float = 0.001, counts: Tensor | None = None) -> None:
+        """Make experts that were chosen less than the mean more attractive by `rate`, others less (DeepSeek-V3, section 2.1.2).
+
+        Args:
+            counts: (E,), how often each expert was chosen since the last update; by default in the last forward pass. With several
+                processes, or gradients that are accumulated, their sum.
+        """
+        bias = self.gate.e_score_correction_bias
+        if bias is None:
+            raise ValueError("MoE: update_selection_bias: expected a layer with selection_bias=True")
+        if counts is None:
+            if self.routing is None:
+                raise ValueError("MoE: update_selection_bias: expected counts, for there was no forward pass yet")
+            counts = self.routing.counts()
+        counts = counts.to(bias)
+        bias += rate * torch.sign(counts.mean() - counts)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "routing": None}  # its graph can be neither copied nor pickled
+
+
+def _routings(model: nn.Module) -> dict[str, Routing]:
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
+    return {name: layer.routing for name, layer in layers.items() if layer.routing is not None}
+
+
+def auxiliary_losses(model: nn.Module) -> dict[str, Tensor]:
+    """The routers' losses of a model's last forward pass, each summed over its MoE layers, in float32; empty for a dense model.
+
+    Returns:
+        {"balance": `fp.load_balancing_loss`, "z": `fp.router_z_loss`}. Add them to the loss with coefficients of your own: the papers
+        take 0.01 (Switch) for the first and 0.001 (ST-MoE) for the second.
+    """
+    routings = _routings(model).values()
+    if not routings:
+        return {}
+    return {
+        "balance": sum((ops.load_balancing_loss(r.logits, r.experts) for r in routings if not r.even), torch.zeros(())),
+        "z": sum(ops.router_z_loss(r.logits) for r in routings),
+    }
+
+
+def utilisation(model: nn.Module) -> dict[str, dict]:
+    """How a model's experts were used in its last forward pass, for logs: this is where a GPU is waited for.
+
+    Returns:
+        {layer's name: {"counts": choices of each expert, "entropy": 1 where all are used alike .. 0, "dropped": choices beyond capacity}}.
+    """
+    return {
+        name: {"counts": r.counts().tolist(), "entropy": float(r.entropy()), "dropped": int(r.dropped())}
+        for name, r in _routings(model).items()
+    }

@@ -1,0 +1,263 @@
+"""The layer of a mixture of experts: against transformers, against loops over tokens, its losses, statistics and balance."""
+
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastprimer as fp
+from fastprimer import layers
+from fastprimer.ops import _arguments, routing
+
+C, INNER, E, K, N = 24, 20, 8, 2, 40
+
+
+def tokens(*shape, seed=0):
+    return torch.randn(*shape, C, generator=torch.Generator().manual_seed(seed))
+
+
+def sharpened(layer, seed=0):
+    """Weights large enough that the router has opinions."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return layer
+
+
+def expert(layer, e, x):
+    a, b = F.linear(x, layer.experts.gate_up_proj[e]).chunk(2, -1)
+    return F.linear(F.silu(a) * b, layer.experts.down_proj[e])
+
+
+def assert_alike(ours, theirs, x):
+    """Outputs and all gradients."""
+    y = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    results = []
+    for layer in (ours, theirs):
+        leaf = x.clone().requires_grad_()
+        output = layer(leaf)
+        output = output[0] if isinstance(output, tuple) else output
+        parameters = dict(layer.named_parameters())
+        results.append([output, *torch.autograd.grad(output, [leaf, *(parameters[name] for name in sorted(parameters))], y)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_mixtral_is_that_of_transformers():
+    modeling = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
+    config = modeling.MixtralConfig(hidden_size=C, intermediate_size=INNER, num_local_experts=E, num_experts_per_tok=K)
+    config._experts_implementation = "eager"
+    theirs = sharpened(modeling.MixtralSparseMoeBlock(config))
+    ours = layers.MoE.mixtral(C, INNER, E, K)
+    ours.load_state_dict(theirs.state_dict())
+    assert_alike(ours, theirs, tokens(3, 7))
+
+
+def test_deepseek_is_that_of_transformers():
+    modeling = pytest.importorskip("transformers.models.deepseek_v3.modeling_deepseek_v3")
+    sizes = {"hidden_size": C, "moe_intermediate_size": INNER, "num_local_experts": E, "n_routed_experts": E, "num_experts_per_tok": 3}
+    config = modeling.DeepseekV3Config(**sizes, n_shared_experts=2, n_group=4, topk_group=2, routed_scaling_factor=1.5, norm_topk_prob=True)
+    config._experts_implementation = "eager"
+    theirs = sharpened(modeling.DeepseekV3MoE(config))
+    theirs.gate.e_score_correction_bias.copy_(0.2 * torch.randn(E, generator=torch.Generator().manual_seed(5)))
+    ours = layers.MoE.deepseek(C, INNER, E, 3, shared=2, groups=4, top_groups=2, scale=1.5)
+    ours.load_state_dict(theirs.state_dict())
+    assert_alike(ours, theirs, tokens(2, 9))
+
+
+@pytest.mark.parametrize("per_token", [1, 2])
+def test_capacity_drops_later_choices(per_token):
+    layer = sharpened(layers.MoE(C, INNER, 4, per_token, renormalize=False, capacity_factor=0.75))
+    x = tokens(N)
+    p = torch.softmax(layer.gate(x), -1)
+    best = torch.sort(p, descending=True, stable=True).indices[:, :per_token].tolist()
+    capacity, taken, expected, dropped = math.ceil(0.75 * N * per_token / 4), [0] * 4, torch.zeros(N, C), 0
+    for k in range(per_token):
+        for n in range(N):
+            e = best[n][k]
+            taken[e] += 1
+            if taken[e] <= capacity:
+                expected[n] += p[n, e] * expert(layer, e, x[n])
+            else:
+                dropped += 1
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+    assert dropped > 0 and int(layer.routing.dropped()) == dropped
+    assert layer.routing.counts().tolist() == taken
+
+
+def test_a_dropped_choice_has_no_gradient():
+    layer = sharpened(layers.MoE.switch(C, INNER, 2, capacity_factor=0.5))
+    x = tokens(N).requires_grad_()
+    layer(x).sum().backward()
+    dropped = ~layer.routing.kept[:, 0]
+    assert dropped.any() and (x.grad[dropped] == 0).all() and (x.grad[~dropped] != 0).any(1).all()
+
+
+def test_experts_choose_their_tokens():
+    layer = sharpened(layers.MoE(C, INNER, 4, 1, capacity_factor=1.5, choice="experts"))
+    x = tokens(N)
+    p, capacity = torch.softmax(layer.gate(x), -1).detach(), math.ceil(1.5 * N / 4)
+    expected = torch.zeros(N, C)
+    for e in range(4):
+        for n in sorted(range(N), key=lambda n: (-float(p[n, e]), n))[:capacity]:  # noqa: B023
+            expected[n] += p[n, e] * expert(layer, e, x[n])
+    torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+    assert layer.routing.counts().tolist() == [capacity] * 4 and float(layer.routing.entropy()) == pytest.approx(1)
+    layer(x).sum().backward()
+    assert layer.gate.weight.grad.abs().sum() > 0
+    assert float(layers.auxiliary_losses(layer)["balance"]) == 0
+
+
+def test_auxiliary_losses_are_those_of_all_layers():
+    sizes = {"vocab_size": 11, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2}
+    config = fp.Config(**sizes, num_local_experts=4, num_experts_per_tok=2)
+    model = fp.Model(config)
+    assert layers.auxiliary_losses(model) == {}
+    model(torch.arange(10).view(2, 5) % 11, torch.arange(10).view(2, 5) % 11)
+    routings = [layer.mlp.routing for layer in model.model.layers]
+    losses = layers.auxiliary_losses(model)
+    torch.testing.assert_close(losses["balance"], sum(fp.load_balancing_loss(r.logits, r.experts) for r in routings))
+    torch.testing.assert_close(losses["z"], sum(fp.router_z_loss(r.logits) for r in routings))
+    (losses["balance"] + losses["z"]).backward()
+    assert all(layer.mlp.gate.weight.grad.abs().sum() > 0 for layer in model.model.layers)
+    used = layers.utilisation(model)
+    assert list(used) == [f"model.layers.{i}.mlp" for i in range(3)]
+    assert all(sum(u["counts"]) == 8 * 2 and 0 <= u["entropy"] <= 1 and u["dropped"] == 0 for u in used.values())
+
+
+def test_entropy_and_counts_of_known_routings():
+    logits = torch.zeros(4, 4)
+    one = layers.Routing(logits, torch.zeros(4, 1, dtype=torch.int64), None, even=False)
+    even = layers.Routing(logits, torch.arange(4).view(4, 1), None, even=False)
+    half = layers.Routing(logits, torch.tensor([[0], [0], [3], [3]]), None, even=False)
+    assert [float(r.entropy()) for r in (one, even, half)] == pytest.approx([0, 1, 0.5])
+    assert half.counts().tolist() == [2, 0, 0, 2]
+
+
+def test_the_selection_bias_balances_without_a_gradient():
+    """A router that sends almost everything to two experts evens out, and the weights stay those of the unbiased scores."""
+    layer = sharpened(layers.MoE(C, INNER, E, K, score="sigmoid", selection_bias=True))
+    with torch.no_grad():
+        layer.gate.weight[:2] += 1.0
+    x = tokens(400).abs()
+    layer(x)
+    before = float(layer.routing.entropy())
+    for _ in range(300):
+        layer(x)
+        layer.update_selection_bias(0.01)
+    layer(x)
+    assert before < 0.7 and float(layer.routing.entropy()) > 0.98
+    weights, experts = fp.route(layer.gate(x), K, score="sigmoid", bias=layer.gate.e_score_correction_bias)
+    s = torch.sigmoid(layer.gate(x)).gather(1, experts)
+    torch.testing.assert_close(weights, s / s.sum(-1, keepdim=True))
+    assert "gate.e_score_correction_bias" in layer.state_dict() and "gate.e_score_correction_bias" not in dict(layer.named_parameters())
+
+
+def test_the_bias_may_be_updated_from_counts_of_several_batches():
+    layer = layers.MoE(C, INNER, 4, 1, selection_bias=True)
+    layer.update_selection_bias(0.5, counts=torch.tensor([6, 2, 4, 4]))
+    assert layer.gate.e_score_correction_bias.tolist() == [-0.5, 0.5, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: layers.MoE(C, INNER, 4, 5), "MoE: per_token: expected a number in 1..experts = 4, got 5"),
+        (lambda: layers.MoE(C, INNER, 4, 2, choice="nobody"), "MoE: choice: expected 'tokens' or 'experts', got 'nobody'"),
+        (lambda: layers.MoE(C, INNER, 4, 2, capacity_factor=0), "MoE: capacity_factor: expected a number > 0 or None, got 0"),
+        (lambda: layers.MoE(C, INNER, 4, 2).update_selection_bias(), "expected a layer with selection_bias=True"),
+        (lambda: layers.MoE(C, INNER, 4, 2, selection_bias=True).update_selection_bias(), "there was no forward pass yet"),
+    ],
+)
+def test_bad_input(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_layers_are_copied_and_pickled_without_the_last_pass():
+    layer = sharpened(layers.MoE.mixtral(C, INNER))
+    x = tokens(5)
+    y = layer(x)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert other.routing is None and torch.equal(other(x), y)
+    assert layer.routing is not None
+
+
+@pytest.mark.parametrize("options", [{}, {"capacity_factor": 0.5}, {"choice": "experts"}, {"shared": 16, "selection_bias": True}])
+def test_the_layer_compiles_into_one_graph(options):
+    layer = sharpened(layers.MoE(C, INNER, 4, 2, **options))
+    x = tokens(12)
+    expected = layer(x)
+    counts = layer.routing.counts()
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), expected)
+    assert torch.equal(layer.routing.counts(), counts)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises where a GPU would be waited for: a number that is read, or a shape that depends on numbers."""
+
+    def __enter__(self):
+        self.patch = pytest.MonkeyPatch()
+        for name in ("tolist", "numpy"):  # on the CPU they are no operators
+            self.patch.setattr(torch.Tensor, name, self.refuse)
+        return super().__enter__()
+
+    def __exit__(self, *exception):
+        self.patch.undo()
+        return super().__exit__(*exception)
+
+    @staticmethod
+    def refuse(*_):
+        raise AssertionError("tolist or numpy waits for the device")
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "bincount", "repeat_interleave.Tensor")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::")
+        waits = name.startswith(self.WAITING)
+        if name.startswith("index"):  # by a mask?
+            indices = args[1] if isinstance(args[1], (list, tuple)) else [args[1]]
+            waits |= any(isinstance(i, torch.Tensor) and i.dtype in (torch.bool, torch.uint8) for i in indices)
+        if waits:
+            raise AssertionError(f"{func.name()} waits for the device")
+        return func(*args, **(kwargs or {}))
+
+
+LAYERS = [
+    lambda: layers.MoE.mixtral(C, INNER),
+    lambda: layers.MoE.switch(C, INNER, 4),
+    lambda: layers.MoE.deepseek(C, INNER, 8, 2),
+    lambda: layers.MoE(C, INNER, 4, 2, choice="experts"),
+]
+
+
+@pytest.mark.parametrize("make", LAYERS, ids=["mixtral", "switch", "deepseek", "experts choose"])
+def test_no_pass_waits_for_the_device(make, monkeypatch):
+    """As on a GPU, where nobody looks whether expert numbers are in range."""
+    monkeypatch.setattr(_arguments, "inspectable", lambda _: False)
+    layer = sharpened(make())
+    x = tokens(N).requires_grad_()
+    with NoWaiting():
+        y = layer(x)
+        losses = layers.auxiliary_losses(layer)
+        (y.square().sum() + losses["balance"] + losses["z"]).backward()
+        if layer.gate.e_score_correction_bias is not None:
+            layer.update_selection_bias()
+
+
+def test_waiting_is_seen():
+    x = torch.arange(4.0)
+    for wait in (lambda: x.sum().item(), lambda: x[x > 1], lambda: x.nonzero(), lambda: x.tolist(), lambda: bool((x > 1).any())):
+        with pytest.raises(AssertionError, match="waits"), NoWaiting():
+            wait()
+
+
+def test_first_choices_have_precedence():
+    experts = torch.tensor([[0, 1], [1, 0], [0, 1], [2, 0]])
+    assert routing.within_capacity(experts, 3, 2).tolist() == [[True, True], [True, False], [True, False], [True, False]]
