@@ -186,9 +186,7 @@ class MoE(nn.Module):
         self.routing = Routing(logits, experts, None, even=True)
         chosen, weights = chosen.flatten(), weights.reshape(-1, 1)
         y = ops.moe(tokens[chosen], self.experts.gate_up_proj, self.experts.down_proj, weights, experts)
-        return (
-            torch.zeros_like(y[:1]).expand(len(tokens), -1).index_put((chosen,), y, accumulate=True)
-        )  # in a fixed order, unlike index_add
+        return y.new_zeros(tokens.shape).index_put((chosen,), y, accumulate=True)  # in a fixed order, unlike index_add
 
     def _capacity(self, N: int) -> int:
         factor = 1.0 if self.capacity_factor is None else self.capacity_factor
