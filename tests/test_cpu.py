@@ -1,12 +1,11 @@
 """What is particular to the CPU kernels: instruction sets, threads, outputs that are stored past the caches."""
 
-import contextlib
-
 import pytest
 import torch
 
 import fastprimer as fp
 from conftest import device_or_skip
+from cpu_checks import instruction_set, name, products_of_torch, run
 from fastprimer import testing
 from fastprimer.backends import declared, operations, use_backend
 from fastprimer.cases import CASES, rms_norm_case, rope_case, swiglu_case
@@ -15,27 +14,6 @@ from fastprimer.verify import dtypes_of
 
 OPERATIONS = [op for op in operations() if "cpu" in declared(op)]
 HALVES = (torch.bfloat16, torch.float16)
-
-
-def name(dtype):
-    return str(dtype)[6:]
-
-
-@contextlib.contextmanager
-def instruction_set(limit):
-    """The kernels of one instruction set: 0 portable, 1 AVX2, 2 AVX-512."""
-    device_or_skip("rms_norm", "cpu")
-    try:
-        if torch.ops.fastprimer.limit_cpu_instruction_set(limit) != limit:
-            pytest.skip("this processor does not have it")
-        yield
-    finally:
-        torch.ops.fastprimer.limit_cpu_instruction_set(2)
-
-
-def run(case, dtype):
-    with use_backend("cpu"):
-        return testing.run(case, dtype, getattr(fp, case.op))
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2])
@@ -73,17 +51,6 @@ def test_attention_with_and_without_the_products_of_torch(limit, library, dtype)
         small = [c for c in CASES if c.op == "attention" and not c.bench] if (limit, library) == (2, False) else []
         wrong = [str(row) for case in [*small, *ATTENTION] for row in testing.compare(case, dtype, "cpu") if not row.ok]
     assert not wrong
-
-
-@contextlib.contextmanager
-def products_of_torch(allowed):
-    """The matrix products that libtorch_cpu exports, or the project's own loops."""
-    try:
-        if torch.ops.fastprimer.allow_brgemm(allowed) != allowed:
-            pytest.skip("this torch or this processor has none")
-        yield
-    finally:
-        torch.ops.fastprimer.allow_brgemm(True)
 
 
 def spoil(t, index):

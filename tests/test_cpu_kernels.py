@@ -21,6 +21,8 @@ CASES = {
     "swiglu": ("odd", "packed", "gpt-oss", "gelu", "views", "many"),
     "attention": ("window-both", "softcap", "long-keys", "long-queries", "head-24", "packed-window", "packed-unlike"),
     "attention_with_kv_cache": ("speculative", "paged", "value-size", "many-queries", "large-values", "splits", "odd-features"),
+    "route": ("deepseek-v3", "unnormalised", "topk-first", "odd-number-of-experts", "ties", "ties-of-groups", "sigmoid-unnormalised"),
+    "moe": ("top-2", "empty-experts", "skewed", "several-tiles", "odd-sizes", "one-token", "few-tokens", "transposed-weights"),
 }
 
 PLANTED = {
@@ -84,6 +86,59 @@ PLANTED = {
         "some keys meet rows that do not see them": ("decoding.cpp", "values + seen.begin * stride", "values"),
         "a column too few": ("dots.h", "  if (c < C) add(c, Constant<1>{}, C - c);", "  if (c < C) add(c, Constant<1>{}, C - c - 1);"),
     },
+    "route": {
+        "a tie goes to the higher number": ("routing.cpp", "return a > b || (a != a && b == b);", "return a >= b || (a != a && b == b);"),
+        "the bias weighs too": (
+            "routing.cpp",
+            "choice_[e] = bias ? scores_[e] + bias[e] : scores_[e];",
+            "choice_[e] = bias ? scores_[e] += bias[e] : scores_[e];",
+        ),
+        "a group is worth its largest choice alone": (
+            "routing.cpp",
+            "worth_[g] = best == 2 ? best_[0] + best_[1] : best_[0];",
+            "worth_[g] = best_[0];",
+        ),
+        "the scale has no gradient": ("routing.cpp", "(dr_[k] = weighting.scale * dweights[k])", "(dr_[k] = dweights[k])"),
+        "only the chosen have a gradient": ("routing.cpp", "from_wide<T>(all ? -scores_[e] * mean : 0.0)", "from_wide<T>(0.0)"),
+        "a sigmoid without its slope": ("routing.cpp", "sigmoids ? sigmoid(-double(chosen_[k])) : 1", "1"),
+        "the last group never looked at": (
+            "routing.cpp",
+            "for (int64_t g = 0; g < a_.groups; g++) {\n      choose",
+            "for (int64_t g = 0; g + 1 < a_.groups; g++) {\n      choose",
+        ),
+    },
+    "moe": {
+        "an expert begins a pair late": (
+            "moe_plan.h",
+            "next_[e] = begin_[e];",
+            "next_[e] = begin_[e] + (e > 0 && begin_[e + 1] > begin_[e] + 1);",
+        ),
+        "the weight forgotten": ("moe_plan.h", "total += w ? part * w[i] : part;", "total += part;"),
+        "a token's last expert left out": ("moe_plan.h", "i < (n + 1) * p.K; i++) {", "i < (n + 1) * p.K - (p.K > 1); i++) {"),
+        "u of unrounded numbers": (
+            "moe_few.h",
+            "Activated<T>(a_c).silu * load(hidden + F + c, count)",
+            "Activated<T>(a_c).silu * 1.01f * load(b + c, count)",
+        ),
+        "features overwrite each other": (
+            "moe_forward.h",
+            "u_.data(), x_.rows, y_.data(), x_.rows, f > 0);",
+            "u_.data(), x_.rows, y_.data(), x_.rows, false);",
+        ),
+        "the weight forgotten in ddown": ("moe_backward.h", "store(wu + c, w * u, count);", "store(wu + c, u, count);"),
+        "a slice of dweights left out": (
+            "moe_backward.h",
+            "for (int64_t s = 0; s < context.slices; s++)",
+            "for (int64_t s = 1; s < context.slices; s++)",
+        ),
+        "an empty expert's gradient not cleared": ("moe_backward.h", "any ? load(sums + c, count) : Vec<float>{}", "load(sums + c, count)"),
+        "rows behind an expert's last not cleared": (
+            "moe_backward.h",
+            "const int64_t written = r < n ? width.C : 0;",
+            "const int64_t written = width.C;",
+        ),
+        "dx from gate alone": ("moe_backward.h", "gate_up<T>(e, i * p_.F)", "gate_up<T>(e, 0)"),
+    },
     "all": {
         "off-by-one tail": ("simd.h", "  if (c < end) body(c, end - c, 0);", "  if (c + 1 < end) body(c, end - c - 1, 0);"),
         "unmasked tail": ("simd.h", "  if (c < end) body(c, end - c, 0);", "  if (c < end) body(c, All{}, 0);"),
@@ -108,7 +163,7 @@ JUDGE = f"""
 import pathlib, sys
 import torch
 import fastprimer
-from fastprimer.cases import rms_norm_case, rope_case, swiglu_case
+from fastprimer.cases import moe_case, rms_norm_case, rope_case, route_case, swiglu_case
 from fastprimer.cases.attention import attention_case, decoding_case
 from fastprimer.testing import CASES, compare
 from fastprimer.verify import dtypes_of
@@ -119,11 +174,13 @@ large = {{
     "swiglu": swiglu_case("large", 1024, 4352),
     "attention": attention_case("large", (1, 300, 2, 64), (1, 300, 1, 64), causal=True, scale=1.0),
     "attention_with_kv_cache": decoding_case("large", [700, 80], 5, 8, 2, 72, window=(300, None), scale=1.0),
+    "route": route_case("large", 200, 70, 5, renormalize=False, scale=2.0),
+    "moe": moe_case("large", 300, 40, 130, 2, 2, skew=0.2),
 }}
 for op, names in {CASES}.items():
     rows = [r for c in CASES if c.op == op and c.name in names for d in dtypes_of("cpu", op) for r in compare(c, d, "cpu")]
     rows += compare(large[op], torch.float32, "cpu")
-    if op == "attention":  # with the project's own matrix products too
+    if op in ("attention", "moe"):  # with the project's own matrix products too
         torch.ops.fastprimer.allow_brgemm(False)
         rows += compare(large[op], torch.float32, "cpu")
     print(op, len(rows), sum(not r.ok for r in rows), flush=True)
