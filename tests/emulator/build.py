@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -65,6 +66,20 @@ def text_of(source: Path, tree: Path) -> str:
     return "".join(f"{file}\n{texts[file]}" for file in sorted(texts))
 
 
+def standard_headers(flags: list[str], objects: Path) -> list[str]:
+    """Options by which a source finds the emulator's headers of the standard library, a third of the time, compiled already."""
+    names = {name for file in (ROOT / HERE).glob("*.h") for name in re.findall(r"#include <(\w+)>", file.read_text())}
+    text = "".join(f"#include <{name}>\n" for name in sorted(names))
+    folder = objects / hashlib.sha256("\0".join([compiler(), *flags, text]).encode()).hexdigest()[:32]
+    if not folder.exists():
+        new = Path(tempfile.mkdtemp(dir=objects))
+        (new / "standard.h").write_text(text)
+        subprocess.run([compiler(), *flags, "-x", "c++-header", new / "standard.h", "-o", new / "standard.h.gch"], check=True)
+        with contextlib.suppress(OSError):  # another process was quicker
+            new.rename(folder)
+    return ["-include", str(folder / "standard.h")]
+
+
 def compile_program(program: Path, sources: list[Path], kind: str, tree: Path = ROOT, objects: Path | None = None) -> Path:
     """Builds `sources` of a tree. A tree with a bug is built without optimisation: it runs once, and not for long.
 
@@ -74,6 +89,8 @@ def compile_program(program: Path, sources: list[Path], kind: str, tree: Path = 
     flags = [*FLAGS, *KINDS[kind], *([] if tree == ROOT else ["-O0"])]
     if any(source.stem.endswith("_hopper") for source in sources):
         flags.append("-DFASTPRIMER_HOPPER")
+    if objects and tree != ROOT:  # the project's own sources must include what they need
+        flags += standard_headers(flags, objects)
     command = [compiler(), *flags, *(f"-I{folder}" for folder in FOLDERS), "-x", "c++", "-c"]
     built, running = [], []
     for source in sources:
