@@ -8,6 +8,34 @@ from fastprimer.verify import device_of
 
 torch.set_num_threads(2)
 
+FILES_OF_ONE_WORKER = ("test_cpu_kernels.py", "test_train.py", "test_calculator.py")
+"""What they prepare once takes long."""
+
+
+def scope(test: str) -> str:
+    """Tests of one scope run in one worker of pytest-xdist: those of such a file, and those with the same text after an @."""
+    file = test.partition("::")[0]
+    return file if file.endswith(FILES_OF_ONE_WORKER) else test.rpartition("@")[2]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    scheduling = LoadScopeScheduling(config, log)
+    scheduling._split_scope = scope  # xdist's own groups (3.8) go unnoticed with pytest 9.2
+    return scheduling
+
+
+def pytest_collection_modifyitems(items):
+    """The longest tests begin first, so that no worker is left with one at the end."""
+
+    def minutes(item) -> float:
+        slow = item.get_closest_marker("slow")
+        return slow.kwargs.get("minutes", 0.5) if slow else 0
+
+    items.sort(key=minutes, reverse=True)
+
 
 def device_or_skip(op: str, backend: str) -> str:
     """Where this process can run a backend's kernels: on their own device, or without a GPU in a stand-in; else skips."""

@@ -1,6 +1,7 @@
 """Operation x backend x dtype x case: every output and every gradient within its error budget, with random dy.
 
-Each backend runs in a process of its own (fastprimer/verify.py), once for the whole session.
+Each operation runs on each backend in a process of its own (fastprimer/verify.py), once for the whole session: its tests share
+what follows the @ of their names, and so a worker (conftest.py).
 """
 
 import functools
@@ -16,7 +17,12 @@ from fastprimer.cases import attention, rms_norm_case
 from fastprimer.verify import stream, work_of
 
 PARAMETERS = [
-    pytest.param(backend, case, str(dtype).removeprefix("torch."), id=f"{backend}-{case}-{str(dtype)[6:]}")
+    pytest.param(
+        backend,
+        case,
+        str(dtype).removeprefix("torch."),
+        id=f"{backend}-{case}-{str(dtype)[6:]}@{op}-{backend}",
+    )
     for backend in BACKENDS
     for op in operations()
     if backend in declared(op)
@@ -25,17 +31,17 @@ PARAMETERS = [
 
 
 @functools.cache
-def found(backend: str) -> list[dict]:
-    return list(stream(backend, [op for op in operations() if backend in declared(op)], seed=0))
+def found(op: str, backend: str) -> list[dict]:
+    return list(stream(backend, [op], seed=0))
 
 
 @pytest.mark.parametrize("backend, case, dtype", PARAMETERS)
 def test_within_budget(backend, case, dtype):
-    results = found(backend)
-    refused = [r["refused"] for r in results if "refused" in r and r["op"] == case.op]
+    results = found(case.op, backend)
+    refused = [r["refused"] for r in results if "refused" in r]
     if refused:
         pytest.skip(refused[0])
-    mine = [r for r in results if (r.get("op"), r.get("case"), r.get("dtype")) == (case.op, case.name, dtype)]
+    mine = [r for r in results if (r.get("case"), r.get("dtype")) == (case.name, dtype)]
     assert {r["tensor"] for r in mine} >= set(case.outputs) - {"k_rotated"}
     assert not [r["text"] for r in mine if not r["ok"]]
 

@@ -318,7 +318,7 @@ def test_shapes_beyond_31_bits_on_meta():
     assert y.shape == dx.shape == x.shape and y.numel() > 2**31
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=3)
 def test_triton_in_the_interpreter():
     """This file once more, in a process whose Triton interprets, for the cells of Triton."""
     if interpreting() or device_of("triton") == "cuda":

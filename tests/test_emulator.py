@@ -3,6 +3,8 @@
 The long form, all shapes and many schedules: PYTHONPATH=tests python -m emulator.sanitize --seeds 20
 """
 
+import os
+
 import pytest
 
 from emulator import probe
@@ -23,6 +25,15 @@ HOPPER_LAYOUTS = {
 """{file, what: a change of the emulator's layouts, and of which primitives that changes the numbers}"""
 
 
+@pytest.fixture(scope="session")
+def objects(tmp_path_factory):
+    """A folder of compiled parts of programs, of all workers of pytest-xdist together."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "objects"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
 def require(kind):
     if reason_not(kind):
         pytest.skip(reason_not(kind))
@@ -30,20 +41,20 @@ def require(kind):
 
 @pytest.mark.parametrize("kind", [kind if kind == "plain" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS])
 @pytest.mark.parametrize("name", CHECKS)
-def test_check(name, kind, tmp_path):
+def test_check(name, kind, tmp_path, objects):
     require(kind)
-    result = run_check(compile_check(name, kind, tmp_path), SEEDS[kind], quick=kind != "plain")
+    result = run_check(compile_check(name, kind, tmp_path, objects=objects), SEEDS[kind], quick=kind != "plain")
     assert result.returncode == 0, result.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bug", [*BUGS, *BUGS_HOPPER], ids=lambda bug: bug.name)
-def test_planted_bug_is_caught(bug, tmp_path):
+def test_planted_bug_is_caught(bug, tmp_path, objects):
     for kind, words in bug.caught.items():
         require(kind)
         folder = tmp_path / kind
         folder.mkdir()
-        result = run_check(compile_check(bug.check, kind, folder, bug.patch), SEEDS["plain"])
+        result = run_check(compile_check(bug.check, kind, folder, bug.patch, objects), SEEDS["plain"])
         assert result.returncode != 0, f"{kind}: not caught"
         assert words in result.stdout, f"{kind}: caught, but not as {words!r}: {result.stdout}"
 

@@ -17,26 +17,17 @@ from fastprimer import interpreter  # noqa: E402
 from fastprimer.backends import interpreting  # noqa: E402
 
 HERE = Path(__file__).parent
+FILES = [*sorted(path.name for path in HERE.glob("test_triton_*.py")), "test_attention.py", "test_traffic.py", Path(__file__).name]
 
 needs_interpreter = pytest.mark.skipif(not interpreting(), reason="runs in the process that test_in_the_interpreter starts")
 
 
-@pytest.mark.slow
+@pytest.mark.slow(minutes=3)
 @pytest.mark.skipif(interpreting(), reason="this is the process with the interpreter")
-def test_in_the_interpreter():
-    """This file and all others with Triton kernels once more, in a process that has TRITON_INTERPRET set when it imports Triton."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        __file__,
-        str(HERE / "test_traffic.py"),
-        str(HERE / "test_attention.py"),
-        *map(str, HERE.glob("test_triton_*.py")),
-        "-p",
-        "no:cacheprovider",
-        "--tb=short",
-    ]
+@pytest.mark.parametrize("file", FILES)
+def test_in_the_interpreter(file):
+    """This file and all others with Triton kernels once more, each in a process that has TRITON_INTERPRET set when it imports Triton."""
+    command = [sys.executable, "-m", "pytest", str(HERE / file), "-p", "no:cacheprovider", "--tb=short"]
     child = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if child.returncode:
         pytest.fail(f"under TRITON_INTERPRET=1:\n{child.stdout[-20000:]}", pytrace=False)
