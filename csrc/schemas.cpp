@@ -33,6 +33,18 @@ STABLE_TORCH_LIBRARY(FASTPRIMER_NAMESPACE, m) {
   m.def(
       "moe_backward(Tensor dy, Tensor x, Tensor gate_up, Tensor down, Tensor weights, Tensor experts, Tensor hidden) -> (Tensor, Tensor, "
       "Tensor, Tensor)");
+  m.def(
+      "cross_entropy_forward(Tensor logits, Tensor target, SymInt ignore_index, float label_smoothing, float z_loss, float? softcap) -> "
+      "(Tensor, Tensor, Tensor)");
+  m.def(
+      "cross_entropy_backward(Tensor dloss, Tensor? dlse, Tensor logits, Tensor target, Tensor lse, SymInt ignore_index, float "
+      "label_smoothing, float z_loss, float? softcap) -> Tensor");
+  m.def(
+      "linear_cross_entropy_forward(Tensor x, Tensor weight, Tensor target, Tensor? bias, SymInt ignore_index, float label_smoothing, "
+      "float z_loss, float? softcap, SymInt memory_budget) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "linear_cross_entropy_backward(Tensor dloss, Tensor? dlse, Tensor x, Tensor weight, Tensor target, Tensor lse, Tensor kept, Tensor? "
+      "bias, SymInt ignore_index, float label_smoothing, float z_loss, float? softcap) -> (Tensor, Tensor, Tensor)");
 #ifndef FASTPRIMER_EMULATED
   m.def("limit_cpu_instruction_set(int limit) -> int");  // for tests: csrc/cpu/dispatch.cpp
   m.def("allow_brgemm(bool allow) -> bool");             // for tests: csrc/cpu/brgemm.h

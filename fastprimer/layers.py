@@ -12,6 +12,7 @@ from fastprimer.feed_forward import Routing as Routing
 from fastprimer.feed_forward import SwiGLU as SwiGLU
 from fastprimer.feed_forward import auxiliary_losses as auxiliary_losses
 from fastprimer.feed_forward import utilisation as utilisation
+from fastprimer.losses import LinearCrossEntropy as LinearCrossEntropy
 from fastprimer.ops._arguments import needs_gradient
 from fastprimer.ops.decoding import MAX_QUERIES
 from fastprimer.rotary import RotaryEmbedding as RotaryEmbedding

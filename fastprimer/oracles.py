@@ -144,15 +144,21 @@ def moe(x, gate_up, down, weights, experts):
     return torch.stack(rows).to(x.dtype)
 
 
-def cross_entropy(logits, target, *, ignore_index=-100, reduction="mean", label_smoothing=0.0, z_loss=0.0, softcap=None):
+def cross_entropy(logits, target, *, ignore_index=-100, reduction="mean", label_smoothing=0.0, z_loss=0.0, softcap=None,
+                  return_lse=False, return_argmax=False):  # fmt: skip
     z = _wide(logits) if softcap is None else softcap * torch.tanh(_wide(logits) / softcap)
+    target = target.long()
     loss = F.cross_entropy(z, target, ignore_index=ignore_index, reduction="none", label_smoothing=label_smoothing)
     kept = target != ignore_index
     loss = loss + z_loss * torch.where(kept, torch.logsumexp(z, -1), 0.0) ** 2
-    return {"none": loss, "sum": loss.sum(), "mean": loss[kept].mean()}[reduction]
+    loss = {"none": loss, "sum": loss.sum(), "mean": loss[kept].mean()}[reduction]
+    lse = z.max(-1).values + (z - z.max(-1, keepdim=True).values).exp().sum(-1).log()
+    extra = [torch.where(kept, lse, 0.0)] if return_lse else []
+    extra += [torch.where(kept, z.max(-1).indices, -1)] if return_argmax else []
+    return (loss, *extra) if extra else loss
 
 
-def linear_cross_entropy(x, weight, target, *, bias=None, **options):
+def linear_cross_entropy(x, weight, target, *, bias=None, memory_budget=None, **options):
     return cross_entropy(F.linear(_wide(x), _wide(weight), _wide(bias)), target, **options)
 
 

@@ -91,12 +91,22 @@ def _block_mask(S: int, T: int, left, right, causal: bool, device):
     return create_block_mask(visible, None, None, S, T, device=device)
 
 
+def _cross_entropy(logits, target):
+    return F.cross_entropy(logits.float(), target)
+
+
+def _linear_cross_entropy(x, weight, target):
+    return F.cross_entropy((x @ weight.T).float(), target)
+
+
 EAGER: dict[str, Callable] = {
     "rms_norm": _rms_norm,
     "rope": _rope,
     "swiglu": _swiglu,
     "attention": _attention,
     "attention_with_kv_cache": _attention_with_kv_cache,
+    "cross_entropy": _cross_entropy,
+    "linear_cross_entropy": _linear_cross_entropy,
 }
 """By operation, with the arguments of its public function."""
 

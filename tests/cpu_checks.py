@@ -41,3 +41,12 @@ def products_of_torch(allowed):
         yield
     finally:
         torch.ops.fastprimer.allow_brgemm(True)
+
+
+@contextlib.contextmanager
+def tiles_of_bfloat16():
+    try:
+        torch.ops.fastprimer.force_bfloat16_tiles(True)
+        yield
+    finally:
+        torch.ops.fastprimer.force_bfloat16_tiles(False)

@@ -1,13 +1,11 @@
 """What is particular to the experts' CPU kernels: blocks and slices of several sizes, tiles of bfloat16, few tokens, NaN, threads."""
 
-import contextlib
-
 import pytest
 import torch
 
 import fastprimer as fp
 from conftest import device_or_skip
-from cpu_checks import instruction_set, name, products_of_torch, run
+from cpu_checks import instruction_set, name, products_of_torch, run, tiles_of_bfloat16
 from fastprimer import testing
 from fastprimer.backends import use_backend
 from fastprimer.cases import CASES, moe_case, route_case
@@ -22,15 +20,6 @@ LARGE = [
 """Beyond a block of tokens, a chunk of an expert's rows, a slice of hidden features or of columns."""
 
 SMALL = [c for c in CASES if c.op == "moe" and not c.bench]
-
-
-@contextlib.contextmanager
-def tiles_of_bfloat16():
-    try:
-        torch.ops.fastprimer.force_bfloat16_tiles(True)
-        yield
-    finally:
-        torch.ops.fastprimer.force_bfloat16_tiles(False)
 
 
 def wrong(cases, dtype):

@@ -5,6 +5,7 @@
 
 #include "attention.h"
 #include "brgemm.h"
+#include "cross_entropy.h"
 #include "decoding.h"
 #include "isa.h"
 #include "moe.h"
@@ -14,19 +15,23 @@
 #include "routing.h"
 #include "swiglu.h"
 
-#define FASTPRIMER_CPU_KERNELS(KERNEL)          \
-  KERNEL(rms_norm_forward, RmsNormForward)      \
-  KERNEL(rms_norm_backward, RmsNormBackward)    \
-  KERNEL(rope, Rope)                            \
-  KERNEL(swiglu_forward, SwiGluForward)         \
-  KERNEL(swiglu_backward, SwiGluBackward)       \
-  KERNEL(attention_forward, AttentionForward)   \
-  KERNEL(attention_backward, AttentionBackward) \
-  KERNEL(decoding, Decoding)                    \
-  KERNEL(route_forward, RouteForward)           \
-  KERNEL(route_backward, RouteBackward)         \
-  KERNEL(moe_forward, MoeForward)               \
-  KERNEL(moe_backward, MoeBackward)
+#define FASTPRIMER_CPU_KERNELS(KERNEL)                            \
+  KERNEL(rms_norm_forward, RmsNormForward)                        \
+  KERNEL(rms_norm_backward, RmsNormBackward)                      \
+  KERNEL(rope, Rope)                                              \
+  KERNEL(swiglu_forward, SwiGluForward)                           \
+  KERNEL(swiglu_backward, SwiGluBackward)                         \
+  KERNEL(attention_forward, AttentionForward)                     \
+  KERNEL(attention_backward, AttentionBackward)                   \
+  KERNEL(decoding, Decoding)                                      \
+  KERNEL(route_forward, RouteForward)                             \
+  KERNEL(route_backward, RouteBackward)                           \
+  KERNEL(moe_forward, MoeForward)                                 \
+  KERNEL(moe_backward, MoeBackward)                               \
+  KERNEL(cross_entropy_forward, CrossEntropyForward)              \
+  KERNEL(cross_entropy_backward, CrossEntropyBackward)            \
+  KERNEL(linear_cross_entropy_forward, LinearCrossEntropyForward) \
+  KERNEL(linear_cross_entropy_backward, LinearCrossEntropyBackward)
 
 namespace fastprimer {
 

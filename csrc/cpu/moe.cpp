@@ -5,15 +5,6 @@
 
 namespace fastprimer {
 inline namespace FASTPRIMER_ISA {
-namespace {
-
-template <class Run>
-Error by_tile_or_force(Dtype dtype, const Run& run) {
-  return dtype == Dtype::bfloat16 && force_bfloat16_tiles(nullptr) ? run(bfloat16{}, bfloat16{}) : by_tile(dtype, run);
-}
-
-}  // namespace
-
 Error moe_forward(const MoeForward& args) {
   const moe_pass::Plan plan(args.problem);
   if (!plan.ready()) return OUT_OF_MEMORY;

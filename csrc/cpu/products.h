@@ -125,5 +125,11 @@ inline Error by_tile(Dtype dtype, const Run& run) {
   return "unknown dtype";
 }
 
+// The same; tests can have bfloat16 multiplied as it is on any processor.
+template <class Run>
+inline Error by_tile_or_force(Dtype dtype, const Run& run) {
+  return dtype == Dtype::bfloat16 && force_bfloat16_tiles(nullptr) ? run(bfloat16{}, bfloat16{}) : by_tile(dtype, run);
+}
+
 }  // namespace FASTPRIMER_ISA
 }  // namespace fastprimer

@@ -280,6 +280,12 @@ inline float largest(Vec<float> v) {
 #endif
 }
 
+inline double largest(Vec<double> v) {
+  double most = v[0];
+  for (int i = 1; i < VecOf<double>::size; i++) most = most < v[i] ? v[i] : most;
+  return most;
+}
+
 // 0, 1, 2, ...
 inline Vec<float> lane_numbers() {
   Vec<float> v;

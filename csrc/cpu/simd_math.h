@@ -87,6 +87,11 @@ inline Vec<float> tanh_of(Vec<float> x) {
   return square <= 0.625f * 0.625f ? small : large;
 }
 
+inline Vec<double> tanh_of(Vec<double> x) {
+  for (int i = 0; i < VecOf<double>::size; i++) x[i] = __builtin_tanh(x[i]);
+  return x;
+}
+
 // 1 / v for 1 <= v <= 2.
 template <class T>
 inline Vec<float> reciprocal(Vec<float> v) {

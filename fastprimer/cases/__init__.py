@@ -2,7 +2,7 @@
 
 from fastprimer.cases._case import Case, Inputs, Work
 from fastprimer.cases.attention import ATTENTION, DECODING, attention_case, decoding_case
-from fastprimer.cases.losses import loss_cases
+from fastprimer.cases.losses import loss_case, loss_cases
 from fastprimer.cases.moe import MOE, ROUTE, moe_case, route_case
 from fastprimer.cases.rms_norm import RMS_NORM, rms_norm_case
 from fastprimer.cases.rope import ROPE, rope_case
@@ -15,6 +15,7 @@ __all__ = [
     "Work",
     "attention_case",
     "decoding_case",
+    "loss_case",
     "moe_case",
     "rms_norm_case",
     "rope_case",

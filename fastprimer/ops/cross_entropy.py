@@ -1,28 +1,39 @@
 r"""Cross-entropy, plain and fused with the projection onto the vocabulary.
 
 The surprise −log p of the right token. Sources: label smoothing, Szegedy et al. (2016), section 7; z-loss, Chowdhery et al.
-("PaLM", 2022), section 5; soft-capped logits, Gemma 2 (2024), section 2.
+("PaLM", 2022), section 5; soft-capped logits, Gemma 2 (2024), section 2; a running maximum and sum, Milakov and Gimelshein
+("Online normalizer calculation for softmax", 2018); logits tile by tile, Wijmans et al. ("Cut Your Losses", 2024).
 
 **Forward.** For one token with logits l_v (v = 1..V) and target t; z_v = l_v, or c · tanh(l_v / c) with a softcap c:
 
     lse  = log Σ_v exp z_v
     loss = lse − (1 − ε) z_t − (ε / V) Σ_v z_v + ζ lse²
 
-with label smoothing ε and z-loss coefficient ζ; ε = ζ = 0 leaves lse − z_t = −log softmax(z)_t. A token whose target is
-ignore_index has loss 0. The mean divides by the number of the other tokens.
+with label smoothing ε and z-loss coefficient ζ; ε = ζ = 0 leaves lse − z_t = −log softmax(z)_t. The token that the model
+would have said, argmax = argmax_v z_v (the lowest v of equal ones), falls out of the same sweep. A token whose target is ignore_index
+is not looked at: its loss and lse are 0, its argmax is −1. The mean divides by the number of the other tokens.
 
-**Backward.** With p_v = exp(z_v − lse) = ∂lse/∂z_v and dloss the token's upstream gradient,
+A sweep needs no more than one piece of the vocabulary at a time. From m = max z_v and s = Σ exp(z_v − m) over what has been seen, and
+the same m', s' of the next piece,
 
-    dz_v = dloss · ((1 + 2 ζ lse) p_v − (1 − ε) [v = t] − ε / V)
+    M = max(m, m'),    s ← s exp(m − M) + s' exp(m' − M),    m ← M,        and in the end lse = m + log s.
+
+**Backward.** With p_v = exp(z_v − lse) = ∂lse/∂z_v, dloss the token's upstream gradient, and dlse that of lse where it is used too,
+
+    dz_v = (dloss (1 + 2 ζ lse) + dlse) p_v − dloss ((1 − ε) [v = t] + ε / V)
     dl_v = dz_v · (1 − (z_v / c)²)                                (softcap only: tanh' = 1 − tanh²)
 
 and 0 for ignored tokens. With logits L = X Wᵀ + bias (N x V) and dL as above,
 
     dX = dL W,    dW = dLᵀ X,    dbias = Σ_n dL_n
 
-Only lse is saved besides the inputs. Each token's loss is a separate output of the operation, so `reduction` is plain
-torch outside it and per-token gradients are right by construction. This reference holds N x V numbers; a backend of
-linear_cross_entropy never does.
+**Memory.** lse is all that backward needs besides the inputs: it recomputes any part of L, which makes four products of N V C
+multiplications out of three. Within `memory_budget` bytes the forward also hands on `kept`, z of the first columns of the
+vocabulary in float32 (`kept_columns` says how many), and only the rest is computed twice. A budget of 4 N V bytes keeps all
+of them, one of 0 none. Every gradient is summed in float32 in a fixed order.
+
+Each token's loss is a separate output of the operation, so `reduction` is plain torch outside it and per-token gradients are right
+by construction. This reference holds N x V numbers; a backend of linear_cross_entropy never does, beyond the budget.
 """
 
 from __future__ import annotations
@@ -32,26 +43,23 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from fastprimer.backends import choose, implementation
+from fastprimer.backends import choose, dtype_limit, implementation
 from fastprimer.ops import _arguments as arguments
+
+DEFAULT_BUDGET = 8
+"""Bytes of z that linear_cross_entropy keeps for backward by default, for each byte of x."""
 
 
 def cross_entropy_forward(
     logits: Tensor, target: Tensor, ignore_index: int, label_smoothing: float, z_loss: float, softcap: Optional[float]
-) -> tuple[Tensor, Tensor]:
-    """logits (N, V), target (N,) -> loss (N,), lse (N,), both float32 (float64 for float64)."""
-    z = _capped(logits, softcap)
-    valid = target != ignore_index
-    lse = torch.logsumexp(z, -1)
-    z_target = z.gather(-1, torch.where(valid, target, 0).long().unsqueeze(-1)).squeeze(-1)
-    loss = lse - (1 - label_smoothing) * z_target + z_loss * lse.square()
-    if label_smoothing != 0:
-        loss = loss - label_smoothing * z.mean(-1)
-    return torch.where(valid, loss, 0.0), lse
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logits (N, V), target (N,) -> loss (N,), lse (N,), both float32 (float64 for float64), argmax (N,) int64."""
+    return _losses(_capped(logits, softcap), target, ignore_index, label_smoothing, z_loss)
 
 
 def cross_entropy_backward(
     dloss: Tensor,
+    dlse: Optional[Tensor],
     logits: Tensor,
     target: Tensor,
     lse: Tensor,
@@ -60,8 +68,8 @@ def cross_entropy_backward(
     z_loss: float,
     softcap: Optional[float],
 ) -> Tensor:
-    """dloss (N,), logits (N, V), target (N,), lse (N,) -> dlogits (N, V)."""
-    return _dlogits(dloss, logits, target, lse, ignore_index, label_smoothing, z_loss, softcap).to(logits.dtype)
+    """dloss (N,), dlse (N,) or None, logits (N, V), target (N,), lse (N,) -> dlogits (N, V)."""
+    return _dlogits(dloss, dlse, logits, target, lse, ignore_index, label_smoothing, z_loss, softcap).to(logits.dtype).contiguous()
 
 
 def linear_cross_entropy_forward(
@@ -73,29 +81,53 @@ def linear_cross_entropy_forward(
     label_smoothing: float,
     z_loss: float,
     softcap: Optional[float],
-) -> tuple[Tensor, Tensor]:
-    """x (N, C), weight (V, C), target (N,), bias (V,) or None -> loss (N,), lse (N,)."""
-    return cross_entropy_forward(_logits(x, weight, bias), target, ignore_index, label_smoothing, z_loss, softcap)
+    memory_budget: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x (N, C), weight (V, C), target (N,), bias (V,) or None -> loss, lse, argmax (N,), kept (N, columns) in lse's dtype.
+
+    kept is z of the first `kept_columns`; what it holds of ignored tokens means nothing.
+    """
+    z = _capped(_logits(x, weight, bias), softcap)
+    columns = kept_columns(x.shape[0], weight.shape[0], memory_budget)
+    return *_losses(z, target, ignore_index, label_smoothing, z_loss), z[:, :columns].clone(memory_format=torch.contiguous_format)
 
 
 def linear_cross_entropy_backward(
     dloss: Tensor,
+    dlse: Optional[Tensor],
     x: Tensor,
     weight: Tensor,
     target: Tensor,
     lse: Tensor,
+    kept: Tensor,
     bias: Optional[Tensor],
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
     softcap: Optional[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dx (N, C), dweight (V, C), dbias (V,) or (0,) without bias."""
-    dlogits = _dlogits(dloss, _logits(x, weight, bias), target, lse, ignore_index, label_smoothing, z_loss, softcap)
+    """-> dx (N, C), dweight (V, C), dbias (V,) or (0,) without bias. This reference recomputes all of z and reads nothing of kept."""
+    dlogits = _dlogits(dloss, dlse, _logits(x, weight, bias), target, lse, ignore_index, label_smoothing, z_loss, softcap)
     dx = dlogits @ weight.to(dlogits.dtype)
-    dweight = dlogits.t() @ x.to(dlogits.dtype)
+    dweight = dlogits.t() @ torch.where((target != ignore_index).unsqueeze(-1), x.to(dlogits.dtype), 0.0)  # 0 · nan is nan
     dbias = x.new_empty(0) if bias is None else dlogits.sum(0).to(bias.dtype)
     return dx.to(x.dtype), dweight.to(weight.dtype), dbias
+
+
+def kept_columns(N: int, V: int, memory_budget: int) -> int:
+    """Of how many columns of the vocabulary the budget has room for z in float32: all, or a multiple of 256."""
+    room = memory_budget // (4 * torch.sym_max(N, 1))
+    return torch.sym_min(V, torch.sym_max(room // 256 * 256, torch.sym_min(room, V) // V * V))
+
+
+def _losses(z: Tensor, target: Tensor, ignore_index: int, label_smoothing: float, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
+    valid = target != ignore_index
+    lse = torch.logsumexp(z, -1)
+    z_target = z.gather(-1, torch.where(valid, target, 0).long().unsqueeze(-1)).squeeze(-1)
+    loss = lse - (1 - label_smoothing) * z_target + z_loss * lse.square()
+    if label_smoothing != 0:
+        loss = loss - label_smoothing * z.mean(-1)
+    return torch.where(valid, loss, 0.0), torch.where(valid, lse, 0.0), torch.where(valid, z.argmax(-1), -1)
 
 
 def _capped(logits: Tensor, softcap: Optional[float]) -> Tensor:
@@ -109,50 +141,68 @@ def _logits(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     return logits if bias is None else logits + bias.to(dtype)
 
 
-def _dlogits(dloss, logits, target, lse, ignore_index, label_smoothing, z_loss, softcap):
+def _dlogits(dloss, dlse, logits, target, lse, ignore_index, label_smoothing, z_loss, softcap):
     z = _capped(logits, softcap)
     V = z.shape[-1]
     valid = target != ignore_index
+    # The mean over no token at all has an infinite dloss: an ignored token's gradient is 0 whatever dloss is.
+    dloss = torch.where(valid, dloss, 0.0).unsqueeze(-1)
+    dtop = dloss * (1 + 2 * z_loss * lse).unsqueeze(-1)
+    if dlse is not None:
+        dtop = dtop + dlse.unsqueeze(-1)
     is_target = torch.arange(V, device=z.device) == target.unsqueeze(-1)
     p = torch.exp(z - lse.unsqueeze(-1))
-    dz = (1 + 2 * z_loss * lse).unsqueeze(-1) * p - (1 - label_smoothing) * is_target.to(z.dtype) - label_smoothing / V
+    dz = dtop * p - dloss * ((1 - label_smoothing) * is_target.to(z.dtype) + label_smoothing / V)
     if softcap is not None:
         dz = dz * (1 - (z / softcap).square())
-    # The mean over no token at all has an infinite dloss: an ignored token's gradient is 0 whatever dloss is.
-    return torch.where(valid, dloss, 0.0).unsqueeze(-1) * torch.where(valid.unsqueeze(-1), dz, 0.0)
+    return torch.where(valid.unsqueeze(-1), dz, 0.0)
 
 
-LIMITS = {"cross_entropy": {}, "linear_cross_entropy": {}}
+LIMITS = {
+    "cross_entropy": {
+        "cpu": lambda logits, *_: dtype_limit(logits, None, "float32 bfloat16 float16 float64"),
+    },
+    "linear_cross_entropy": {
+        "cpu": lambda x, *_: dtype_limit(x, None, "float32 bfloat16 float16"),
+    },
+}
 
 
 class CrossEntropy(torch.autograd.Function):
-    """Per-token losses of logits, or of x weightᵀ + bias where weight is given."""
+    """Per-token losses, lse and argmax of logits, or of x weightᵀ + bias where weight is given."""
 
     @staticmethod
-    def forward(ctx, backend, x, weight, bias, target, options):
+    def forward(ctx, backend, x, weight, bias, target, memory_budget, options):
+        ctx.set_materialize_grads(False)
         ctx.backend, ctx.options = backend, options
+        kept = None
         if weight is None:
-            loss, lse = implementation("cross_entropy", backend).cross_entropy_forward(x, target, *options)
+            loss, lse, argmax = implementation("cross_entropy", backend).cross_entropy_forward(x, target, *options)
         else:
             functions = implementation("linear_cross_entropy", backend)
-            loss, lse = functions.linear_cross_entropy_forward(x, weight, target, bias, *options)
-        ctx.save_for_backward(x, weight, bias, target, lse)
-        return loss
+            loss, lse, argmax, kept = functions.linear_cross_entropy_forward(x, weight, target, bias, *options, memory_budget)
+        ctx.save_for_backward(x, weight, bias, target, lse, kept)
+        ctx.mark_non_differentiable(argmax)
+        return loss, lse, argmax
 
     @staticmethod
-    def backward(ctx, dloss):
-        x, weight, bias, target, lse = ctx.saved_tensors
+    def backward(ctx, dloss, dlse, _):
+        x, weight, bias, target, lse, kept = ctx.saved_tensors
         options, backend = ctx.options, ctx.backend
+        if dloss is None:
+            if dlse is None:
+                return (None,) * 7
+            dloss = torch.zeros_like(dlse)
         if torch.is_grad_enabled():  # A second derivative is wanted: recompute lse within the graph, in plain torch.
             backend = "reference"
             logits = x if weight is None else _logits(x, weight, bias)
             lse = cross_entropy_forward(logits, target, *options)[1]
         if weight is None:
-            dx = implementation("cross_entropy", backend).cross_entropy_backward(dloss, x, target, lse, *options)
-            return None, dx, None, None, None, None
+            dx = implementation("cross_entropy", backend).cross_entropy_backward(dloss, dlse, x, target, lse, *options)
+            return None, dx, None, None, None, None, None
         functions = implementation("linear_cross_entropy", backend)
-        dx, dweight, dbias = functions.linear_cross_entropy_backward(dloss, x, weight, target, lse, bias, *options)
-        return None, dx, dweight, dbias if bias is not None else None, None, None
+        dx, dweight, dbias = functions.linear_cross_entropy_backward(dloss, dlse, x, weight, target, lse, kept, bias, *options)
+        return None, dx, dweight, dbias if bias is not None else None, None, None, None
 
 
 def cross_entropy(
@@ -164,7 +214,9 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: Optional[float] = None,
-) -> Tensor:
+    return_lse: bool = False,
+    return_argmax: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     """Cross-entropy of logits with target token numbers.
 
     Args:
@@ -175,9 +227,12 @@ def cross_entropy(
         label_smoothing: ε in 0..1, spread evenly over the vocabulary.
         z_loss: coefficient of lse², added to each token's loss.
         softcap: c > 0 replaces logits by c tanh(logits / c).
+        return_lse: also return lse (...), differentiable; 0 for ignored tokens.
+        return_argmax: also return the most probable token numbers, int64 (...); -1 for ignored tokens.
 
     Returns:
-        float32 (float64 for float64 logits): a scalar, or (...) for reduction "none".
+        loss, float32 (float64 for float64 logits): a scalar, or (...) for reduction "none". With return_lse or return_argmax a tuple:
+        (loss, lse), (loss, argmax) or (loss, lse, argmax).
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it. Targets out of range raise ValueError on
@@ -187,15 +242,15 @@ def cross_entropy(
     """
     arguments.check_floating("cross_entropy: logits", logits)
     arguments.check(logits.dim() >= 1 and logits.shape[-1] > 0, "cross_entropy: logits", "shape (..., V), V >= 1", tuple(logits.shape))
-    options = _options("cross_entropy", ignore_index, reduction, label_smoothing, z_loss, softcap)
+    options = _options("cross_entropy", ignore_index, reduction, label_smoothing, z_loss, softcap, return_lse, return_argmax)
     _check_target("cross_entropy", target, logits, logits.shape[-1], ignore_index)
     rows, flat = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
     backend = choose("cross_entropy", rows, flat, *options)
     if arguments.needs_gradient(logits):
-        loss = CrossEntropy.apply(backend, rows, None, None, flat, options)
+        outputs = CrossEntropy.apply(backend, rows, None, None, flat, 0, options)
     else:
-        loss = implementation("cross_entropy", backend).cross_entropy_forward(rows, flat, *options)[0]
-    return _reduce(loss, target, ignore_index, reduction)
+        outputs = implementation("cross_entropy", backend).cross_entropy_forward(rows, flat, *options)
+    return _asked_for(outputs, target, ignore_index, reduction, return_lse, return_argmax)
 
 
 def linear_cross_entropy(
@@ -209,16 +264,21 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: Optional[float] = None,
-) -> Tensor:
+    return_lse: bool = False,
+    return_argmax: bool = False,
+    memory_budget: Optional[int] = None,
+) -> Tensor | tuple[Tensor, ...]:
     """cross_entropy(x @ weight.T + bias, target) without ever forming the logits (on a backend other than reference).
 
     Args:
         x: (..., C), the last hidden state.
         weight: (V, C), the output projection, like x; bias: (V,) or None. Under autocast they are cast as by a linear layer.
+        memory_budget: bytes of logits that may be kept for backward, which recomputes the rest: 4 N V keeps all and is fastest,
+            0 needs least memory. Default: 8 times the bytes of x.
         target and the others: as for `cross_entropy`.
 
     Returns:
-        float32 (float64 for float64 inputs): a scalar, or (...) for reduction "none".
+        As `cross_entropy`.
 
     Raises:
         TypeError, ValueError: as `cross_entropy`; also for an empty weight (one sharded by ZeRO-3 must be gathered first).
@@ -226,7 +286,9 @@ def linear_cross_entropy(
     name = "linear_cross_entropy"
     for label, tensor in (("x", x), ("weight", weight)) + ((("bias", bias),) if bias is not None else ()):
         arguments.check_floating(f"{name}: {label}", tensor)
-    options = _options(name, ignore_index, reduction, label_smoothing, z_loss, softcap)
+    options = _options(name, ignore_index, reduction, label_smoothing, z_loss, softcap, return_lse, return_argmax)
+    fits = memory_budget is None or (isinstance(memory_budget, int) and memory_budget >= 0)
+    arguments.check(fits, f"{name}: memory_budget", "None or a number of bytes >= 0", repr(memory_budget))
     x, weight, bias = arguments.autocast(x, weight, bias)
     if weight.numel() == 0 or weight.dim() != 2:
         raise ValueError(
@@ -240,20 +302,25 @@ def linear_cross_entropy(
         arguments.check_device(f"{name}: bias", bias, x, "x")
     _check_target(name, target, x, weight.shape[0], ignore_index)
     rows, flat = x.reshape(-1, x.shape[-1]), target.reshape(-1)
-    backend = choose(name, rows, weight, flat, bias, *options)
-    if arguments.needs_gradient(x, weight, bias):
+    gradient = arguments.needs_gradient(x, weight, bias)
+    budget = DEFAULT_BUDGET * x.numel() * x.element_size() if memory_budget is None else memory_budget
+    budget = budget if gradient else 0
+    backend = choose(name, rows, weight, flat, bias, *options, budget)
+    if gradient:
         rows, weight = arguments.distinct(rows, weight)
-        loss = CrossEntropy.apply(backend, rows, weight, bias, flat, options)
+        outputs = CrossEntropy.apply(backend, rows, weight, bias, flat, budget, options)
     else:
-        loss = implementation(name, backend).linear_cross_entropy_forward(rows, weight, flat, bias, *options)[0]
-    return _reduce(loss, target, ignore_index, reduction)
+        outputs = implementation(name, backend).linear_cross_entropy_forward(rows, weight, flat, bias, *options, budget)
+    return _asked_for(outputs, target, ignore_index, reduction, return_lse, return_argmax)
 
 
-def _options(name, ignore_index, reduction, label_smoothing, z_loss, softcap):
+def _options(name, ignore_index, reduction, label_smoothing, z_loss, softcap, return_lse, return_argmax):
     """The checked options, in the order in which every backend takes them."""
     arguments.check(reduction in ("mean", "sum", "none"), f"{name}: reduction", "'mean', 'sum' or 'none'", repr(reduction))
     arguments.check(0 <= label_smoothing <= 1, f"{name}: label_smoothing", "a number in 0..1", label_smoothing)
     arguments.check(softcap is None or softcap > 0, f"{name}: softcap", "None or a number > 0", softcap)
+    arguments.check_flag(f"{name}: return_lse", return_lse)
+    arguments.check_flag(f"{name}: return_argmax", return_argmax)
     return int(ignore_index), float(label_smoothing), float(z_loss), None if softcap is None else float(softcap)
 
 
@@ -269,7 +336,11 @@ def _check_target(name: str, target: Tensor, x: Tensor, V: int, ignore_index: in
             )
 
 
-def _reduce(loss: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
+def _asked_for(outputs, target: Tensor, ignore_index: int, reduction: str, return_lse: bool, return_argmax: bool):
+    loss, lse, argmax = outputs[:3]
     if reduction == "none":
-        return loss.reshape(target.shape)
-    return loss.sum() if reduction == "sum" else loss.sum() / (target != ignore_index).sum()
+        loss = loss.reshape(target.shape)
+    else:
+        loss = loss.sum() if reduction == "sum" else loss.sum() / (target != ignore_index).sum()
+    extra = ((lse.reshape(target.shape),) if return_lse else ()) + ((argmax.reshape(target.shape),) if return_argmax else ())
+    return (loss, *extra) if extra else loss

@@ -1,0 +1,182 @@
+// The fused cross-entropy's backward pass on the CPU. The vocabulary is cut into ranges, and for each of them there are two sweeps:
+//
+//   slices   for 128 columns of the range and all tokens: z, computed again or as it was kept, from it dlogits, and with them these
+//            columns' rows of dweight = dlogits^T x
+//   blocks   for some tokens and columns of x: their part of dx = dlogits weight, added up over the ranges
+//
+// So every weight is packed once, every row of dweight written once and by one thread, and no more than a range of dlogits is held.
+// Compute-bound: 8 N C V FLOPs, 6 where all was kept. Moved: the weights and dweight once, x once a slice, kept once.
+#pragma once
+#include "cross_entropy_plan.h"
+
+namespace fastprimer {
+inline namespace FASTPRIMER_ISA {
+namespace surprise {
+
+constexpr int64_t WIDTH = 256;  // columns of x in a block of the second sweep
+
+// Tiles in a range: dlogits of one are about as many numbers as x, at least four, so that there is work for several threads, and at most
+// as many as make 4096 columns. A matter of the shape alone.
+inline int64_t tiles_in_range(const LinearCrossEntropyProblem& p) {
+  const int64_t columns = smaller(larger(p.C, (1 << 20) / p.N), 4096);
+  return smaller(larger(columns / COLUMNS, 4), pieces(p.V, COLUMNS));
+}
+
+template <class T, class Tile>
+struct BackwardContext {
+  const LinearCrossEntropyBackward& args;
+  const Tokens<T, Tile> tokens;
+  const Products<Tile> multiply;
+  const int64_t tiles, ld;     // of a range; its columns are ld numbers
+  const int64_t blocks;        // of columns of x
+  const Buffer<Tile> x;        // the tokens as right factor; of float32, tokens.x is one
+  const Buffer<Tile> dlogits;  // (tokens, ld): the range's, as left factor
+  const Buffer<Tile> weight;   // (ld, C): the range's, as right factor
+  const Buffer<float> dx;      // (tokens, C)
+  int64_t range = 0;           // its first tile
+
+  explicit BackwardContext(const LinearCrossEntropyBackward& a)
+      : args(a),
+        tokens(a.problem),
+        multiply(library_products()),
+        tiles(tiles_in_range(a.problem)),
+        ld(tiles * COLUMNS),
+        blocks(pieces(tokens.width.used, WIDTH)),
+        x(is_bfloat16<Tile> ? tokens.padded() * tokens.width.ld : 0),
+        dlogits(tokens.padded() * ld),
+        weight(ld * tokens.width.ld),
+        dx(tokens.padded() * tokens.width.ld) {}
+  bool ready() const { return tokens.ready() && x.data() && dlogits.data() && weight.data() && dx.data(); }
+
+  int64_t all_tiles() const { return pieces(args.problem.V, COLUMNS); }
+  int64_t tiles_here() const { return smaller(tiles, all_tiles() - range); }
+};
+
+template <class T, class Tile>
+class Slice {
+ public:
+  explicit Slice(const BackwardContext<T, Tile>& context)
+      : x_(context),
+        p_(context.args.problem),
+        tiles_(context.tokens),
+        dlogits_(ROWS * COLUMNS),
+        transposed_(ROWS * COLUMNS),
+        dweight_(COLUMNS * context.tokens.width.ld) {}
+  bool ready() const { return tiles_.ready() && dlogits_.data() && transposed_.data() && dweight_.data(); }
+
+  void operator()(int64_t task) {
+    const int64_t first = (x_.range + task) * COLUMNS, count = x_.tokens.count(), ld = x_.tokens.width.ld;
+    const bool kept = smaller(first + COLUMNS, p_.V) <= p_.columns;
+    tiles_.choose(first, !kept);
+    const int64_t columns = tiles_.columns();
+    pack_weight(x_.weight.data() + task * COLUMNS * ld);
+    float dbias[COLUMNS] = {};
+    for (int64_t i = 0; i < count; i += ROWS) {
+      const int64_t n = smaller(ROWS, count - i), padded = round_up(n, STEP);
+      differentiate(i, n, kept ? tiles_.recall(i, n, x_.args.kept) : tiles_.project(i, n), dbias);
+      for (int64_t r = 0; r < padded; r++)
+        __builtin_memcpy(x_.dlogits.data() + (i + r) * x_.ld + task * COLUMNS, dlogits_.data() + r * COLUMNS, COLUMNS * sizeof(Tile));
+      transpose_left(dlogits_.data(), padded, Width<Tile>(COLUMNS), transposed_.data(), ROWS);
+      tiles_.multiply()(round_up(columns, STEP), x_.tokens.width.used, padded, transposed_.data(), ROWS, tokens(i), ld, dweight_.data(), ld,
+                        i > 0);
+    }
+    for (int64_t c = 0; c < columns; c++) {
+      T* row = static_cast<T*>(x_.args.dweight) + (first + c) * p_.C;
+      const float* sums = dweight_.data() + c * ld;
+      for_columns<float>(0, p_.C, [&](int64_t j, auto size, int) { store(row + j, load(sums + j, size), size); });
+    }
+    if (x_.args.dbias) __builtin_memcpy(x_.args.dbias + first, dbias, columns * sizeof(float));
+  }
+
+ private:
+  // From token i on, as right factor.
+  const Tile* tokens(int64_t i) const { return is_bfloat16<Tile> ? x_.x.data() + i * x_.tokens.width.ld : x_.tokens.x(i); }
+
+  void pack_weight(Tile* to) const {
+    const Tile* packed = right_factor(tiles_.rows(), COLUMNS, x_.tokens.width, to);
+    if (packed != to) __builtin_memcpy(to, packed, COLUMNS * x_.tokens.width.ld * sizeof(Tile));
+  }
+
+  // dlogits of n tokens from their z, as a tile with zeros around them, and their share of dbias.
+  void differentiate(int64_t i, int64_t n, float* z, float* dbias) const {
+    const int64_t columns = tiles_.columns();
+    const LossGradients& g = x_.args.gradients;
+    for (int64_t r = 0; r < n; r++, z += COLUMNS) {
+      const int64_t token = x_.tokens[i + r];
+      const float dlse = g.dlse ? static_cast<const float*>(g.dlse)[token] : 0;
+      const Gradient<float> gradient(static_cast<const float*>(g.dloss)[token], dlse, static_cast<const float*>(g.lse)[token], p_.V,
+                                     p_.options);
+      gradient.template operator()<float>(z, columns, p_.target[token] - tiles_.first());
+      Tile* row = dlogits_.data() + r * COLUMNS;
+      for_columns<float>(0, columns, [&](int64_t v, auto count, int) {
+        const Vec<float> d = load(z + v, count);
+        store(row + v, d, count);
+        store(dbias + v, load(dbias + v, count) + d, count);
+      });
+      __builtin_memset(row + columns, 0, (COLUMNS - columns) * sizeof(Tile));
+    }
+    __builtin_memset(dlogits_.data() + n * COLUMNS, 0, (round_up(n, STEP) - n) * COLUMNS * sizeof(Tile));
+  }
+
+  const BackwardContext<T, Tile>& x_;
+  const LinearCrossEntropyProblem& p_;
+  Tiles<T, Tile> tiles_;
+  Buffer<Tile> dlogits_, transposed_;
+  Buffer<float> dweight_;
+};
+
+template <class T, class Tile>
+class Block {
+ public:
+  explicit Block(const BackwardContext<T, Tile>& context) : x_(context) {}
+  ~Block() { x_.multiply.release(); }
+  bool ready() const { return true; }
+
+  void operator()(int64_t task) const {
+    const Tokens<T, Tile>& tokens = x_.tokens;
+    const int64_t i = task / x_.blocks * ROWS, c = task % x_.blocks * WIDTH, ld = tokens.width.ld;
+    const int64_t pairs = is_bfloat16<Tile> ? 2 : 1;  // of rows lie together in a right factor
+    x_.multiply(round_up(smaller(ROWS, tokens.count() - i), STEP), smaller(WIDTH, tokens.width.used - c), x_.tiles_here() * COLUMNS,
+                x_.dlogits.data() + i * x_.ld, x_.ld, x_.weight.data() + c * pairs, ld, x_.dx.data() + i * ld + c, ld, x_.range > 0);
+  }
+
+ private:
+  const BackwardContext<T, Tile>& x_;
+};
+
+template <class T, class Tile>
+void write_dx(const BackwardContext<T, Tile>& context) {
+  const LinearCrossEntropyProblem& p = context.args.problem;
+  T* dx = static_cast<T*>(context.args.dx);
+  for (int64_t n = 0; n < p.N; n++)
+    if (p.target[n] == p.options.ignore_index) __builtin_memset(dx + n * p.C, 0, p.C * sizeof(T));
+  parallel_for(context.tokens.count(), GRAIN / p.C + 1, [&](int64_t i) {
+    const float* sums = context.dx.data() + i * context.tokens.width.ld;
+    T* row = dx + context.tokens[i] * p.C;
+    for_columns<float>(0, p.C, [&](int64_t c, auto count, int) { store(row + c, load(sums + c, count), count); });
+  });
+}
+
+template <class T, class Tile>
+Error backward(const LinearCrossEntropyBackward& args) {
+  const LinearCrossEntropyProblem& p = args.problem;
+  BackwardContext<T, Tile> context(args);
+  if (!context.ready()) return OUT_OF_MEMORY;
+  const Tokens<T, Tile>& tokens = context.tokens;
+  if (tokens.count() == 0) {
+    __builtin_memset(args.dweight, 0, p.V * p.C * sizeof(T));
+    if (args.dbias) __builtin_memset(args.dbias, 0, p.V * sizeof(float));
+  } else {
+    right_factor(tokens.x(0), tokens.padded(), tokens.width, context.x.data());
+    for (; context.range < context.all_tiles(); context.range += context.tiles) {
+      if (const Error error = run_tasks<Slice<T, Tile>>(context.tiles_here(), context)) return error;
+      if (const Error error = run_tasks<Block<T, Tile>>(pieces(tokens.count(), ROWS) * context.blocks, context)) return error;
+    }
+  }
+  write_dx(context);
+  return nullptr;
+}
+
+}  // namespace surprise
+}  // namespace FASTPRIMER_ISA
+}  // namespace fastprimer

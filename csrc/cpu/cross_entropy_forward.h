@@ -1,0 +1,95 @@
+// The fused cross-entropy's forward pass on the CPU: a part of the vocabulary is one task, which meets every token, a tile of logits at a
+// time; then each token's parts are brought together.
+//
+// Compute-bound: 2 N C V FLOPs, and an exponential for each logit while its tile is in the cache. Moved: the weights once, x once for
+// every 128 columns of the vocabulary (from the last-level cache, as a rule), and what is kept.
+#pragma once
+#include "cross_entropy_plan.h"
+
+namespace fastprimer {
+inline namespace FASTPRIMER_ISA {
+namespace surprise {
+
+constexpr int64_t PARTS = 32;  // of the vocabulary, at most: 24 bytes of each are kept for each token
+
+template <class T, class Tile>
+struct ForwardContext {
+  const LinearCrossEntropyForward& args;
+  const Tokens<T, Tile> tokens;
+  const int64_t tiles, parts;
+  const Buffer<Statistics<float>> statistics;  // (parts, tokens)
+  const Buffer<float> z_target;                // of each token
+
+  explicit ForwardContext(const LinearCrossEntropyForward& a)
+      : args(a),
+        tokens(a.problem),
+        tiles(pieces(a.problem.V, COLUMNS)),
+        parts(smaller(PARTS, tiles)),
+        statistics(parts * tokens.count()),
+        z_target(tokens.count()) {}
+  bool ready() const { return tokens.ready() && statistics.data() && z_target.data(); }
+};
+
+template <class T, class Tile>
+class ForwardPart {
+ public:
+  explicit ForwardPart(const ForwardContext<T, Tile>& context) : x_(context), tiles_(context.tokens) {}
+  bool ready() const { return tiles_.ready(); }
+
+  void operator()(int64_t part) {
+    const int64_t begin = part * x_.tiles / x_.parts, end = (part + 1) * x_.tiles / x_.parts, count = x_.tokens.count();
+    Statistics<float>* statistics = x_.statistics.data() + part * count;
+    for (int64_t i = 0; i < count; i++) statistics[i] = Statistics<float>(begin * COLUMNS);
+    for (int64_t tile = begin; tile < end; tile++) {
+      tiles_.choose(tile * COLUMNS, true);
+      for (int64_t i = 0; i < count; i += ROWS) see(i, smaller(ROWS, count - i), statistics + i);
+    }
+  }
+
+ private:
+  void see(int64_t i, int64_t n, Statistics<float>* statistics) const {
+    const LinearCrossEntropyProblem& p = x_.tokens.p;
+    const int64_t first = tiles_.first(), columns = tiles_.columns();
+    const float* z = tiles_.project(i, n);
+    for (int64_t r = 0; r < n; r++, z += COLUMNS) {
+      const int64_t token = x_.tokens[i + r], target = p.target[token] - first;
+      statistics[r].add(z, columns, first);
+      if (0 <= target && target < columns) x_.z_target[i + r] = z[target];
+      if (first + columns <= p.columns) __builtin_memcpy(x_.args.kept + token * p.columns + first, z, columns * sizeof(float));
+    }
+  }
+
+  const ForwardContext<T, Tile>& x_;
+  Tiles<T, Tile> tiles_;
+};
+
+// loss, lse and argmax of a token.
+template <class A>
+void write(const LossOutputs& outputs, int64_t token, A loss, A lse, int64_t argmax) {
+  static_cast<A*>(outputs.loss)[token] = loss;
+  static_cast<A*>(outputs.lse)[token] = lse;
+  outputs.argmax[token] = argmax;
+}
+
+template <class T, class Tile>
+Error forward(const LinearCrossEntropyForward& args) {
+  const LinearCrossEntropyProblem& p = args.problem;
+  const ForwardContext<T, Tile> context(args);
+  if (!context.ready()) return OUT_OF_MEMORY;
+  const int64_t count = context.tokens.count();
+  for (int64_t n = 0; n < p.N; n++)
+    if (p.target[n] == p.options.ignore_index) write(args.outputs, n, 0.0f, 0.0f, -1);
+  if (count == 0) return nullptr;
+  if (const Error error = run_tasks<ForwardPart<T, Tile>>(context.parts, context)) return error;
+  parallel_for(count, GRAIN / context.parts, [&](int64_t i) {
+    Statistics<float> all = context.statistics[i];
+    for (int64_t part = 1; part < context.parts; part++) all.add(context.statistics[part * count + i]);
+    const float lse = all.lse();
+    write(args.outputs, context.tokens[i], all.loss(lse, context.z_target[i], p.V, p.options), lse, all.argmax);
+  });
+  return nullptr;
+}
+
+}  // namespace surprise
+}  // namespace FASTPRIMER_ISA
+}  // namespace fastprimer

@@ -1,0 +1,45 @@
+"""The loss of a language model as a layer: hidden states in, one number out, and no logits in between."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from fastprimer import ops
+
+
+class LinearCrossEntropy(nn.Module):
+    """fp.linear_cross_entropy of hidden states with the labels of a language model, shifted as Hugging Face's models do.
+
+    Args:
+        shift: position s is asked for the label of position s + 1, and the last for nothing; False: for its own label.
+        return_accuracy: forward returns (loss, accuracy): the share of counted tokens that the model would have said.
+        options: ignore_index, label_smoothing, z_loss, softcap, memory_budget, as in `linear_cross_entropy`.
+    """
+
+    def __init__(self, *, shift: bool = True, return_accuracy: bool = False, **options):
+        super().__init__()
+        self.shift, self.return_accuracy, self.options = shift, return_accuracy, options
+        self.ignore_index = options.get("ignore_index", -100)
+
+    def forward(
+        self, x: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = None, num_items_in_batch: int | Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x (B, S, C), weight (V, C), labels (B, S) -> the mean loss, or with num_items_in_batch the sum divided by that number.
+
+        num_items_in_batch counts the tokens of a whole batch whose gradients are accumulated in several calls: the mean of each
+        call's own tokens would weigh a token of a short sequence more than one of a long one.
+        """
+        if self.shift:  # the labels and not x, which would have to be copied
+            labels = pad(labels[..., 1:], (0, 1), value=self.ignore_index)
+        reduction = "mean" if num_items_in_batch is None else "sum"
+        options = {**self.options, "reduction": reduction, "return_argmax": self.return_accuracy}
+        result = ops.linear_cross_entropy(x, weight, labels, bias=bias, **options)
+        loss = result[0] if self.return_accuracy else result
+        loss = loss if num_items_in_batch is None else loss / num_items_in_batch
+        if not self.return_accuracy:
+            return loss
+        return loss, (result[1] == labels).sum() / (labels != self.ignore_index).sum()  # argmax of an ignored token is -1
+
+
+__all__ = ["LinearCrossEntropy"]

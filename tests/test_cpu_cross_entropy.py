@@ -1,0 +1,189 @@
+"""What is particular to cross-entropy's CPU kernels: tiles, blocks and ranges, budgets, NaN, infinities, threads, memory."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastprimer as fp
+from conftest import device_or_skip
+from cpu_checks import instruction_set, name, products_of_torch, run, tiles_of_bfloat16
+from fastprimer import testing
+from fastprimer.backends import use_backend
+from fastprimer.cases import CASES, loss_case
+from fastprimer.verify import dtypes_of
+
+EVERY = {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 5.0, "return_lse": True, "return_argmax": True}
+LARGE = [
+    loss_case("linear_cross_entropy", "several-ranges", 300, 4400, 24, ignored=range(0, 300, 7), bias=True, reduction="none", **EVERY),
+    loss_case("linear_cross_entropy", "several-columns", 140, 530, 530, ignored=(139,), memory_budget=0, reduction="none"),
+    loss_case("linear_cross_entropy", "many-tokens", 2100, 650, 16, memory_budget=2100 * 4 * 256, reduction="none", z_loss=0.01),
+]
+"""Beyond a range of the vocabulary, the 256 columns of a block, and the numbers that make a range short."""
+
+SMALL = [c for c in CASES if c.op in ("cross_entropy", "linear_cross_entropy") and not c.bench]
+FUSED = [c for c in SMALL if c.op == "linear_cross_entropy"]
+
+
+def wrong(cases, dtype):
+    return [str(row) for case in cases for row in testing.compare(case, dtype, "cpu") if not row.ok]
+
+
+@pytest.mark.parametrize("dtype", dtypes_of("cpu", "linear_cross_entropy"), ids=name)
+@pytest.mark.parametrize("limit, library", [(2, True), (2, False), (1, False), (0, False)])
+def test_large_cases_with_and_without_the_products_of_torch(limit, library, dtype):
+    with instruction_set(limit), products_of_torch(library):
+        assert not wrong([*LARGE, *(SMALL if not library else [])], dtype)
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2])
+def test_tiles_of_bfloat16_on_any_processor(limit):
+    """What a processor with products of bfloat16 runs, by plain loops where this one has none."""
+    with instruction_set(limit), tiles_of_bfloat16():
+        assert not wrong([*FUSED, LARGE[1]], torch.bfloat16)
+
+
+@pytest.mark.parametrize("case", [*LARGE, *(c for c in SMALL if c.name in ("everything", "several-pieces", "partly-kept"))], ids=str)
+def test_bits_do_not_depend_on_the_number_of_threads(case):
+    device_or_skip(case.op, "cpu")
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(run(case, torch.bfloat16))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0][k], other[k]) for other in results[1:] for k in results[0])
+
+
+def inputs(N, C, V, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x, weight = torch.randn(N, C, generator=generator), torch.randn(V, C, generator=generator) / C**0.5
+    return x.to(dtype), weight.to(dtype), torch.randint(0, V, (N,), generator=generator)
+
+
+def results(x, weight, target, dloss=None, **options):
+    leaves = [t.clone().requires_grad_() for t in (x, weight)]
+    with use_backend("cpu"):
+        loss = fp.linear_cross_entropy(*leaves, target, reduction="none", **options)
+    return [loss, *torch.autograd.grad(loss, leaves, torch.ones_like(loss) if dloss is None else dloss)]
+
+
+@pytest.mark.parametrize("dtype", dtypes_of("cpu", "linear_cross_entropy"), ids=name)
+@pytest.mark.parametrize("budget", [0, 1 << 20])
+def test_nan_in_an_ignored_token_reaches_nothing(budget, dtype):
+    device_or_skip("linear_cross_entropy", "cpu")
+    x, weight, target = inputs(9, 20, 300, dtype)
+    target[4] = -100
+    dloss = torch.randn(9, generator=torch.Generator().manual_seed(1))
+    clean = results(x, weight, target, dloss, memory_budget=budget)
+    x[4], dloss[4] = torch.nan, torch.nan
+    dirty = results(x, weight, target, dloss, memory_budget=budget)
+    assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
+    assert clean[0][4] == 0 and not clean[1][4].any()
+    logits = torch.randn(3, 50)
+    logits[1] = torch.nan
+    logits.requires_grad_()
+    with use_backend("cpu"):
+        loss = fp.cross_entropy(logits, torch.tensor([1, -100, 2]), reduction="none")
+    (dlogits,) = torch.autograd.grad(loss.sum(), logits)
+    assert loss.isfinite().all() and dlogits.isfinite().all() and not dlogits[1].any()
+
+
+def test_nan_in_a_token_that_counts_stays_visible():
+    device_or_skip("linear_cross_entropy", "cpu")
+    x, weight, target = inputs(9, 20, 300)
+    x[4] = torch.nan
+    loss, dx, dweight = results(x, weight, target)
+    assert loss.isnan().nonzero().flatten().tolist() == [4] and dx.isnan().any(1).nonzero().flatten().tolist() == [4]
+    assert dweight.isnan().any()
+
+
+@pytest.mark.parametrize("op", ["cross_entropy", "linear_cross_entropy"])
+def test_words_that_are_ruled_out_have_probability_zero(op):
+    """Logits of -infinity, a whole tile of them and more."""
+    device_or_skip(op, "cpu")
+    x, weight, target = inputs(5, 20, 700)
+    bias = torch.zeros(700)
+    bias[100:650] = -torch.inf
+    target %= 100
+    answers = []
+    for backend in ("reference", "cpu"):
+        leaves = [t.clone().requires_grad_() for t in (x, weight)]
+        with use_backend(backend):
+            if op == "cross_entropy":
+                loss = fp.cross_entropy(leaves[0] @ leaves[1].t() + bias, target)
+            else:
+                loss = fp.linear_cross_entropy(*leaves, target, bias=bias)
+        answers.append([loss, *torch.autograd.grad(loss, leaves)])
+    for mine, reference in zip(*answers, strict=True):
+        torch.testing.assert_close(mine, reference)
+    assert not answers[1][2][100:650].any()
+
+
+@pytest.mark.parametrize("V", [1 << 18, 256_001])
+def test_large_vocabularies(V):
+    device_or_skip("linear_cross_entropy", "cpu")
+    assert not wrong([loss_case("linear_cross_entropy", "large", 3, V, 8, reduction="none", return_argmax=True)], torch.bfloat16)
+    assert not wrong([loss_case("cross_entropy", "large", 3, V, reduction="none", return_argmax=True)], torch.bfloat16)
+
+
+def test_operators_check_what_they_are_given():
+    device_or_skip("linear_cross_entropy", "cpu")
+    ops = torch.ops.fastprimer
+    x, weight, target = inputs(4, 8, 6)
+    options = -100, 0.0, 0.0, None
+    loss, lse, _, kept = ops.linear_cross_entropy_forward(x, weight, target, None, *options, 1 << 10)
+    assert kept.shape == (4, 6) and ops.linear_cross_entropy_forward(x, weight, target, None, *options, 95)[3].shape == (4, 0)
+    for bad, message in [
+        ((x[0], weight, target, None), "x: expected shape"),
+        ((x, weight[:, 1:], target, None), "weight: expected shape"),
+        ((x, weight.half(), target, None), "weight: expected dtype"),
+        ((x, weight, target[:3], None), "target: expected shape"),
+        ((x, weight, target + 6, None), "target: expected numbers in 0..5"),
+        ((x, weight, target, weight[:3, 0]), "bias: expected another shape"),
+    ]:
+        with pytest.raises(RuntimeError, match=message):
+            ops.linear_cross_entropy_forward(*bad, *options, 0)
+    backward = ops.linear_cross_entropy_backward
+    with pytest.raises(RuntimeError, match="dloss: expected another shape"):
+        backward(loss[:2], None, x, weight, target, lse, kept, None, *options)
+    with pytest.raises(RuntimeError, match="kept: expected shape"):
+        backward(loss, None, x, weight, target, lse, kept[:, :4], None, *options)
+    with pytest.raises(RuntimeError, match="dlse: expected another dtype"):
+        backward(loss, lse.double(), x, weight, target, lse, kept, None, *options)
+    with pytest.raises(RuntimeError, match="target: expected numbers in 0..5"):
+        ops.cross_entropy_forward(x @ weight.t(), target - 7, *options)
+    with pytest.raises(RuntimeError, match="lse: expected another shape"):
+        ops.cross_entropy_backward(loss, None, x @ weight.t(), target, lse[:1], *options)
+
+
+PEAK = """
+import resource, sys
+import torch
+import fastprimer as fp
+torch.set_num_threads(2)
+N, C, V = 1024, 512, 32000
+x, weight = torch.randn(N, C, requires_grad=True), torch.randn(V, C, requires_grad=True)
+target = torch.randint(0, V, (N,))
+with fp.use_backend("cpu"):
+    fp.linear_cross_entropy(x[:8], weight[:64], target[:8] % 64).backward()  # what is loaded once
+    weight.grad = None
+    dweight = torch.ones(V, C)  # as much as the gradient that is returned, touched and freed
+    del dweight
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    torch.autograd.grad(fp.linear_cross_entropy(x, weight, target, memory_budget=int(sys.argv[1])), (x, weight))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("budget, limit", [(0, 16 << 20), (94 << 20, 110 << 20)])
+def test_extra_memory(budget, limit):
+    """The peak of a process beyond its inputs and gradients: the logits alone would be 131 MB."""
+    device_or_skip("linear_cross_entropy", "cpu")
+    child = subprocess.run([sys.executable, "-c", PEAK, str(budget)], capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr
+    unit = 1 if sys.platform == "darwin" else 1024
+    assert int(child.stdout) * unit < limit
