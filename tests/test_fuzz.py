@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from conftest import device_or_skip
 from fastprimer.backends import declared
-from fastprimer.cases import attention_case, decoding_case, moe_case, rms_norm_case, rope_case, route_case, swiglu_case
+from fastprimer.cases import attention_case, decoding_case, loss_case, moe_case, rms_norm_case, rope_case, route_case, swiglu_case
 from fastprimer.testing import DTYPES, compare
 from fastprimer.verify import dtypes_of
 
@@ -193,6 +193,37 @@ def moe_cases(draw):
     return moe_case(f"{N} {C} {F} {E} {K} {options} {sorted(views)}", N, C, F, E, K, views=views, **options)
 
 
+@st.composite
+def loss_cases(draw, fused: bool):
+    # A loss is a single number, or few: with a handful of tokens or words the yardstick's own error is a matter of luck.
+    N = draw(st.one_of(st.just(0), st.integers(32, 80), st.integers(100, 300)))
+    V = draw(st.one_of(st.integers(8, 40), st.integers(100, 600), st.sampled_from([127, 128, 129, 256, 2048, 2049])))
+    C = draw(st.one_of(st.integers(8, 40), st.sampled_from([64, 65, 96, 300]))) if fused else 0
+    ignored = draw(st.sampled_from([range(0), range(0, N, 3), range(N // 2)]))
+    options = {
+        "reduction": draw(st.sampled_from(["none", "none", "sum"])),
+        "ignore_index": draw(st.sampled_from([-100, 0, 5])),
+        "label_smoothing": draw(st.sampled_from([0.0, 0.1, 1.0])),
+        "z_loss": draw(st.sampled_from([0.0, 1e-3, 0.1])),
+        "softcap": draw(st.sampled_from([None, None, 3.0, 30.0])),
+        "return_lse": draw(st.booleans()),
+    }
+    options |= {"memory_budget": draw(st.sampled_from([None, 0, 4 * N * 256, 1 << 22]))} if fused else {}
+    shapes = {"x": (N, C), "weight": (V, C)} if fused else {"logits": (N, V)}
+    views = {}
+    for name, (rows, columns) in shapes.items():
+        layout = draw(st.sampled_from(["contiguous", "transposed", "wider rows", "every other row"]))
+        if layout == "transposed":
+            views[name] = (columns, rows), lambda t: t.t()
+        elif layout == "wider rows":
+            views[name] = (rows, columns + 3), lambda t, width=columns: t[:, 2 : width + 2]
+        elif layout == "every other row":
+            views[name] = (2 * rows, columns), lambda t: t[::2]
+    op, bias = "linear_cross_entropy" if fused else "cross_entropy", fused and draw(st.booleans())
+    name = f"{N} {V} {C} {ignored} {bias} {options} {sorted(views)}"
+    return loss_case(op, name, N, V, C, ignored=ignored, bias=bias, int32=draw(st.booleans()), views=views, **options)
+
+
 def assert_within_budget(case, backend, dtype, seed):
     device = device_or_skip(case.op, backend)
     if dtype not in dtypes_of(backend, case.op):
@@ -255,4 +286,18 @@ def test_route(backend, case, dtype, seed):
 @fuzz
 @given(case=moe_cases(), **EXAMPLES)
 def test_moe(backend, case, dtype, seed):
+    assert_within_budget(case, backend, dtype, seed)
+
+
+@backends_of("cross_entropy")
+@fuzz
+@given(case=loss_cases(fused=False), **EXAMPLES)
+def test_cross_entropy(backend, case, dtype, seed):
+    assert_within_budget(case, backend, dtype, seed)
+
+
+@backends_of("linear_cross_entropy")
+@fuzz
+@given(case=loss_cases(fused=True), **EXAMPLES)
+def test_linear_cross_entropy(backend, case, dtype, seed):
     assert_within_budget(case, backend, dtype, seed)

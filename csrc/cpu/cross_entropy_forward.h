@@ -77,8 +77,11 @@ Error forward(const LinearCrossEntropyForward& args) {
   const ForwardContext<T, Tile> context(args);
   if (!context.ready()) return OUT_OF_MEMORY;
   const int64_t count = context.tokens.count();
-  for (int64_t n = 0; n < p.N; n++)
-    if (p.target[n] == p.options.ignore_index) write(args.outputs, n, 0.0f, 0.0f, -1);
+  for (int64_t n = 0; n < p.N; n++) {
+    if (p.target[n] != p.options.ignore_index) continue;
+    write(args.outputs, n, 0.0f, 0.0f, -1);
+    __builtin_memset(args.kept + n * p.columns, 0, p.columns * sizeof(float));
+  }
   if (count == 0) return nullptr;
   if (const Error error = run_tasks<ForwardPart<T, Tile>>(context.parts, context)) return error;
   parallel_for(count, GRAIN / context.parts, [&](int64_t i) {

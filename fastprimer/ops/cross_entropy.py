@@ -85,11 +85,12 @@ def linear_cross_entropy_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x (N, C), weight (V, C), target (N,), bias (V,) or None -> loss, lse, argmax (N,), kept (N, columns) in lse's dtype.
 
-    kept is z of the first `kept_columns`; what it holds of ignored tokens means nothing.
+    kept is z of the first `kept_columns`, 0 for ignored tokens.
     """
     z = _capped(_logits(x, weight, bias), softcap)
     columns = kept_columns(x.shape[0], weight.shape[0], memory_budget)
-    return *_losses(z, target, ignore_index, label_smoothing, z_loss), z[:, :columns].clone(memory_format=torch.contiguous_format)
+    kept = torch.where((target != ignore_index).unsqueeze(-1), z[:, :columns], 0.0).contiguous()
+    return *_losses(z, target, ignore_index, label_smoothing, z_loss), kept
 
 
 def linear_cross_entropy_backward(

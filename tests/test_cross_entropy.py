@@ -1,0 +1,155 @@
+"""Cross-entropy against torch's own over every option, what it returns besides the loss, and the layer."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastprimer as fp
+from conftest import device_or_skip
+from fastprimer.backends import use_backend
+
+N, C, V = 24, 12, 150
+
+
+def inputs(dtype=torch.float64, n=N):
+    generator = torch.Generator().manual_seed(2)
+    x, weight, bias = (torch.randn(*s, generator=generator, dtype=torch.float64).to(dtype) for s in ((n, C), (V, C), (V,)))
+    target = torch.randint(0, V, (n,), generator=generator)
+    target[::5] = 7
+    return x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_(), target
+
+
+OPTIONS = list(itertools.product(["mean", "sum", "none"], [0.0, 0.3], [-100, 7], [False, True]))
+
+
+@pytest.mark.parametrize("reduction, label_smoothing, ignore_index, biased", OPTIONS)
+def test_it_is_torchs_cross_entropy(reduction, label_smoothing, ignore_index, biased):
+    """In float64, with random upstream gradients; the CPU kernels of logits in float64 too, those of x and weight in float32."""
+    x, weight, bias, target = inputs()
+    options = {"reduction": reduction, "label_smoothing": label_smoothing, "ignore_index": ignore_index}
+    expected = F.cross_entropy(F.linear(x, weight, bias if biased else None), target, **options)
+    upstream = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    leaves = [x, weight, *([bias] if biased else [])]
+    grads = torch.autograd.grad(expected, leaves, upstream)
+
+    def check(loss, leaves, **tolerance):
+        torch.testing.assert_close(loss, expected.to(loss), **tolerance)
+        for mine, reference in zip(torch.autograd.grad(loss, leaves, upstream.to(loss)), grads, strict=True):
+            torch.testing.assert_close(mine, reference.to(mine), **tolerance)
+
+    check(fp.linear_cross_entropy(x, weight, target, bias=bias if biased else None, **options), leaves)
+    check(fp.cross_entropy(F.linear(x, weight, bias if biased else None), target, **options), leaves)
+    single = [t.detach().float().requires_grad_() for t in leaves]
+    loss = fp.linear_cross_entropy(single[0], single[1], target.int(), bias=single[2] if biased else None, **options)
+    check(loss, single, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_what_it_returns_besides_the_loss(backend, fused):
+    device_or_skip("linear_cross_entropy", backend)
+    x, weight, _, target = inputs(torch.float32)
+    logits = x @ weight.t()
+    kept = target != 7
+    expected = torch.where(kept, torch.logsumexp(logits, -1), 0.0)
+    options = {"ignore_index": 7, "return_lse": True}
+    with use_backend(backend):
+        public, inputs_of = (fp.linear_cross_entropy, (x, weight)) if fused else (fp.cross_entropy, (logits,))
+
+        def call(**options):
+            return public(*inputs_of, target, **options)
+
+        loss, lse, argmax = call(**options, return_argmax=True)
+        assert torch.equal(call(ignore_index=7, return_argmax=True)[1], argmax)
+        assert loss.dim() == 0 and not argmax.requires_grad
+        torch.testing.assert_close(lse, expected)
+        assert torch.equal(argmax, torch.where(kept, logits.argmax(-1), -1))
+        # lse alone, and both at once: the gradients add up.
+        dlse = torch.randn(N, generator=torch.Generator().manual_seed(1))
+        alone = torch.autograd.grad(call(**options)[1], (x, weight), dlse, retain_graph=True)
+        torch.testing.assert_close(alone, torch.autograd.grad(expected, (x, weight), dlse, retain_graph=True))
+        loss, lse = call(**options)
+        both = torch.autograd.grad([loss, lse], (x, weight), [torch.ones(()), dlse], retain_graph=True)
+        loss_only = torch.autograd.grad(call(ignore_index=7), (x, weight), retain_graph=True)
+        for b, l, a in zip(both, loss_only, alone, strict=True):
+            torch.testing.assert_close(b, l + a)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_every_token_ignored(backend):
+    device_or_skip("linear_cross_entropy", backend)
+    x, weight, bias, target = inputs(torch.float32)
+    target[:] = -100
+    for reduction, expected in (("mean", torch.nan), ("sum", 0.0)):
+        with use_backend(backend):
+            loss = fp.linear_cross_entropy(x, weight, target, bias=bias, reduction=reduction)
+        torch.testing.assert_close(loss, torch.tensor(expected), equal_nan=True)
+        assert not any(g.any() for g in torch.autograd.grad(loss, (x, weight, bias)))
+
+
+@pytest.mark.parametrize("bad, message", [(-1, "got -1"), (V, f"expected numbers in 0..{V - 1} or ignore_index=-100, got {V}")])
+def test_targets_out_of_range_raise(bad, message):
+    x, weight, _, target = inputs(torch.float32)
+    target[3] = bad
+    with pytest.raises(ValueError, match=message):
+        fp.linear_cross_entropy(x, weight, target)
+
+
+@pytest.mark.parametrize("budget", [-1, 1.5, "all"])
+def test_a_budget_is_a_number_of_bytes(budget):
+    x, weight, _, target = inputs(torch.float32)
+    with pytest.raises(ValueError, match="linear_cross_entropy: memory_budget: expected None or a number of bytes >= 0"):
+        fp.linear_cross_entropy(x, weight, target, memory_budget=budget)
+
+
+def test_the_layer_shifts_labels_and_counts_tokens_as_hugging_face_does():
+    x, weight, bias, labels = inputs(torch.float32)
+    x, labels = x.unflatten(0, (3, 8)), labels.view(3, 8)
+    logits = F.linear(x, weight, bias)[:, :-1].flatten(0, 1)
+    shifted = labels[:, 1:].flatten()
+    layer = fp.layers.LinearCrossEntropy(ignore_index=7, return_accuracy=True)
+    loss, accuracy = layer(x, weight, labels, bias=bias)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, shifted, ignore_index=7))
+    torch.testing.assert_close(accuracy, (logits.argmax(-1) == shifted)[shifted != 7].float().mean())
+    aligned = fp.layers.LinearCrossEntropy(shift=False)(x, weight, labels)
+    torch.testing.assert_close(aligned, F.cross_entropy(F.linear(x, weight).flatten(0, 1), labels.flatten()))
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    x, weight, _, labels = inputs(torch.float32)
+    x, labels = x.unflatten(0, (3, 8)), labels.view(3, 8).clone()
+    labels[0, 3:] = -100  # sequences of unlike lengths
+    layer = fp.layers.LinearCrossEntropy()
+    (whole,) = torch.autograd.grad(layer(x, weight, labels), weight)
+    count = (labels[:, 1:] != -100).sum()
+    parts = [torch.autograd.grad(layer(x[i : i + 1], weight, labels[i : i + 1], num_items_in_batch=count), weight)[0] for i in range(3)]
+    torch.testing.assert_close(sum(parts), whole)
+
+
+@pytest.mark.slow
+def test_a_large_vocabulary_is_learnt_as_on_the_plain_path():
+    """50 steps of a model of 32000 words: the losses agree to the rounding of float32."""
+    device_or_skip("linear_cross_entropy", "cpu")
+
+    def losses(loss_of):
+        generator = torch.Generator().manual_seed(0)
+        embedding = torch.nn.Parameter(torch.randn(32000, 16, generator=generator) / 4)
+        mix = torch.nn.Parameter(torch.randn(16, 16, generator=generator) / 4)
+        tokens = torch.randint(0, 32000, (40,), generator=generator)
+        optimizer = torch.optim.SGD([embedding, mix], lr=1.0)
+        curve = []
+        for _ in range(50):
+            loss = loss_of(torch.tanh(embedding[tokens[:-1]] @ mix), embedding, tokens[1:])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            curve.append(loss.item())
+        return torch.tensor(curve)
+
+    with use_backend("cpu"):
+        fused = losses(lambda x, weight, target: fp.linear_cross_entropy(x, weight, target))
+    plain = losses(lambda x, weight, target: F.cross_entropy(x @ weight.t(), target))
+    assert plain[-1] < plain[0] - 0.5
+    torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-5)
