@@ -24,6 +24,8 @@ CASES = {
     "attention": ("window-both", "softcap", "long-keys", "long-queries", "head-24", "packed-window", "packed-unlike"),
     "attention_with_kv_cache": ("speculative", "paged", "value-size", "many-queries", "large-values", "splits", "odd-features"),
     "route": ("deepseek-v3", "unnormalised", "topk-first", "odd-number-of-experts", "ties", "ties-of-groups", "sigmoid-unnormalised"),
+    "cross_entropy": ("mean", "per-token", "every-option", "lse", "everything", "several-pieces", "strided"),
+    "linear_cross_entropy": ("every-option", "lse", "several-blocks", "nothing-kept", "partly-kept", "all-kept", "strided"),
     "moe": ("top-2", "empty-experts", "skewed", "several-tiles", "odd-sizes", "one-token", "few-tokens", "transposed-weights"),
 }
 
@@ -109,6 +111,33 @@ PLANTED = {
             "for (int64_t g = 0; g + 1 < a_.groups; g++) {\n      choose",
         ),
     },
+    "cross_entropy": {
+        "the sum not brought to a new maximum": ("cross_entropy_row.h", "sum *= A(__builtin_exp(double(top - most)));", ""),
+        "z-loss without its slope": ("cross_entropy_row.h", "1 + 2 * options.z_loss * lse", "1 + options.z_loss * lse"),
+        "the gradient of lse dropped": ("cross_entropy_row.h", "* lse) + dlse)", "* lse) + 0 * dlse)"),
+        "softcap without its slope": ("cross_entropy_row.h", "reciprocal_ > 0 ? dz * slope(values) : dz", "dz"),
+        "smoothed over another number of words": (
+            "cross_entropy_row.h",
+            "dloss * options.label_smoothing / V",
+            "dloss * options.label_smoothing",
+        ),
+        "argmax counted from its piece": ("cross_entropy_row.h", "argmax = first + v;", "argmax = v;"),
+        "an ignored token's gradient not cleared": ("cross_entropy.cpp", "    __builtin_memset(dlogits, 0, p.V * sizeof(T));\n", ""),
+    },
+    "linear_cross_entropy": {
+        "a part of the vocabulary left out": ("cross_entropy_forward.h", "for (int64_t part = 1; part <", "for (int64_t part = 2; part <"),
+        "what was kept of other words": ("cross_entropy_plan.h", "* p_.columns + first_, n_", "* p_.columns, n_"),
+        "a range overwrites those before it": ("cross_entropy_backward.h", "x_.range > 0);", "false);"),
+        "the gradient of the bias from one token": ("cross_entropy_backward.h", "load(dbias + v, count) + d, count);", "d, count);"),
+        "dx of an ignored token not cleared": (
+            "cross_entropy_backward.h",
+            "__builtin_memset(dx + n * p.C, 0, p.C * sizeof(T));",
+            "continue;",
+        ),
+        "the first columns of x for all": ("cross_entropy_backward.h", "x_.weight.data() + c * pairs", "x_.weight.data() + 0 * pairs"),
+        "the target looked for in the wrong tile": ("cross_entropy_backward.h", "p_.target[token] - tiles_.first()", "p_.target[token]"),
+        "tokens follow each other": ("cross_entropy_plan.h", "numbers_[n++] = i;", "numbers_[n] = n, n++;"),
+    },
     "moe": {
         "an expert begins a pair late": (
             "moe_plan.h",
@@ -154,7 +183,10 @@ PLANTED = {
 GROUPS = {op: (op,) for op in CASES} | {"all": tuple(CASES), "memory-bound": ("rms_norm", "rope", "swiglu")}
 """Which operations a bug breaks."""
 
-TOGETHER = itertools.zip_longest(*([(op, bug) for bug in PLANTED[op]] for op in CASES))
+LATER = {"linear_cross_entropy": [None] * len(PLANTED["cross_entropy"])}
+"""Of two operations that share sources, one waits until the other's bugs are through."""
+
+TOGETHER = itertools.zip_longest(*(LATER.get(op, []) + [(op, bug) for bug in PLANTED[op]] for op in CASES))
 ROUNDS = [
     *([planted for planted in bugs if planted] for bugs in TOGETHER),
     *([(group, bug)] for group in ("all", "memory-bound") for bug in PLANTED[group]),
@@ -165,7 +197,7 @@ JUDGE = f"""
 import pathlib, sys
 import torch
 import fastprimer
-from fastprimer.cases import moe_case, rms_norm_case, rope_case, route_case, swiglu_case
+from fastprimer.cases import loss_case, moe_case, rms_norm_case, rope_case, route_case, swiglu_case
 from fastprimer.cases.attention import attention_case, decoding_case
 from fastprimer.testing import CASES, compare
 from fastprimer.verify import dtypes_of
@@ -177,12 +209,14 @@ large = {{
     "attention": attention_case("large", (1, 300, 2, 64), (1, 300, 1, 64), causal=True, scale=1.0),
     "attention_with_kv_cache": decoding_case("large", [700, 80], 5, 8, 2, 72, window=(300, None), scale=1.0),
     "route": route_case("large", 200, 70, 5, renormalize=False, scale=2.0),
+    "cross_entropy": loss_case("cross_entropy", "large", 70, 4200, reduction="none", softcap=3.0, return_lse=True),
+    "linear_cross_entropy": loss_case("linear_cross_entropy", "large", 300, 4400, 280, ignored=range(9), bias=True, reduction="none"),
     "moe": moe_case("large", 300, 40, 130, 2, 2, skew=0.2),
 }}
 for op, names in {CASES}.items():
     rows = [r for c in CASES if c.op == op and c.name in names for d in dtypes_of("cpu", op) for r in compare(c, d, "cpu")]
     rows += compare(large[op], torch.float32, "cpu")
-    if op in ("attention", "moe"):  # with the project's own matrix products too
+    if op in ("attention", "moe", "linear_cross_entropy"):  # with the project's own matrix products too
         torch.ops.fastprimer.allow_brgemm(False)
         rows += compare(large[op], torch.float32, "cpu")
     print(op, len(rows), sum(not r.ok for r in rows), flush=True)
