@@ -26,7 +26,7 @@ from aot.table import KIB, cell, counted, markdown
 ROOT = Path(__file__).parents[2]
 SHARED_LIMIT = {"sm_80": 163 * KIB, "sm_90a": 227 * KIB, "sm_100a": 227 * KIB}
 TARGETS = tuple(SHARED_LIMIT)
-COUNTED = ("LDG.E.128", "STG.E.128", "LDGSTS", "LDSM", "HMMA", "HGMMA", "UTMALDG", "SYNCS", "USETMAXREG", "STL", "LDL")
+COUNTED = ("LDG.E.128", "STG.E.128", "LDGSTS", "LDSM", "HMMA", "HGMMA", "UTMALDG", "SYNCS", "USETMAXREG", "SHFL", "STL", "LDL")
 FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-DFASTPRIMER_HOPPER", f"-I{ROOT / 'csrc/cuda'}", f"-I{ROOT / 'tests/emulator'}")
 
 
@@ -85,6 +85,11 @@ def decoding(kernel: str) -> tuple[str, ...]:
     return attention(kernel) if kernel.startswith("decoding_parts<") else ()
 
 
+def routing(kernel: str) -> tuple[str, ...]:
+    """Lanes of a warp choose together, without a look at memory."""
+    return ("SHFL",)
+
+
 def attention_hopper(kernel: str) -> tuple[str, ...]:
     """Tiles come by TMA, barriers are in shared memory, products are those of warpgroups, registers move to those that multiply."""
     return ("UTMALDG", "SYNCS", "HGMMA", "USETMAXREG", "STG.E.128")
@@ -94,6 +99,7 @@ CASES = (
     *(Case(ROOT / f"csrc/cuda/{op}.cu", wide_access) for op in ("rms_norm", "rope", "swiglu")),
     Case(ROOT / "csrc/cuda/attention.cu", attention),
     Case(ROOT / "csrc/cuda/decoding.cu", decoding),
+    Case(ROOT / "csrc/cuda/routing.cu", routing),
     Case(ROOT / "csrc/cuda/attention_hopper.cu", attention_hopper, ("sm_90a",)),
     Case(ROOT / "tests/emulator/probe.cu", tensor_core),
 )
