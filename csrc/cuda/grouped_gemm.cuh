@@ -17,18 +17,18 @@
 
 namespace fastprimer {
 
-constexpr int GEMM_STAGES = 3;
-
-// LARGE: 8 warps make 128 x 128; otherwise 4 warps make 64 x 64, for groups of few rows and for float32.
+// The four warps of a block make 128 x 128 (LARGE), or 64 x 64 for groups of few rows and for float32. The larger a warp's part, the less
+// is read from shared memory for each product; 64 x 64 are as much as there are registers for. BLOCKS are to run at once on a
+// multiprocessor: while one waits for a panel, or writes its tile, the others multiply.
 template <class T, bool LARGE>
 struct GemmShape {
-  static constexpr int ROWS = LARGE ? 128 : 64, COLUMNS = ROWS, THREADS = LARGE ? 256 : 128;
+  static constexpr int ROWS = LARGE ? 128 : 64, COLUMNS = ROWS, THREADS = 128;
   static constexpr int DEPTH = 128 / sizeof(T);
-  static constexpr int MT = LARGE ? 4 : 2, NT = 4;
-  static constexpr int WARPS_ACROSS = COLUMNS / (8 * NT);
-  static constexpr int PANEL = ROWS * DEPTH;
-  static constexpr size_t STAGED = ROWS * COLUMNS * sizeof(float), STAGES = 2 * GEMM_STAGES * PANEL * sizeof(T);
-  static constexpr size_t SHARED = STAGED > STAGES ? STAGED : STAGES;
+  static constexpr int MT = LARGE ? 4 : 2, NT = LARGE ? 8 : 4;
+  static constexpr int STAGES = LARGE ? 2 : 3, BLOCKS = LARGE ? 2 : sizeof(T) == 2 ? 4 : 3;
+  static constexpr int WARPS_ACROSS = COLUMNS / (8 * NT), PANEL = ROWS * DEPTH;
+  static constexpr size_t STAGED = ROWS * COLUMNS * sizeof(float), PANELS = 2 * STAGES * PANEL * sizeof(T);
+  static constexpr size_t SHARED = STAGED > PANELS ? STAGED : PANELS;
 };
 
 // Copies the first `count` of a chunk's elements, the rest are zeros; asynchronously where 16-byte accesses are allowed (wide).
@@ -46,31 +46,34 @@ __device__ __forceinline__ void fetch_chunk(T* to, const T* from, int count, boo
 
 __device__ __forceinline__ int count_in_chunk(int left, int chunk) { return left < 0 ? 0 : left < chunk ? left : chunk; }
 
-// See above. Each thread fetches a chunk of EACH lines.
+// See above. Each thread fetches a chunk of EACH lines; of where they are it keeps numbers, which take half the registers of addresses.
 template <class T, class Shape>
 struct Along {
   static constexpr bool ACROSS = false;
   static constexpr int CHUNKS = Shape::DEPTH / CHUNK<T>, STEP = Shape::THREADS / CHUNKS, EACH = Shape::ROWS / STEP;
   using Panel = Tile<T, Shape::DEPTH>;
 
-  const T* lines[EACH];  // null: there is none
-  const T* anywhere;     // an address to read nothing from
+  const T* data;
+  int64_t stride;
   int depth;
   bool wide;
+  int places[EACH];  // -1: there is none
 
-  // line_at(i) is where line i of the panel begins, or null.
-  template <class LineAt>
-  __device__ __forceinline__ Along(const T* anywhere, int depth, bool wide, LineAt line_at) : anywhere(anywhere), depth(depth), wide(wide) {
+  // place_of(i) is the row of memory that line i of the panel is, or -1.
+  template <class PlaceOf>
+  __device__ __forceinline__ Along(const T* data, int64_t stride, int depth, bool wide, PlaceOf place_of)
+      : data(data), stride(stride), depth(depth), wide(wide) {
 #pragma unroll
-    for (int i = 0; i < EACH; i++) lines[i] = line_at(static_cast<int>(threadIdx.x) / CHUNKS + i * STEP);
+    for (int i = 0; i < EACH; i++) places[i] = place_of(static_cast<int>(threadIdx.x) / CHUNKS + i * STEP);
   }
 
   __device__ __forceinline__ void fetch(T* stage, int first) const {
     const int chunk = threadIdx.x % CHUNKS, at = first + chunk * CHUNK<T>, count = count_in_chunk(depth - at, CHUNK<T>);
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
-      const bool inside = lines[i] != nullptr && count > 0;
-      fetch_chunk(Panel{stage}.chunk(threadIdx.x / CHUNKS + i * STEP, chunk), inside ? lines[i] + at : anywhere, inside ? count : 0, wide);
+      const bool inside = places[i] >= 0 && count > 0;
+      const T* from = inside ? data + places[i] * stride + at : data;
+      fetch_chunk(Panel{stage}.chunk(threadIdx.x / CHUNKS + i * STEP, chunk), from, inside ? count : 0, wide);
     }
   }
 };
@@ -215,16 +218,16 @@ __device__ __forceinline__ StagedTile<Shape> multiply_panels(const A& a, const B
     copy_async_commit();  // a group for every step, empty or not, so that the same number of later ones may be pending
   };
 #pragma unroll
-  for (int step = 0; step < GEMM_STAGES - 1; step++) fetch(step, step);
+  for (int step = 0; step < Shape::STAGES - 1; step++) fetch(step, step);
 
   float acc[MT][NT][4] = {};
   for (int step = 0, stage = 0; step < steps; step++) {
-    copy_async_wait<GEMM_STAGES - 2>();
+    copy_async_wait<Shape::STAGES - 2>();
     __syncthreads();  // the stage has arrived, for every thread, and nobody reads the one before any more
-    fetch(step + GEMM_STAGES - 1, stage == 0 ? GEMM_STAGES - 1 : stage - 1);
+    fetch(step + Shape::STAGES - 1, stage == 0 ? Shape::STAGES - 1 : stage - 1);
     T* panels = stages + stage * 2 * Shape::PANEL;
     multiply_step<A, B>(acc, panels, panels + Shape::PANEL, Shape::DEPTH, row, column);
-    stage = stage + 1 == GEMM_STAGES ? 0 : stage + 1;
+    stage = stage + 1 == Shape::STAGES ? 0 : stage + 1;
   }
   copy_async_wait<0>();
   __syncthreads();  // nobody reads a stage any more

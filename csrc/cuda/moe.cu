@@ -38,7 +38,7 @@ class Scratch {
 
 bool large(const MoeProblem& problem) { return problem.dtype != Dtype::float32 && problem.N * problem.K >= LARGE_TILE_ROWS * problem.E; }
 int64_t element_size(const MoeProblem& problem) { return problem.dtype == Dtype::float32 ? 4 : 2; }
-int64_t tile_rows(const MoeProblem& problem) { return large(problem) ? 128 : 64; }
+int row_bits(const MoeProblem& problem) { return large(problem) ? 7 : 6; }  // tiles of 128 or 64 rows
 
 MoeDispatch dispatch_of(const MoeProblem& problem, Scratch& scratch) {
   const int64_t pairs = problem.N * problem.K, E = problem.E;
@@ -48,8 +48,8 @@ MoeDispatch dispatch_of(const MoeProblem& problem, Scratch& scratch) {
   at.K = static_cast<int>(problem.K);
   at.chunk = static_cast<int>(std::max(LEAST_CHUNK, divided(divided(pairs, MOST_CHUNKS), 32) * 32));
   at.chunks = static_cast<int>(divided(pairs, at.chunk));
-  at.rows = static_cast<int>(tile_rows(problem));
-  at.tiles = static_cast<int>(pairs / at.rows + std::min(E, pairs));
+  at.row_bits = row_bits(problem);
+  at.tiles = static_cast<int>((pairs >> at.row_bits) + std::min(E, pairs));
   scratch.take(at.counts, E * at.chunks);
   scratch.take(at.begins, E + 1);
   scratch.take(at.tile_expert, at.tiles);
@@ -78,7 +78,7 @@ MoeBackwardScratch backward_of(const MoeProblem& problem, Scratch& scratch) {
   piece.dhidden = scratch.take(pairs * piece.stride_dhidden * size);
   piece.wu = scratch.take(pairs * piece.stride_wu * size);
   piece.dx = scratch.take(pairs * piece.stride_dx * size);
-  scratch.take(piece.dots, divided(problem.F, tile_rows(problem)) * pairs);
+  scratch.take(piece.dots, divided(problem.F, 1 << row_bits(problem)) * pairs);
   return piece;
 }
 

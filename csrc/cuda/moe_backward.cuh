@@ -16,7 +16,7 @@ struct MoeBackwardScratch {
 // d = dy down, and from it dhidden, wu and the tile's part of d u. 2 C F FLOPs a pair. Moves dy's rows, gathered, once for each tile of F,
 // an expert's down once for each tile of its rows, hidden in, and 3 F elements a pair out.
 template <class T, bool LARGE>
-__global__ void __launch_bounds__(GemmShape<T, LARGE>::THREADS)
+__global__ void __launch_bounds__(GemmShape<T, LARGE>::THREADS, GemmShape<T, LARGE>::BLOCKS)
     moe_dhidden(const MoeBackward args, const MoeDispatch at, const MoeBackwardScratch scratch) {
   using Shape = GemmShape<T, LARGE>;
   const MoeProblem& problem = args.problem;
@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(GemmShape<T, LARGE>::THREADS)
 
   const T* dy = static_cast<const T*>(args.dy);
   const T* down = static_cast<const T*>(problem.down) + tile.e * problem.stride_down_expert + tile.column;
-  const Along<T, Shape> a(dy, C, scratch.wide_dy, [&](int i) { return tile.row_of_token(dy, args.stride_dy_row, at.token_at, i); });
+  const Along<T, Shape> a(dy, args.stride_dy_row, C, scratch.wide_dy, [&](int i) { return tile.token(at, i); });
   const Across<T, Shape> b{down, problem.stride_down_row, nullptr, C, F - tile.column, scratch.wide_down};
   const StagedTile<Shape> product = multiply_panels<Shape>(a, b, C, static_cast<T*>(nullptr));
 
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(GemmShape<T, LARGE>::THREADS)
 // The rows of dx of single pairs, dhidden gate_up. 4 C F FLOPs a pair. Moves dhidden's rows once for each tile of C, an expert's gate_up
 // once for each tile of its rows, and C elements a pair out.
 template <class T, bool LARGE>
-__global__ void __launch_bounds__(GemmShape<T, LARGE>::THREADS)
+__global__ void __launch_bounds__(GemmShape<T, LARGE>::THREADS, GemmShape<T, LARGE>::BLOCKS)
     moe_dx(const MoeBackward args, const MoeDispatch at, const MoeBackwardScratch scratch) {
   using Shape = GemmShape<T, LARGE>;
   const MoeProblem& problem = args.problem;
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(GemmShape<T, LARGE>::THREADS)
 
   const T* dhidden = static_cast<const T*>(scratch.dhidden);
   const T* gate_up = static_cast<const T*>(problem.gate_up) + tile.e * problem.stride_gate_up_expert + tile.column;
-  const Along<T, Shape> a(dhidden, depth, true, [&](int i) { return tile.row(dhidden, scratch.stride_dhidden, i); });
+  const Along<T, Shape> a(dhidden, scratch.stride_dhidden, depth, true, [&](int i) { return tile.place(i); });
   const Across<T, Shape> b{gate_up, problem.stride_gate_up_row, nullptr, depth, C - tile.column, scratch.wide_gate_up};
   const StagedTile<Shape> product = multiply_panels<Shape>(a, b, depth, static_cast<T*>(nullptr));
 
@@ -99,7 +99,8 @@ struct MoeOuter {
 // without any gets zeros. 2 rows columns FLOPs a pair. Moves a once for each tile of columns and b once for each tile of rows, and the
 // gradient out.
 template <class T, bool LARGE>
-__global__ void __launch_bounds__(GemmShape<T, LARGE>::THREADS) moe_dweight(const MoeDispatch at, const MoeOuter outer) {
+__global__ void __launch_bounds__(GemmShape<T, LARGE>::THREADS, GemmShape<T, LARGE>::BLOCKS)
+    moe_dweight(const MoeDispatch at, const MoeOuter outer) {
   using Shape = GemmShape<T, LARGE>;
   const int across = (outer.columns + Shape::COLUMNS - 1) / Shape::COLUMNS, down = (outer.rows + Shape::ROWS - 1) / Shape::ROWS;
   const int first_column = blockIdx.x % across * Shape::COLUMNS, first_row = blockIdx.x / across % down * Shape::ROWS;

@@ -22,15 +22,15 @@ constexpr int OFFSETS_THREADS = 512, PLACES_THREADS = 128;
 // All of it in scratch memory. "Place" is a number in the sorted order.
 struct MoeDispatch {
   int pairs, E, K;
-  int chunk, chunks;  // pairs of one chunk, a multiple of 32; how many chunks
-  int rows, tiles;    // rows of a tile; the bound
-  int* counts;        // (E, chunks): pairs of a chunk, then the place of the first of them among its expert's
-  int* begins;        // (E + 1): an expert's first place; before moe_offsets, how many pairs it has
-  int* tile_expert;   // (tiles): -1 if there are fewer
-  int* tile_begin;    // (tiles): the tile's first place
-  int* pair_at;       // (pairs): the pair at a place; there are begins[E] places
-  int* token_at;      // (pairs): its token
-  int* place_of;      // (pairs): the place of a pair; -1 if its expert's number is none
+  int chunk, chunks;    // pairs of one chunk, a multiple of 32; how many chunks
+  int row_bits, tiles;  // a tile has 2^row_bits rows; the bound
+  int* counts;          // (E, chunks): pairs of a chunk, then the place of the first of them among its expert's
+  int* begins;          // (E + 1): an expert's first place; before moe_offsets, how many pairs it has
+  int* tile_expert;     // (tiles): -1 if there are fewer
+  int* tile_begin;      // (tiles): the tile's first place
+  int* pair_at;         // (pairs): the pair at a place; there are begins[E] places
+  int* token_at;        // (pairs): its token
+  int* place_of;        // (pairs): the place of a pair; -1 if its expert's number is none
 };
 
 // The expert of a pair, or -1.
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(OFFSETS_THREADS) moe_offsets(const MoeDispatch
     int places = 0, tiles = 0;
     for (int first = 0; first < at.E; first += 32) {
       const int e = first + lane, count = e < at.E ? at.begins[e] : 0;
-      const WarpScan place(count), tile((count + at.rows - 1) / at.rows);
+      const WarpScan place(count), tile((count + (1 << at.row_bits) - 1) >> at.row_bits);
       if (e < at.E) {
         at.begins[e] = places + place.before;
         first_tile[e] = tiles + tile.before;
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(OFFSETS_THREADS) moe_offsets(const MoeDispatch
   for (int e = warp; e < at.E; e += OFFSETS_THREADS / 32) {
     for (int tile = first_tile[e] + lane; tile < first_tile[e + 1]; tile += 32) {
       at.tile_expert[tile] = e;
-      at.tile_begin[tile] = at.begins[e] + (tile - first_tile[e]) * at.rows;
+      at.tile_begin[tile] = at.begins[e] + ((tile - first_tile[e]) << at.row_bits);
     }
   }
   for (int tile = first_tile[at.E] + threadIdx.x; tile < at.tiles; tile += OFFSETS_THREADS) at.tile_expert[tile] = -1;

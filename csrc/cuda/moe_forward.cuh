@@ -32,25 +32,19 @@ struct MoeTile {
     column = blockIdx.x % across * width;
     e = at.tile_expert[tile];
     begin = e < 0 ? 0 : at.tile_begin[tile];
-    end = e < 0 ? 0 : min(begin + at.rows, at.begins[e + 1]);
+    end = e < 0 ? 0 : min(begin + (1 << at.row_bits), at.begins[e + 1]);
   }
 
-  // Where row i is, or null: of a matrix in the order of places, or with a row for each token.
-  template <class T>
-  __device__ __forceinline__ const T* row(const T* data, int64_t stride, int i) const {
-    return begin + i < end ? data + (begin + i) * stride : nullptr;
-  }
-  template <class T>
-  __device__ __forceinline__ const T* row_of_token(const T* data, int64_t stride, const int* token_at, int i) const {
-    return begin + i < end ? data + token_at[begin + i] * stride : nullptr;
-  }
+  // The place of row i, or -1.
+  __device__ __forceinline__ int place(int i) const { return begin + i < end ? begin + i : -1; }
+  __device__ __forceinline__ int token(const MoeDispatch& at, int i) const { return begin + i < end ? at.token_at[begin + i] : -1; }
 };
 
 // hidden = x gate_up^T, and u. Of the columns of a block half are gates and half the ups that belong to them, in turns of 8 NT / 2, so that
 // what becomes one number of u is in one warp's part. 4 C F FLOPs a pair. Moves x's rows, gathered, once for each tile of F, an expert's
 // gate_up once for each tile of its rows, and 3 F elements a pair out.
 template <class T, bool LARGE>
-__global__ void __launch_bounds__(GemmShape<T, LARGE>::THREADS)
+__global__ void __launch_bounds__(GemmShape<T, LARGE>::THREADS, GemmShape<T, LARGE>::BLOCKS)
     moe_hidden(const MoeForward args, const MoeDispatch at, const MoeForwardScratch scratch) {
   using Shape = GemmShape<T, LARGE>;
   constexpr int TURN = 8 * Shape::NT / 2, WIDTH = Shape::COLUMNS / 2;
@@ -61,10 +55,10 @@ __global__ void __launch_bounds__(GemmShape<T, LARGE>::THREADS)
 
   const T* x = static_cast<const T*>(problem.x);
   const T* gate_up = static_cast<const T*>(problem.gate_up) + tile.e * problem.stride_gate_up_expert;
-  const Along<T, Shape> a(x, C, scratch.wide_x, [&](int i) { return tile.row_of_token(x, problem.stride_x_row, at.token_at, i); });
-  const Along<T, Shape> b(gate_up, C, scratch.wide_gate_up, [&](int i) -> const T* {
+  const Along<T, Shape> a(x, problem.stride_x_row, C, scratch.wide_x, [&](int i) { return tile.token(at, i); });
+  const Along<T, Shape> b(gate_up, problem.stride_gate_up_row, C, scratch.wide_gate_up, [&](int i) {
     const int f = tile.column + i / (2 * TURN) * TURN + i % TURN;
-    return f < F ? gate_up + (i / TURN % 2 * F + f) * problem.stride_gate_up_row : nullptr;
+    return f < F ? i / TURN % 2 * F + f : -1;
   });
   const StagedTile<Shape> product = multiply_panels<Shape>(a, b, C, static_cast<T*>(nullptr));
 
@@ -92,7 +86,7 @@ __global__ void __launch_bounds__(GemmShape<T, LARGE>::THREADS)
 // z = w (u down^T). 2 C F FLOPs a pair. Moves u's rows once for each tile of C, an expert's down once for each tile of its rows, and C
 // elements a pair out.
 template <class T, bool LARGE>
-__global__ void __launch_bounds__(GemmShape<T, LARGE>::THREADS)
+__global__ void __launch_bounds__(GemmShape<T, LARGE>::THREADS, GemmShape<T, LARGE>::BLOCKS)
     moe_down(const MoeForward args, const MoeDispatch at, const MoeForwardScratch scratch) {
   using Shape = GemmShape<T, LARGE>;
   const MoeProblem& problem = args.problem;
@@ -102,10 +96,9 @@ __global__ void __launch_bounds__(GemmShape<T, LARGE>::THREADS)
 
   const T* u = static_cast<const T*>(scratch.u);
   const T* down = static_cast<const T*>(problem.down) + tile.e * problem.stride_down_expert;
-  const Along<T, Shape> a(u, F, true, [&](int i) { return tile.row(u, scratch.stride_u, i); });
-  const Along<T, Shape> b(down, F, scratch.wide_down, [&](int i) -> const T* {
-    return tile.column + i < C ? down + (tile.column + i) * problem.stride_down_row : nullptr;
-  });
+  const Along<T, Shape> a(u, scratch.stride_u, F, true, [&](int i) { return tile.place(i); });
+  const Along<T, Shape> b(down, problem.stride_down_row, F, scratch.wide_down,
+                          [&](int i) { return tile.column + i < C ? tile.column + i : -1; });
   const StagedTile<Shape> product = multiply_panels<Shape>(a, b, F, static_cast<T*>(nullptr));
 
   for (int i = threadIdx.x; i < Shape::ROWS * product.CHUNKS; i += Shape::THREADS) {
