@@ -90,6 +90,15 @@ def routing(kernel: str) -> tuple[str, ...]:
     return ("SHFL",)
 
 
+def moe(kernel: str) -> tuple[str, ...]:
+    """Products are made in tensor cores, those of float32 are not; their panels come and what they make goes 16 bytes at a time."""
+    if kernel.startswith("moe_combine<"):
+        return ("LDG.E.128", "STG.E.128")
+    if "<" not in kernel:  # a few numbers for each pair: where it goes, what its weight's gradient is
+        return ()
+    return ("LDGSTS", "STG.E.128") if "<float," in kernel else ("HMMA", "LDSM", "LDGSTS", "STG.E.128")
+
+
 def attention_hopper(kernel: str) -> tuple[str, ...]:
     """Tiles come by TMA, barriers are in shared memory, products are those of warpgroups, registers move to those that multiply."""
     return ("UTMALDG", "SYNCS", "HGMMA", "USETMAXREG", "STG.E.128")
@@ -100,6 +109,7 @@ CASES = (
     Case(ROOT / "csrc/cuda/attention.cu", attention),
     Case(ROOT / "csrc/cuda/decoding.cu", decoding),
     Case(ROOT / "csrc/cuda/routing.cu", routing),
+    Case(ROOT / "csrc/cuda/moe.cu", moe),
     Case(ROOT / "csrc/cuda/attention_hopper.cu", attention_hopper, ("sm_90a",)),
     Case(ROOT / "tests/emulator/probe.cu", tensor_core),
 )

@@ -30,10 +30,10 @@ const Case CASES[] = {
     {.N = 11, .C = 16, .F = 12, .E = 4, .K = 2, .more = 8, .quick = true},                // F not in whole 16 bytes
     {.N = 7, .C = 9, .F = 5, .E = 3, .K = 2, .invalid = true, .more = 1, .quick = true},  // nothing aligned
     {.N = 9, .C = 8, .F = 24, .E = 40, .K = 3, .only = 7, .offset = 1, .quick = true},    // most experts are empty
-    {.N = 5, .C = 72, .F = 16, .E = 3, .K = 2, .only = 2, .nans = true, .quick = true},   // NaN stays where it is
+    {.N = 5, .C = 104, .F = 72, .E = 3, .K = 2, .only = 2, .nans = true, .quick = true},  // NaN stays where it is; several tiles
+    {.N = 300, .C = 8, .F = 8, .E = 5, .K = 1, .invalid = true, .quick = true},           // several chunks of pairs
     {.N = 70, .C = 24, .F = 40, .E = 3, .K = 1, .only = 1},                               // one takes all: two tiles of rows
     {.N = 21, .C = 200, .F = 104, .E = 2, .K = 2, .invalid = true},                       // several tiles of columns and steps of depth
-    {.N = 400, .C = 8, .F = 8, .E = 5, .K = 3, .invalid = true},                          // several chunks of pairs
     {.N = 150, .C = 200, .F = 136, .E = 2, .K = 1, .only = 1, .large_only = true},        // large tiles, more than one of all
     {.N = 130, .C = 72, .F = 20, .E = 3, .K = 2, .invalid = true, .large_only = true},    // not aligned
 };
