@@ -78,9 +78,21 @@ def _where(chosen: Tensor, values: Tensor) -> Tensor:
     return torch.where(chosen, values, 0.0)
 
 
+def _cuda_limit(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> str:
+    reason = dtype_limit(x, None, "float32 bfloat16 float16")
+    if reason:
+        return reason
+    if gate_up.shape[0] > 8192:
+        return "its kernel takes at most 8192 experts"
+    if max(experts.numel(), x.shape[1], gate_up.shape[1]) >= 2**30:
+        return "its kernel takes fewer than 2^30 pairs of a token and an expert, and rows of fewer than 2^30 numbers"
+    return ""
+
+
 LIMITS = {
     "moe": {
         "cpu": lambda x, *_: dtype_limit(x, None, "float32 bfloat16 float16"),
+        "cuda": _cuda_limit,
     }
 }
 

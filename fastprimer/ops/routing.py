@@ -125,6 +125,10 @@ def _weights(l: Tensor, experts: Tensor, score: int, renormalize: bool, scale: f
 LIMITS = {
     "route": {
         "cpu": lambda logits, *_: dtype_limit(logits, None, "float32 bfloat16 float16 float64"),
+        "cuda": lambda logits, *_: (
+            dtype_limit(logits, None, "float32 bfloat16 float16")
+            or ("its kernel takes at most 4096 experts" if logits.shape[1] > 4096 else "")
+        ),
     }
 }
 
