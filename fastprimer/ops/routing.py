@@ -45,7 +45,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from fastprimer.backends import choose, implementation
+from fastprimer.backends import choose, dtype_limit, implementation
 from fastprimer.ops import _arguments as arguments
 
 SCORES = ("softmax", "softmax_topk", "sigmoid")
@@ -117,7 +117,13 @@ def _weights(l: Tensor, experts: Tensor, score: str, renormalize: bool, scale: f
     return scale * r
 
 
-LIMITS = {"route": {}}
+def _triton_limit(logits, *_) -> str:
+    if logits.shape[1] > 8192:
+        return f"its kernel takes at most 8192 experts, for it holds a token's logits in registers, not E = {logits.shape[1]}"
+    return dtype_limit(logits, None, "float32 bfloat16 float16 float64")
+
+
+LIMITS = {"route": {"triton": _triton_limit}}
 
 
 class Route(torch.autograd.Function):
