@@ -30,7 +30,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastprimer.backends import choose, implementation
+from fastprimer.backends import choose, dtype_limit, implementation
 from fastprimer.ops import _arguments as arguments
 from fastprimer.ops.swiglu import constants, swiglu_backward, swiglu_forward
 
@@ -78,7 +78,15 @@ def _where(chosen: Tensor, values: Tensor) -> Tensor:
     return torch.where(chosen, values, 0.0)
 
 
-LIMITS = {"moe": {}}
+def _triton_limit(x, gate_up, down, weights, experts) -> str:
+    if gate_up.shape[0] > 4095:
+        return f"its kernels take at most 4095 experts, whose counts one program holds in registers, not E = {gate_up.shape[0]}"
+    if experts.numel() > 2**30:
+        return f"its kernels number the pairs of a token and an expert in 32 bits, at most 2^30, not N K = {experts.numel()}"
+    return dtype_limit(x, None, "float32 bfloat16 float16 float64")
+
+
+LIMITS = {"moe": {"triton": _triton_limit}}
 
 
 class MoE(torch.autograd.Function):
