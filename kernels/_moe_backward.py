@@ -8,6 +8,25 @@ from fastprimer.kernels.swiglu import _sigma
 
 
 @triton.jit
+def _store_dhidden(d, weights_ptr, hidden_ptr, dhidden_ptr, wu_ptr, position, pair, exists, first, F, WIDE: tl.constexpr):
+    """From columns first.. of d, store those of dhidden and w u; what they add to dweights, (BLOCK_M,)."""
+    f = (first + tl.arange(0, d.shape[1]))[None, :]
+    inside = exists[:, None] & (f < F)
+    w = tl.load(weights_ptr + pair, mask=exists, other=0.0).to(WIDE)[:, None]
+    place = hidden_ptr + (pair * 2 * F)[:, None] + f
+    a = tl.load(place, mask=inside, other=0.0).to(WIDE)
+    b = tl.load(place + F, mask=inside, other=0.0).to(WIDE)
+    sigma, sigma_slope = _sigma(a, 1.0, 0)
+    u = a * sigma * b
+    tl.store(wu_ptr + (position * F)[:, None] + f, (w * u).to(wu_ptr.dtype.element_ty), mask=inside)
+    du = w * d
+    place = dhidden_ptr + (position * 2 * F)[:, None] + f
+    tl.store(place, (du * (sigma + a * sigma_slope) * b).to(dhidden_ptr.dtype.element_ty), mask=inside)
+    tl.store(place + F, (du * (a * sigma)).to(dhidden_ptr.dtype.element_ty), mask=inside)
+    return tl.sum(tl.where(inside, d * u, 0.0), 1)
+
+
+@triton.jit
 def moe_dhidden_kernel(
     dy_ptr, down_ptr, weights_ptr, hidden_ptr, order_ptr, offsets_ptr, work_ptr, dhidden_ptr, wu_ptr, partial_ptr,
     stride_dy_row, stride_matrix_expert, stride_row, stride_column, tiles, E, K, C, F,
@@ -29,19 +48,13 @@ def moe_dhidden_kernel(
         tl.where(expert < E, C, 0), F, stride_row, stride_column, BLOCK_M, BLOCK_N, BLOCK_K, WHOLE_K, WIDE,
     )  # fmt: skip
 
-    inside = exists[:, None] & (f < F)
-    place = hidden_ptr + (pair * 2 * F)[:, None] + f
-    a = tl.load(place, mask=inside, other=0.0).to(WIDE)
-    b = tl.load(place + F, mask=inside, other=0.0).to(WIDE)
-    w = tl.load(weights_ptr + pair, mask=exists, other=0.0).to(WIDE)[:, None]
-    sigma, sigma_slope = _sigma(a, 1.0, 0)
-    u = a * sigma * b
-    tl.store(partial_ptr + pair * blocks + block, tl.sum(tl.where(inside, d * u, 0.0), 1), mask=exists)
-    tl.store(wu_ptr + (position * F)[:, None] + f, (w * u).to(wu_ptr.dtype.element_ty), mask=inside)
-    du = w * d
-    place = dhidden_ptr + (position * 2 * F)[:, None] + f
-    tl.store(place, (du * (sigma + a * sigma_slope) * b).to(dhidden_ptr.dtype.element_ty), mask=inside)
-    tl.store(place + F, (du * (a * sigma)).to(dhidden_ptr.dtype.element_ty), mask=inside)
+    # Half of the columns at a time: what all of them need at once does not fit into the registers.
+    left, right = tl.split(tl.permute(tl.reshape(d, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+    first = block * BLOCK_N
+    share = _store_dhidden(left, weights_ptr, hidden_ptr, dhidden_ptr, wu_ptr, position, pair, exists, first, F, WIDE)
+    first += BLOCK_N // 2
+    share += _store_dhidden(right, weights_ptr, hidden_ptr, dhidden_ptr, wu_ptr, position, pair, exists, first, F, WIDE)
+    tl.store(partial_ptr + pair * blocks + block, share, mask=exists)
 
 
 @triton.jit

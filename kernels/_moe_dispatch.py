@@ -27,6 +27,8 @@ from torch import Tensor
 CHUNK = 512
 COMPARED = 64
 """Pairs that a chunk's pairs are compared with at a time: 512 x 64 comparisons, 128 a thread."""
+SCANNED = 128
+"""Chunks that are scanned at a time."""
 
 
 class Dispatch(NamedTuple):
@@ -129,7 +131,7 @@ def dispatch(experts: Tensor, E: int, BLOCK_M: int) -> Dispatch:
     rank, order, offsets, totals, work = new(P), new(P), new(E + 2), new(E + 1), new(2, tiles)
     before, counts = new(chunks, E + 1), torch.zeros((chunks, E + 1), dtype=torch.int32, device=experts.device)
     moe_rank_kernel[(chunks,)](experts, rank, counts, P, E, chunk, COMPARED, num_warps=max(1, chunk // 64))
-    CHUNKS, BINS = min(128, triton.next_power_of_2(chunks)), 16
+    CHUNKS, BINS = min(SCANNED, triton.next_power_of_2(chunks)), 16
     moe_scan_kernel[(triton.cdiv(E + 1, BINS),)](counts, before, totals, chunks, E + 1, CHUNKS, BINS, num_warps=4)
     moe_plan_kernel[(E + 1,)](totals, offsets, work, tiles, E, BLOCK_M, triton.next_power_of_2(E + 1), 128, num_warps=4)
     moe_scatter_kernel[(chunks,)](experts, rank, before, offsets, order, P, E, chunk, num_warps=max(1, chunk // 128))
