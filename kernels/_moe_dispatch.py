@@ -25,8 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 CHUNK = 512
-COMPARED = 64
-"""Pairs that a chunk's pairs are compared with at a time: 512 x 64 comparisons, 128 a thread."""
+COMPARED = 16
+"""Pairs that a chunk's pairs are compared with at a time: 512 x 16 comparisons, 32 a thread."""
 SCANNED = 128
 """Chunks that are scanned at a time."""
 

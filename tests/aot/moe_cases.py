@@ -8,8 +8,8 @@ from aot.attention_cases import FEW_ROWS, MATRIX_UNIT, meta, required
 from aot.triton_gate import Case
 from fastprimer.kernels import moe, routing
 
-COPIES = dict.fromkeys(("sm_80", "sm_90", "sm_100"), r"\bLDGSTS\.E\S*\.128") | {"gfx942": r"(?:global|buffer)_load_dwordx4"}
-"""Tiles come in pieces of 16 bytes, on NVIDIA GPUs past the registers."""
+COPIES = dict.fromkeys(("sm_80", "sm_90", "sm_100"), r"\bLDGSTS\.E\S*\.128") | {"gfx942": r"(?:global|buffer)_load_dwordx[24]"}
+"""Tiles come in pieces of 16 bytes, on NVIDIA GPUs past the registers; on AMD 8 bytes do."""
 DISPATCH = ("moe_rank_kernel", "moe_scan_kernel", "moe_plan_kernel", "moe_scatter_kernel", "moe_combine_kernel")
 
 
