@@ -87,14 +87,15 @@ Within a column the first three have one BLOCK_M, for they share the list of til
 """
 
 
-def tile(table: dict[str, Tile], rows: int, columns: int, terms: int, dtype: torch.dtype, target: str) -> Tile:
-    """The table's tile, no larger than a product of `rows` rows (or so many an expert) needs; few rows need fewer warps."""
-    family = family_of(dtype, target).removeprefix("gfx ") if dtype != torch.float64 else "float64"
-    whole = table[family]
-    BLOCK_M, BLOCK_N, BLOCK_K = (
-        min(most, max(16, triton.next_power_of_2(n))) for most, n in zip(whole, (rows, columns, terms), strict=False)
-    )
-    num_warps = whole.num_warps if 2 * BLOCK_M * BLOCK_N > whole.BLOCK_M * whole.BLOCK_N else min(4, whole.num_warps)
+def tile(table: dict[str, Tile], rows: int, columns: int, terms: int, dtype: torch.dtype, target: str, odd: bool = False) -> Tile:
+    """The table's tile, no larger than a product of `rows` rows (or so many an expert) needs; few rows need fewer warps.
+
+    With an odd width numbers come one by one, each with an address of its own, and half as many columns fit into the registers.
+    """
+    whole = table[family_of(dtype, target).removeprefix("gfx ") if dtype != torch.float64 else "float64"]
+    most = whole.BLOCK_M, whole.BLOCK_N // 2 if odd else whole.BLOCK_N, whole.BLOCK_K
+    BLOCK_M, BLOCK_N, BLOCK_K = (min(m, max(16, triton.next_power_of_2(n))) for m, n in zip(most, (rows, columns, terms), strict=True))
+    num_warps = whole.num_warps if 2 * BLOCK_M * BLOCK_N > most[0] * most[1] else min(4, whole.num_warps)
     return Tile(BLOCK_M, BLOCK_N, BLOCK_K, num_warps, whole.num_stages)
 
 
@@ -113,7 +114,9 @@ class Problem:
 
     def tile(self, table: dict[str, Tile], columns: int, terms: int, rows: int | None = None) -> Tile:
         """`rows`: by default those that an expert has if all have as many."""
-        return tile(table, triton.cdiv(self.P, self.E) if rows is None else rows, columns, terms, self.dtype, architecture(self.device))
+        rows = triton.cdiv(self.P, self.E) if rows is None else rows
+        odd = self.C % 8 != 0 or self.F % 8 != 0
+        return tile(table, rows, columns, terms, self.dtype, architecture(self.device), odd)
 
     def dispatch(self, experts: Tensor) -> Dispatch:
         return dispatch(experts, self.E, self.tile(PRODUCT, self.C, self.F).BLOCK_M)
