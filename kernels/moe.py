@@ -14,10 +14,11 @@ expert's rows are not padded. An expert number outside 0..E-1, which cannot be c
 nowhere: its pair contributes 0 and has the gradient 0. u, rounded to x's type between the products, overflows in float16 where
 silu(a) b is beyond 65504, though y might not be.
 
-FLOPs: forward 6 P C F, backward 12 P C F. Bytes moved at least, with b bytes a number: forward the matrices that were chosen (each
-3 C F b; again for every GROUP · BLOCK_M rows where they do not stay in the cache), and for every pair C (x, gathered) + 3 F (hidden,
-u) + F (u) + 2 C (z, twice) numbers, then C a token (y); backward the matrices and their gradients, and for every pair 2 C (dy, x;
-once more dy) + 2 F (hidden) + 3 F (dhidden, wu) + 5 F (them, dhidden twice) + 2 C (dx by pair, twice).
+FLOPs: forward 6 P C F, backward 12 P C F. Bytes moved at least, with b bytes a number: forward the matrices that were chosen, each
+3 C F b, and 2 C b a token (x, y); backward them and all gradients, again 3 C F b each, and 3 C b a token (x, dy, dx). To that comes
+what kernels hand on, b times, for every pair: forward 4 F (hidden; u twice) and 2 C (z twice), backward 2 F (hidden), 8 F (dhidden
+three times, wu twice) and 2 C (dx by pair, twice). What a block of columns reads that another has read is meant to be in the cache:
+a token's row, and a matrix for GROUP tiles of rows.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ GRADIENT = {
     "sm_100": Tile(128, 128, 64, 8, 3),
     "gfx": Tile(128, 128, 32, 8, 1),
     "float32": Tile(64, 64, 16, 8, 2),
-    "float64": Tile(32, 32, 16, 4, 1),
+    "float64": Tile(32, 32, 32, 4, 1),
 }
 """By target: BLOCK_M x BLOCK_N of the result at a time (twice that many for HIDDEN), BLOCK_K terms of the sum. No GPU has timed them.
 

@@ -1,4 +1,7 @@
-"""What the compile gate compiles of routing and of the mixture of experts, forward and backward."""
+"""What the compile gate compiles of routing and of the mixture of experts, forward and backward.
+
+The calls are on meta tensors, which have no numbers: a host function that waited for a device, to look at one, would raise.
+"""
 
 from __future__ import annotations
 
