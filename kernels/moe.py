@@ -11,8 +11,8 @@ With P = N·K pairs of a token and an expert, put in the experts' order by _moe_
 
 What one kernel hands to the next lies in the order of the experts (u, dhidden, wu), or of the pairs (hidden, z), in x's type; an
 expert's rows are not padded. An expert number outside 0..E-1, which cannot be checked on a GPU without waiting for it, is read
-nowhere: its pair contributes 0 and has the gradient 0. u, rounded to x's type between the products, overflows in float16 where
-silu(a) b is beyond 65504, though y might not be.
+nowhere: its pair contributes 0 and has the gradient 0. What is handed on in float16 is infinite beyond 65504, silu(a) b for
+example, where the reference, in float32 between its products, would go on.
 
 FLOPs: forward 6 P C F, backward 12 P C F. Bytes moved at least, with b bytes a number: forward the matrices that were chosen, each
 3 C F b, and 2 C b a token (x, y); backward them and all gradients, again 3 C F b each, and 3 C b a token (x, dy, dx). To that comes
