@@ -51,7 +51,8 @@ def forward_and_backward(op):
     def call():
         outputs = getattr(fp, op)(**arguments)
         outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o is not None]
-        return [*outputs, *torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs])]
+        with_grad = [o for o in outputs if o.requires_grad]
+        return [*outputs, *torch.autograd.grad(with_grad, leaves, [torch.ones_like(o) for o in with_grad])]
 
     return call
 

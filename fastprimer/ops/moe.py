@@ -89,9 +89,18 @@ def _cuda_limit(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, exper
     return ""
 
 
+def _triton_limit(x, gate_up, down, weights, experts) -> str:
+    if gate_up.shape[0] > 4095:
+        return f"its kernels take at most 4095 experts, whose counts one program holds in registers, not E = {gate_up.shape[0]}"
+    if experts.numel() > 2**30:
+        return f"its kernels number the pairs of a token and an expert in 32 bits, at most 2^30, not N K = {experts.numel()}"
+    return dtype_limit(x, None, "float32 bfloat16 float16 float64")
+
+
 LIMITS = {
     "moe": {
         "cpu": lambda x, *_: dtype_limit(x, None, "float32 bfloat16 float16"),
+        "triton": _triton_limit,
         "cuda": _cuda_limit,
     }
 }
