@@ -23,7 +23,7 @@ CASES = {
     "swiglu": ("odd", "packed", "gpt-oss", "gelu", "views", "many"),
     "attention": ("window-both", "softcap", "long-keys", "long-queries", "head-24", "packed-window", "packed-unlike"),
     "attention_with_kv_cache": ("speculative", "paged", "value-size", "many-queries", "large-values", "splits", "odd-features"),
-    "route": ("deepseek-v3", "unnormalised", "topk-first", "odd-number-of-experts", "ties", "ties-of-groups", "sigmoid-unnormalised"),
+    "route": ("deepseek-v3", "unnormalised", "topk-first", "biased", "ties", "ties-of-groups", "sigmoid-unnormalised"),
     "moe": ("top-2", "empty-experts", "skewed", "several-tiles", "odd-sizes", "one-token", "few-tokens", "transposed-weights"),
 }
 

@@ -267,7 +267,7 @@ def checks(module):
             for logits in (random(0, 9, 12), -random(0, 9, 12).abs(), ties):
                 assert_routes_like_the_reference(module, logits, 3, *options(way, random(2, 12) if grouped else None, grouped))
     few = torch.where(ties > 0, -150.0, ties)  # so that the zeros are chosen
-    opts = options(("softmax_topk", True))
+    opts = options((reference.SOFTMAX_TOPK, True))
     assert torch.equal(module.route_forward(few, 4, *opts)[1], reference.route_forward(few, 4, *opts)[1])
 
 
@@ -291,7 +291,7 @@ def test_planted_nan_below_all_is_caught(tmp_path, monkeypatch):
     )
     monkeypatch.setitem(globals(), "kernels", planted)
     with pytest.raises(AssertionError):
-        test_nan_and_infinity_choose_what_they_do_in_the_reference(("softmax_topk", True), None)
+        test_nan_and_infinity_choose_what_they_do_in_the_reference((reference.SOFTMAX_TOPK, True), None)
 
 
 def test_planted_32_bit_offset_is_caught(tmp_path, monkeypatch):
