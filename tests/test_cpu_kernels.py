@@ -130,8 +130,8 @@ PLANTED = {
         "the weight forgotten in ddown": ("moe_backward.h", "store(wu + c, w * u, count);", "store(wu + c, u, count);"),
         "a slice of dweights left out": (
             "moe_backward.h",
-            "for (int64_t s = 0; s < context.slices; s++)",
-            "for (int64_t s = 1; s < context.slices; s++)",
+            "for (int64_t s = 0; s < slices; s++)",
+            "for (int64_t s = 1; s < slices; s++)",
         ),
         "an empty expert's gradient not cleared": ("moe_backward.h", "any ? load(sums + c, count) : Vec<float>{}", "load(sums + c, count)"),
         "rows behind an expert's last not cleared": (
