@@ -163,9 +163,13 @@ def prepared(function: Callable, arguments: dict, measured: str) -> Callable[[],
         arguments = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
         return lambda: function(**arguments)
     leaves = [v for v in arguments.values() if isinstance(v, torch.Tensor) and v.requires_grad]
-    outputs = function(**arguments)
-    upstream = [torch.randn_like(o) for o in (outputs if isinstance(outputs, tuple) else (outputs,))]
-    return lambda: torch.autograd.grad(function(**arguments), leaves, upstream)
+
+    def differentiable() -> list[torch.Tensor]:
+        outputs = function(**arguments)
+        return [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o.requires_grad]
+
+    upstream = [torch.randn_like(o) for o in differentiable()]
+    return lambda: torch.autograd.grad(differentiable(), leaves, upstream)
 
 
 @functools.cache

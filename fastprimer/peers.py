@@ -73,6 +73,40 @@ def _attention_with_kv_cache(q, k_cache, v_cache, cache_seqlens, *, k, v, block_
     return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
 
+def _route(logits, k, *, score="softmax", renormalize=True, bias=None, groups=None, top_groups=None, scale=1.0):
+    """As in transformers' Mixtral and DeepSeek-V3."""
+    l = logits.float()
+    s = torch.sigmoid(l) if score == "sigmoid" else torch.softmax(l, -1) if score == "softmax" else l
+    choice = s.detach() if bias is None else s.detach() + bias
+    if groups is not None:
+        by_group = choice.unflatten(-1, (groups, -1))
+        worth = by_group.topk(2 if score == "sigmoid" else 1, -1).values.sum(-1)
+        mask = torch.zeros_like(worth).scatter(-1, worth.topk(top_groups, -1).indices, 1.0)
+        choice = by_group.masked_fill(mask.unsqueeze(-1) == 0, -torch.inf).flatten(-2)
+    experts = choice.topk(k, -1).indices
+    weights = s.gather(-1, experts)
+    if score == "softmax_topk":
+        weights = torch.softmax(weights, -1)
+    elif renormalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return weights * scale, experts
+
+
+def _moe(x, gate_up, down, weights, experts):
+    """Tokens sorted by expert, then torch's grouped products: what transformers calls grouped_mm."""
+    N, K = experts.shape
+    chosen, order = torch.sort(experts.reshape(-1))
+    counts = torch.zeros(len(gate_up), dtype=torch.int32, device=x.device).scatter_add(
+        0, chosen, torch.ones_like(chosen, dtype=torch.int32)
+    )
+    ends = counts.cumsum(0, dtype=torch.int32)
+    a, b = F.grouped_mm(x[order // K], gate_up.transpose(-2, -1), offs=ends).chunk(2, -1)
+    z = F.grouped_mm(F.silu(a) * b, down.transpose(-2, -1), offs=ends)
+    z = z * weights.reshape(-1)[order].unsqueeze(-1).to(x.dtype)
+    unsorted = torch.zeros_like(z).index_copy(0, order, z)
+    return unsorted.view(N, K, -1).sum(1)
+
+
 def _flex_attention() -> Callable:
     call = torch.compile(flex_attention)
 
@@ -105,6 +139,8 @@ EAGER: dict[str, Callable] = {
     "swiglu": _swiglu,
     "attention": _attention,
     "attention_with_kv_cache": _attention_with_kv_cache,
+    "route": _route,
+    "moe": _moe,
     "cross_entropy": _cross_entropy,
     "linear_cross_entropy": _linear_cross_entropy,
 }

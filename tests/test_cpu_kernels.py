@@ -23,7 +23,7 @@ CASES = {
     "swiglu": ("odd", "packed", "gpt-oss", "gelu", "views", "many"),
     "attention": ("window-both", "softcap", "long-keys", "long-queries", "head-24", "packed-window", "packed-unlike"),
     "attention_with_kv_cache": ("speculative", "paged", "value-size", "many-queries", "large-values", "splits", "odd-features"),
-    "route": ("deepseek-v3", "unnormalised", "topk-first", "odd-number-of-experts", "ties", "ties-of-groups", "sigmoid-unnormalised"),
+    "route": ("deepseek-v3", "unnormalised", "topk-first", "biased", "ties", "ties-of-groups", "sigmoid-unnormalised"),
     "cross_entropy": ("mean", "per-token", "every-option", "lse", "everything", "several-pieces", "strided"),
     "linear_cross_entropy": ("every-option", "lse", "several-blocks", "nothing-kept", "partly-kept", "all-kept", "strided"),
     "moe": ("top-2", "empty-experts", "skewed", "several-tiles", "odd-sizes", "one-token", "few-tokens", "transposed-weights"),
@@ -159,8 +159,8 @@ PLANTED = {
         "the weight forgotten in ddown": ("moe_backward.h", "store(wu + c, w * u, count);", "store(wu + c, u, count);"),
         "a slice of dweights left out": (
             "moe_backward.h",
-            "for (int64_t s = 0; s < context.slices; s++)",
-            "for (int64_t s = 1; s < context.slices; s++)",
+            "for (int64_t s = 0; s < slices; s++)",
+            "for (int64_t s = 1; s < slices; s++)",
         ),
         "an empty expert's gradient not cleared": ("moe_backward.h", "any ? load(sums + c, count) : Vec<float>{}", "load(sums + c, count)"),
         "rows behind an expert's last not cleared": (

@@ -1,5 +1,7 @@
 """What is particular to the experts' CPU kernels: blocks and slices of several sizes, tiles of bfloat16, few tokens, NaN, threads."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -157,3 +159,16 @@ def test_rows_of_nan_and_infinities_still_choose_valid_experts(score):
         weights, experts = fp.route(rows, 3, score=score)
     assert torch.equal(experts, expected[1])
     torch.testing.assert_close(weights, expected[0], equal_nan=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", ["Mixtral-like", "DeepSeek-like"])
+def test_extra_memory_is_at_most_60_percent_of_that_of_transformers(shape, monkeypatch):
+    """Of one forward and backward, gradients included: the highest resident set of a process, measured."""
+    pytest.importorskip("transformers")
+    device_or_skip("moe", "cpu")
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    from experts import extra_memory_of
+
+    ours, theirs = (extra_memory_of(contestant, shape, torch.float32, "cpu") for contestant in ("fastprimer", "eager"))
+    assert 30 < ours <= 0.6 * theirs

@@ -73,7 +73,7 @@ def test_unknown_names_are_refused():
 def test_backends_lists_every_cell():
     table = fp.backends()
     assert all(set(row) == set(BACKENDS) and row["reference"] == "" for row in table.values())
-    assert table["moe"]["cuda"] == "moe has no cuda kernel yet"
+    assert table["cross_entropy"]["cuda"] == "cross_entropy has no cuda kernel yet"
     if not torch.cuda.is_available():
         assert table["rms_norm"]["triton"] == "this torch sees no CUDA device"
 

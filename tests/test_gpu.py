@@ -51,7 +51,8 @@ def forward_and_backward(op):
     def call():
         outputs = getattr(fp, op)(**arguments)
         outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o is not None]
-        return [*outputs, *torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs])]
+        with_grad = [o for o in outputs if o.requires_grad]
+        return [*outputs, *torch.autograd.grad(with_grad, leaves, [torch.ones_like(o) for o in with_grad])]
 
     return call
 
@@ -74,6 +75,34 @@ def test_side_stream_and_cuda_graph(op, backend):
             t.detach().zero_()
         graph.replay()
         assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+@pytest.mark.parametrize("make", ["mixtral", "switch", "deepseek"])
+def test_the_layer_of_experts_is_captured_in_a_cuda_graph(make, backend):
+    """Another routing than at capture: nothing of it was known on the host."""
+    sizes = {"mixtral": (64, 48), "switch": (64, 48, 8), "deepseek": (64, 48, 16, 2)}
+    layer = getattr(fp.layers.MoE, make)(*sizes[make]).to("cuda", torch.bfloat16)
+    x = torch.randn(100, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    leaves = [x, *layer.parameters()]
+
+    def call():
+        y = layer(x)
+        return [y, *torch.autograd.grad(y, leaves, torch.ones_like(y))]
+
+    with use_backend(backend):
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = call()
+        with torch.no_grad():
+            x.normal_()
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(results, call(), strict=True))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -6,9 +6,11 @@
 //   columns    for some columns of an expert's gate_up: their part of dx = dhidden gate_up
 //   combine    adds up dx over a token's experts, and dweights over the features
 //
-// So every weight is packed once, every gradient of a weight written once and by one thread, and y is never needed. Compute-bound: 18 C F
-// FLOPs for each pair, in six products of 2 C F and the three that dgate_up and gate_up count double. Moved: weights, their gradients and
-// hidden once; scratch memory for sorted x and dy, for dhidden and, in float32, for each pair's dx.
+// the first three for a group of experts at a time, so that what is sorted takes little memory.
+//
+// So every weight is packed once, every gradient of a weight written once and by one thread, and y is never needed. Compute-bound: 12 C F
+// FLOPs for each pair, 2 C F each for d and ddown, twice that for dgate_up and dx. Moved: weights, their gradients and hidden once;
+// scratch memory for sorted x and dy, for dhidden and, in float32, for each pair's dx.
 #pragma once
 #include "moe_plan.h"
 
@@ -20,37 +22,59 @@ constexpr int64_t SLICE = 64;   // hidden features, or columns of gate_up, that 
 constexpr int64_t ROWS = 128;   // tokens of a product
 constexpr int64_t CHUNK = 512;  // tokens whose dhidden and w u are kept for the gradients of the weights: a multiple of ROWS
 
+// Experts e0 .. e1 - 1 pass through the sweeps together: as many as share some scratch memory, so that it stays a small part of what the
+// gradients take. A matter of shapes and of the routing alone.
+struct Group {
+  int64_t e0, e1;
+
+  static constexpr int64_t LEAST_BYTES = 4 << 20, SHARE = 8;  // of scratch memory at least, or the SHARE-th part of what all would need
+
+  // The group that begins with expert e0.
+  static Group from(const Plan& plan, int64_t e0, int64_t bytes_of_row) {
+    const int64_t all = plan.all_padded_rows() * bytes_of_row, room = larger(LEAST_BYTES, all / SHARE) / bytes_of_row;
+    int64_t e1 = e0 + 1;
+    while (e1 < plan.p.E && plan.padded_begin(e1 + 1) - plan.padded_begin(e0) <= room) e1++;
+    return {e0, e1};
+  }
+};
+
 template <class Tile>
 struct BackwardContext {
   const MoeBackward& args;
   const Plan& plan;
+  const Group group;
   const Products<Tile> multiply;
   const Width<Tile> width, width_f;
-  const int64_t slices, stride_dhidden;
+  const int64_t slices, stride_dhidden, rows;
   const Pieces blocks;
   const Buffer<Tile> dy, dy_transposed, x;  // padded rows by expert: as left factors, and x as a right one
   const Buffer<Tile> dhidden;               // padded rows by expert, a's features then b's
-  const Buffer<float> dx;                   // (N, K, C)
-  const Buffer<float> dweights;             // (slices, N, K)
+  const Buffer<float>& dx;                  // (N, K, C)
+  const Buffer<float>& dweights;            // (slices, N, K)
 
-  BackwardContext(const MoeBackward& a, const Plan& p)
+  BackwardContext(const MoeBackward& a, const Plan& p, Group g, const Buffer<float>& dx_, const Buffer<float>& dweights_)
       : args(a),
         plan(p),
+        group(g),
         multiply(library_products()),
         width(p.p.C),
         width_f(p.p.F),
         slices((p.p.F + SLICE - 1) / SLICE),
         stride_dhidden(2 * width_f.ld),
-        blocks(p.p.E, [&](int64_t e) { return (p.rows(e) + ROWS - 1) / ROWS; }),
-        dy(p.all_padded_rows() * width.ld),
-        dy_transposed(p.all_padded_rows() * width.ld),
-        x(p.all_padded_rows() * width.ld),
-        dhidden(p.all_padded_rows() * stride_dhidden),
-        dx(p.p.N * p.p.K * p.p.C),
-        dweights(slices * p.p.N * p.p.K) {}
-  bool ready() const {
-    return blocks.ready() && dy.data() && dy_transposed.data() && x.data() && dhidden.data() && dx.data() && dweights.data();
-  }
+        rows(p.padded_begin(g.e1) - p.padded_begin(g.e0)),
+        blocks(g.e1 - g.e0, [&](int64_t i) { return (p.rows(g.e0 + i) + ROWS - 1) / ROWS; }),
+        dy(rows * width.ld),
+        dy_transposed(rows * width.ld),
+        x(rows * width.ld),
+        dhidden(rows * stride_dhidden),
+        dx(dx_),
+        dweights(dweights_) {}
+  bool ready() const { return blocks.ready() && dy.data() && dy_transposed.data() && x.data() && dhidden.data(); }
+
+  static int64_t bytes_of_row(const MoeProblem& p) { return (3 * Width<Tile>(p.C).ld + 2 * Width<Tile>(p.F).ld) * sizeof(Tile); }
+
+  // Where an expert's rows begin in the scratch memory of its group.
+  int64_t begin(int64_t e) const { return plan.padded_begin(e) - plan.padded_begin(group.e0); }
 };
 
 template <class T, class Tile>
@@ -60,9 +84,10 @@ class SortTokens {
   bool ready() const { return tokens_.data() != nullptr; }
 
   void operator()(int64_t task) const {
-    const auto [e, i] = x_.blocks[task];
+    const auto [place, i] = x_.blocks[task];
     const Plan& plan = x_.plan;
-    const int64_t i0 = i * ROWS, n = smaller(ROWS, plan.rows(e) - i0), padded = round_up(n, STEP), begin = plan.padded_begin(e);
+    const int64_t e = x_.group.e0 + place, i0 = i * ROWS, n = smaller(ROWS, plan.rows(e) - i0), padded = round_up(n, STEP),
+                  begin = x_.begin(e);
     Tile* dy = x_.dy.data() + (begin + i0) * x_.width.ld;
     gather_tokens<T>(x_.args.dy, x_.args.stride_dy_row, plan, e, i0, n, padded, x_.width, dy);
     transpose_left(dy, padded, x_.width, x_.dy_transposed.data() + begin * x_.width.ld + i0, plan.padded_rows(e));
@@ -84,7 +109,7 @@ class FeatureSlice {
       : x_(context),
         p_(context.plan.p),
         columns_(SLICE),
-        chunk_(smaller(CHUNK, round_up(context.plan.all_padded_rows(), STEP))),
+        chunk_(smaller(CHUNK, larger(context.rows, STEP))),
         rows_(round_up(p_.C, STEP) * columns_.ld),
         down_(is_bfloat16<Tile> ? round_up(p_.C, STEP) * columns_.ld : 0),
         d_(ROWS * columns_.ld),
@@ -102,13 +127,14 @@ class FeatureSlice {
   }
 
   void operator()(int64_t task) const {
-    const int64_t e = task / x_.slices, f = task % x_.slices * SLICE, features = smaller(SLICE, p_.F - f), n = x_.plan.rows(e);
+    const int64_t e = x_.group.e0 + task / x_.slices, f = task % x_.slices * SLICE, features = smaller(SLICE, p_.F - f),
+                  n = x_.plan.rows(e);
     const Width<Tile> width(features);
     const Tile* down = n > 0 ? pack_down(e, f, width) : nullptr;
     for (int64_t i0 = 0; i0 < n; i0 += CHUNK) {
       const int64_t rows = smaller(CHUNK, n - i0), padded = round_up(rows, STEP);
       for (int64_t j = 0; j < rows; j += ROWS) differentiate(e, f, i0, j, smaller(ROWS, rows - j), width, down);
-      const int64_t begin = x_.plan.padded_begin(e);
+      const int64_t begin = x_.begin(e);
       const Tile* x = x_.x.data() + (begin + i0) * x_.width.ld;
       const Tile* dy = x_.dy_transposed.data() + begin * x_.width.ld + i0;
       x_.multiply(2 * width.ld, x_.width.used, padded, dhidden_transposed_.data(), chunk_, x, x_.width.ld, dgate_up_.data(), x_.width.ld,
@@ -129,7 +155,7 @@ class FeatureSlice {
 
   // For n rows from row j of a chunk: d, and all that follows from it.
   void differentiate(int64_t e, int64_t f, int64_t i0, int64_t j, int64_t n, const Width<Tile>& width, const Tile* down) const {
-    const int64_t padded = round_up(n, STEP), at = x_.plan.padded_begin(e) + i0 + j;
+    const int64_t padded = round_up(n, STEP), at = x_.begin(e) + i0 + j;
     x_.multiply(padded, width.used, x_.width.used, x_.dy.data() + at * x_.width.ld, x_.width.ld, down, width.ld, d_.data(), width.ld,
                 false);
     Tile* wu_right = wu_.data() + j * width.ld;
@@ -207,7 +233,7 @@ class ColumnSlice {
   bool ready() const { return rows_.data() && gate_up_.data() && dx_.data(); }
 
   void operator()(int64_t task) const {
-    const int64_t slices = (p_.C + SLICE - 1) / SLICE, e = task / slices, c = task % slices * SLICE, n = x_.plan.rows(e);
+    const int64_t slices = (p_.C + SLICE - 1) / SLICE, e = x_.group.e0 + task / slices, c = task % slices * SLICE, n = x_.plan.rows(e);
     if (n == 0) return;
     const Width<Tile> width(smaller(SLICE, p_.C - c));
     const int64_t half = x_.width_f.ld;  // a's features, zeros behind them, then b's
@@ -217,7 +243,7 @@ class ColumnSlice {
     const Tile* gate_up = right_factor(rows_.data(), 2 * half, width, gate_up_.data());
     for (int64_t i0 = 0; i0 < n; i0 += ROWS) {
       const int64_t rows = smaller(ROWS, n - i0);
-      const Tile* dhidden = x_.dhidden.data() + (x_.plan.padded_begin(e) + i0) * x_.stride_dhidden;
+      const Tile* dhidden = x_.dhidden.data() + (x_.begin(e) + i0) * x_.stride_dhidden;
       x_.multiply(round_up(rows, STEP), width.used, x_.stride_dhidden, dhidden, x_.stride_dhidden, gate_up, width.ld, dx_.data(), width.ld,
                   false);
       for (int64_t r = 0; r < rows; r++)
@@ -236,15 +262,23 @@ class ColumnSlice {
 template <class T, class Tile>
 Error backward(const MoeBackward& args, const Plan& plan) {
   const MoeProblem& p = args.problem;
-  const BackwardContext<Tile> context(args, plan);
-  if (!context.ready()) return OUT_OF_MEMORY;
-  if (const Error error = run_tasks<SortTokens<T, Tile>>(context.blocks.size(), context)) return error;
-  if (const Error error = run_tasks<FeatureSlice<T, Tile>>(p.E * context.slices, context)) return error;
-  if (const Error error = run_tasks<ColumnSlice<T, Tile>>(p.E * ((p.C + SLICE - 1) / SLICE), context)) return error;
-  combine<T>(p, context.dx.data(), nullptr, args.dx);
-  for (int64_t i = 0; i < p.N * p.K; i++) {
+  const int64_t slices = (p.F + SLICE - 1) / SLICE, columns = (p.C + SLICE - 1) / SLICE, pairs = p.N * p.K;
+  const Buffer<float> dx(pairs * p.C), dweights(slices * pairs);
+  if (!dx.data() || !dweights.data()) return OUT_OF_MEMORY;
+  for (int64_t e = 0; e < p.E;) {
+    const Group group = Group::from(plan, e, BackwardContext<Tile>::bytes_of_row(p));
+    const BackwardContext<Tile> context(args, plan, group, dx, dweights);
+    if (!context.ready()) return OUT_OF_MEMORY;
+    const int64_t experts = group.e1 - group.e0;
+    if (const Error error = run_tasks<SortTokens<T, Tile>>(context.blocks.size(), context)) return error;
+    if (const Error error = run_tasks<FeatureSlice<T, Tile>>(experts * slices, context)) return error;
+    if (const Error error = run_tasks<ColumnSlice<T, Tile>>(experts * columns, context)) return error;
+    e = group.e1;
+  }
+  combine<T>(p, dx.data(), nullptr, args.dx);
+  for (int64_t i = 0; i < pairs; i++) {
     args.dweights[i] = 0;
-    for (int64_t s = 0; s < context.slices; s++) args.dweights[i] += context.dweights[s * p.N * p.K + i];
+    for (int64_t s = 0; s < slices; s++) args.dweights[i] += dweights[s * pairs + i];
   }
   return nullptr;
 }

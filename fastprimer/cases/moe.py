@@ -35,6 +35,7 @@ ROUTE = [
     route_case("sigmoid-unnormalised", 5, 8, 2, score="sigmoid", renormalize=False),
     route_case("group-limited", 6, 12, 3, groups=4, top_groups=2, renormalize=False),
     route_case("odd-number-of-experts", 5, 37, 5, bias=True),
+    route_case("biased", 14, 10, 3, bias=True, renormalize=False),
     route_case("many-experts", 3, 160, 6, groups=8, top_groups=3, renormalize=False, scale=16.0),
     route_case("groups-of-one", 4, 6, 2, bias=True, score="sigmoid", groups=6, top_groups=3),
     route_case("every-expert", 6, 5, 5, score="sigmoid"),

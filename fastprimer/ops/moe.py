@@ -78,9 +78,30 @@ def _where(chosen: Tensor, values: Tensor) -> Tensor:
     return torch.where(chosen, values, 0.0)
 
 
+def _cuda_limit(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> str:
+    reason = dtype_limit(x, None, "float32 bfloat16 float16")
+    if reason:
+        return reason
+    if gate_up.shape[0] > 8192:
+        return "its kernel takes at most 8192 experts"
+    if max(experts.numel(), x.shape[1], gate_up.shape[1]) >= 2**30:
+        return "its kernel takes fewer than 2^30 pairs of a token and an expert, and rows of fewer than 2^30 numbers"
+    return ""
+
+
+def _triton_limit(x, gate_up, down, weights, experts) -> str:
+    if gate_up.shape[0] > 4095:
+        return f"its kernels take at most 4095 experts, whose counts one program holds in registers, not E = {gate_up.shape[0]}"
+    if experts.numel() > 2**30:
+        return f"its kernels number the pairs of a token and an expert in 32 bits, at most 2^30, not N K = {experts.numel()}"
+    return dtype_limit(x, None, "float32 bfloat16 float16 float64")
+
+
 LIMITS = {
     "moe": {
         "cpu": lambda x, *_: dtype_limit(x, None, "float32 bfloat16 float16"),
+        "triton": _triton_limit,
+        "cuda": _cuda_limit,
     }
 }
 

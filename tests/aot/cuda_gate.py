@@ -28,7 +28,7 @@ from aot.table import KIB, cell, counted, markdown
 ROOT = Path(__file__).parents[2]
 SHARED_LIMIT = {"sm_80": 163 * KIB, "sm_90a": 227 * KIB, "sm_100a": 227 * KIB}
 TARGETS = tuple(SHARED_LIMIT)
-COUNTED = ("LDG.E.128", "STG.E.128", "LDGSTS", "LDSM", "HMMA", "HGMMA", "UTMALDG", "SYNCS", "USETMAXREG", "STL", "LDL")
+COUNTED = ("LDG.E.128", "STG.E.128", "LDGSTS", "LDSM", "HMMA", "HGMMA", "UTMALDG", "SYNCS", "USETMAXREG", "SHFL", "STL", "LDL")
 LIBRARY = ROOT / "fastprimer/_native.so"
 FLAGS = ("-std=c++17", "-O3", "-lineinfo", "-DFASTPRIMER_HOPPER", f"-I{ROOT / 'csrc/cuda'}", f"-I{ROOT / 'tests/emulator'}")
 
@@ -90,6 +90,20 @@ def decoding(kernel: str) -> tuple[str, ...]:
     return attention(kernel) if kernel.startswith("decoding_parts<") else ()
 
 
+def routing(kernel: str) -> tuple[str, ...]:
+    """Lanes of a warp choose together, without a look at memory."""
+    return ("SHFL",)
+
+
+def moe(kernel: str) -> tuple[str, ...]:
+    """Products are made in tensor cores, those of float32 are not; their panels come and what they make goes 16 bytes at a time."""
+    if kernel.startswith("moe_combine<"):
+        return ("LDG.E.128", "STG.E.128")
+    if "<" not in kernel:  # a few numbers for each pair: where it goes, what its weight's gradient is
+        return ()
+    return ("LDGSTS", "STG.E.128") if "<float," in kernel else ("HMMA", "LDSM", "LDGSTS", "STG.E.128")
+
+
 def attention_hopper(kernel: str) -> tuple[str, ...]:
     """Tiles come by TMA, barriers are in shared memory, products are those of warpgroups, registers move to those that multiply."""
     return ("UTMALDG", "SYNCS", "HGMMA", "USETMAXREG", "STG.E.128")
@@ -99,6 +113,8 @@ CASES = (
     *(Case(ROOT / f"csrc/cuda/{op}.cu", wide_access) for op in ("rms_norm", "rope", "swiglu")),
     Case(ROOT / "csrc/cuda/attention.cu", attention),
     Case(ROOT / "csrc/cuda/decoding.cu", decoding),
+    Case(ROOT / "csrc/cuda/routing.cu", routing),
+    Case(ROOT / "csrc/cuda/moe.cu", moe),
     Case(ROOT / "csrc/cuda/attention_hopper.cu", attention_hopper, ("sm_90a",), remarks=True),
     Case(ROOT / "tests/emulator/probe.cu", tensor_core),
 )

@@ -12,7 +12,7 @@ SWIGLU, SWIGLU_LAUNCH = "csrc/cuda/swiglu.cuh", "csrc/cuda/swiglu.cu"
 ATTENTION_OPTIONS, ATTENTION_TILE = "csrc/cuda/attention_options.h", "csrc/cuda/attention_tile.cuh"
 ATTENTION_SOFTMAX, ATTENTION_QUERY_ROW = "csrc/cuda/attention_softmax.cuh", "csrc/cuda/attention_query_row.cuh"
 ATTENTION_FORWARD, ATTENTION_BACKWARD = "csrc/cuda/attention_forward.cuh", "csrc/cuda/attention_backward.cuh"
-DECODING = "csrc/cuda/decoding.cuh"
+DECODING, TILE = "csrc/cuda/decoding.cuh", "csrc/cuda/tile.cuh"
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ BUGS = [
     Bug(
         "no permutation of the chunks of an attention tile",
         "attention",
-        Patch(ATTENTION_TILE, "(chunk ^ (row % 8))", "chunk"),
+        Patch(TILE, "(chunk ^ (row % 8))", "chunk"),
         {"plain": "bank conflicts"},
     ),
     Bug(

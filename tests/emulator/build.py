@@ -20,7 +20,10 @@ CHECKS = {
     "reports": [HERE / "check_reports.cpp"],
     "reports_hopper": [HERE / "check_reports_hopper.cpp"],
     "gemm": [HERE / "check_gemm.cpp"],
-    **{op: [HERE / f"check_{op}.cpp", Path(f"csrc/cuda/{op}.cu")] for op in ("rms_norm", "rope", "swiglu", "attention", "decoding")},
+    **{
+        op: [HERE / f"check_{op}.cpp", Path(f"csrc/cuda/{op}.cu")]
+        for op in ("rms_norm", "rope", "swiglu", "attention", "decoding", "routing", "moe")
+    },
     "attention_hopper": [HERE / "check_attention_hopper.cpp", *map(Path, ("csrc/cuda/attention.cu", "csrc/cuda/attention_hopper.cu"))],
 }
 """Programs for the emulator itself, one for each operation, and one for each that has kernels of its own for Hopper."""

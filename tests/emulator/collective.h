@@ -1,6 +1,7 @@
 // Warp operations: every lane of the mask offers a value, waits for the others, and reads what they offered. They order no memory:
 // ThreadSanitizer takes a value that went through shared memory with only a shuffle between for a race, as it is.
 #pragma once
+#include <bit>
 #include <cstring>
 #include <type_traits>
 
@@ -103,6 +104,8 @@ unsigned __match_any_sync(unsigned mask, T value, WHERE("__match_any_sync")) {
   for (unsigned lane = 0; lane < emulator::WARP; lane++) equal |= static_cast<unsigned>(offers.has(lane) && offers[lane] == value) << lane;
   return equal;
 }
+
+inline int __popc(unsigned bits) { return std::popcount(bits); }
 
 inline void __syncthreads(WHERE("__syncthreads")) { emulator::barrier(where); }
 inline void __syncwarp(unsigned mask = 0xFFFFFFFFu, WHERE("__syncwarp")) { emulator::warp_barrier(mask, where); }
