@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 import torch
-from growth import resident
+from growth import extra_memory_of_call
 from rich.progress import track
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
@@ -74,17 +74,7 @@ def extra_memory(contestant: str, shape: str, dtype: torch.dtype, device: str) -
     call = Problem(shape, dtype, device).call_of(contestant)
     SHAPES["warm"] = (16, 64, 64, 4, 2)
     Problem("warm", dtype, device).call_of(contestant)()  # what is loaded and started once
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-    before = resident("VmRSS:")
-    result = call()
-    peak = resident("VmHWM:")
-    del result
-    return peak - before
+    return extra_memory_of_call(call, device)
 
 
 def extra_memory_of(contestant: str, shape: str, dtype: torch.dtype, device: str) -> float:

@@ -47,10 +47,8 @@ def resident(key: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {key}")
 
 
-def extra_memory(contestant: str, mask: str, S: int, dtype: torch.dtype, measured: str, device: str) -> int:
-    """Run in a process of its own: bytes that one call needs beyond what was there before it."""
-    call_of(contestant, mask, 256, dtype, measured, device)()  # what is loaded, compiled and started once
-    call = call_of(contestant, mask, S, dtype, measured, device)
+def extra_memory_of_call(call, device: str) -> int:
+    """Bytes that one call needs at most beyond what is there before it, its results included."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -62,6 +60,13 @@ def extra_memory(contestant: str, mask: str, S: int, dtype: torch.dtype, measure
     peak = resident("VmHWM:")
     del result
     return peak - before
+
+
+def extra_memory(contestant: str, mask: str, S: int, dtype: torch.dtype, measured: str, device: str) -> int:
+    """Run in a process of its own: bytes that one call needs beyond what was there before it."""
+    call_of(contestant, mask, 256, dtype, measured, device)()  # what is loaded, compiled and started once
+    call = call_of(contestant, mask, S, dtype, measured, device)
+    return extra_memory_of_call(call, device)
 
 
 def extra_memory_of(*arguments) -> float:
