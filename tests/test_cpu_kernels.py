@@ -123,8 +123,8 @@ PLANTED = {
         "a token's last expert left out": ("moe_plan.h", "i < (n + 1) * p.K; i++) {", "i < (n + 1) * p.K - (p.K > 1); i++) {"),
         "u of unrounded numbers": (
             "moe_few.h",
-            "Activated<T>(a_c).silu * load(hidden + F + c, count)",
-            "Activated<T>(a_c).silu * 1.01f * load(b + c, count)",
+            "Silu<T>(a_c).value * load(hidden + F + c, count)",
+            "Silu<T>(a_c).value * 1.01f * load(b + c, count)",
         ),
         "features overwrite each other": (
             "moe_forward.h",

@@ -9,7 +9,7 @@ namespace {
 
 template <class Run>
 Error by_tile_or_force(Dtype dtype, const Run& run) {
-  return dtype == Dtype::bfloat16 && force_bfloat16_tiles(nullptr) ? run(bfloat16{}, bfloat16{}) : by_tile(dtype, run);
+  return dtype == Dtype::bfloat16 && bfloat16_tiles_forced() ? run(bfloat16{}, bfloat16{}) : by_tile(dtype, run);
 }
 
 }  // namespace
