@@ -46,6 +46,7 @@ sanitize: $(READY)
 bench: $(READY)
 	$(BIN)/fastprimer bench --out benchmarks/results/cpu.json
 	$(BIN)/python benchmarks/growth.py --out benchmarks/results/growth-cpu.md
+	$(BIN)/python benchmarks/experts.py --out benchmarks/results/experts-cpu.md
 
 gate: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m aot > kernels.md.part

@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
-from growth import resident
+from growth import extra_memory_of_call, measured_apart
 from rich.progress import track
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
@@ -39,8 +37,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 class Problem:
     """Weights, tokens and routing of one shape."""
 
-    def __init__(self, shape: str, dtype: torch.dtype, device: str):
-        N, C, F, E, K = SHAPES[shape]
+    def __init__(self, sizes: tuple[int, ...], dtype: torch.dtype, device: str):
+        N, C, F, E, K = sizes
         generator = torch.Generator().manual_seed(0)
 
         def random(*size, scale=1.0, dtype=dtype):
@@ -71,36 +69,19 @@ class Problem:
 
 def extra_memory(contestant: str, shape: str, dtype: torch.dtype, device: str) -> int:
     """Run in a process of its own."""
-    call = Problem(shape, dtype, device).call_of(contestant)
-    SHAPES["warm"] = (16, 64, 64, 4, 2)
-    Problem("warm", dtype, device).call_of(contestant)()  # what is loaded and started once
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-    before = resident("VmRSS:")
-    result = call()
-    peak = resident("VmHWM:")
-    del result
-    return peak - before
+    call = Problem(SHAPES[shape], dtype, device).call_of(contestant)
+    Problem((16, 64, 64, 4, 2), dtype, device).call_of(contestant)()  # what is loaded and started once
+    return extra_memory_of_call(call, device)
 
 
 def extra_memory_of(contestant: str, shape: str, dtype: torch.dtype, device: str) -> float:
     """MB."""
-    command = [sys.executable, __file__, "--measure", contestant, shape, str(dtype).removeprefix("torch."), device]
-    child = subprocess.run(command, capture_output=True, text=True)
-    if child.returncode:
-        raise RuntimeError(f"{' '.join(command)}: {child.stderr}")
-    return float(child.stdout) / 1e6
+    return measured_apart(__file__, contestant, shape, dtype, device)
 
 
 def rows(shape: str, dtype: torch.dtype, device: str, rounds: int):
     """Lines of the table."""
-    calls = {}
-    for contestant in CONTESTANTS:
-        calls[contestant] = Problem(shape, dtype, device).call_of(contestant)
+    calls = {contestant: Problem(SHAPES[shape], dtype, device).call_of(contestant) for contestant in CONTESTANTS}
     for ours, theirs in zip(calls["fastprimer"](), calls["grouped_mm"](), strict=True):
         error = (ours.double() - theirs.double()).norm() / theirs.double().norm()
         if error > 8 * torch.finfo(dtype).eps:

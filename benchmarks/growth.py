@@ -47,10 +47,8 @@ def resident(key: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {key}")
 
 
-def extra_memory(contestant: str, mask: str, S: int, dtype: torch.dtype, measured: str, device: str) -> int:
-    """Run in a process of its own: bytes that one call needs beyond what was there before it."""
-    call_of(contestant, mask, 256, dtype, measured, device)()  # what is loaded, compiled and started once
-    call = call_of(contestant, mask, S, dtype, measured, device)
+def extra_memory_of_call(call, device: str) -> int:
+    """Bytes that one call needs at most beyond what is there before it, its results included."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -64,10 +62,16 @@ def extra_memory(contestant: str, mask: str, S: int, dtype: torch.dtype, measure
     return peak - before
 
 
-def extra_memory_of(*arguments) -> float:
-    """MB."""
-    contestant, mask, S, dtype, measured, device = arguments
-    command = [sys.executable, __file__, "--measure", contestant, mask, str(S), str(dtype).removeprefix("torch."), measured, device]
+def extra_memory(contestant: str, mask: str, S: int, dtype: torch.dtype, measured: str, device: str) -> int:
+    """Run in a process of its own: bytes that one call needs beyond what was there before it."""
+    call_of(contestant, mask, 256, dtype, measured, device)()  # what is loaded, compiled and started once
+    call = call_of(contestant, mask, S, dtype, measured, device)
+    return extra_memory_of_call(call, device)
+
+
+def measured_apart(file: str, *arguments) -> float:
+    """MB that `file --measure ...` prints in bytes: of a process of its own."""
+    command = [sys.executable, file, "--measure", *(str(a).removeprefix("torch.") for a in arguments)]
     child = subprocess.run(command, capture_output=True, text=True)
     if child.returncode:
         raise RuntimeError(f"{' '.join(command)}: {child.stderr}")
@@ -84,7 +88,7 @@ def rows(dtype: torch.dtype, measured: str, device: str, rounds: int):
         pairs = [(name, S) for name in CONTESTANTS for S in LENGTHS if name == "fastprimer" or S <= LONGEST_OF_PLAIN]
         times = interleaved({pair: call_of(pair[0], mask, pair[1], dtype, measured, device) for pair in pairs}, device, rounds, 0)
         medians = {pair: statistics.median(t) for pair, t in times.items()}
-        memory = {pair: extra_memory_of(pair[0], mask, pair[1], dtype, measured, device) for pair in pairs}
+        memory = {pair: measured_apart(__file__, pair[0], mask, pair[1], dtype, measured, device) for pair in pairs}
         for name in CONTESTANTS:
             mine = [S for S in LENGTHS if (name, S) in medians]
             for unit, values in (("ms", medians), ("MB", memory)):

@@ -27,6 +27,7 @@ from fastprimer.oracles import ORACLES
 __all__ = ["CASES", "DTYPES", "Case", "Inputs", "Row", "compare", "poisoned_empty", "run", "share_of_budget"]
 
 FORWARD_FACTOR, GRADIENT_FACTOR, FLOOR_ULPS = 2.0, 3.0, 2.0
+DRAWS, BEYOND_LUCK = 8, 3.0
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -110,7 +111,22 @@ def share_of_budget(got: Tensor, truth: Tensor, yardstick: Tensor, factor: float
 def compare(
     case: Case, dtype: torch.dtype, backend: str, *, device: str = "cpu", seed: int = 0, function: Callable | None = None
 ) -> list[Row]:
-    """Run the case on a backend and hold every output and gradient against its budget; `function`: a wrapped public function."""
+    """Run the case on a backend and hold every output and gradient against its budget; `function`: a wrapped public function.
+
+    An error's size is a random number too: where a few scores decide it, one draw of inputs may find the yardstick at its
+    luckiest. What is over its budget by less than a factor of BEYOND_LUCK is therefore judged again, by the errors of DRAWS draws
+    taken together (the largest, the mean square): a kernel that is less precise than it may be is so on average as well.
+    """
+    draws = [_draw(case, dtype, backend, device, seed, function)]
+    rows = _judge(case, dtype, backend, draws)
+    if any(row.problem for row in rows) or not 1 < max((row.share for row in rows), default=0) < BEYOND_LUCK:
+        return rows
+    draws += [_draw(case, dtype, backend, device, seed + 1000 * n, function) for n in range(1, DRAWS)]
+    return _judge(case, dtype, backend, draws)
+
+
+def _draw(case: Case, dtype: torch.dtype, backend: str, device: str, seed: int, function: Callable | None) -> tuple[dict, dict, dict]:
+    """(got, truth, yardstick), each a tensor by name, of the inputs with that seed."""
     public = getattr(fastprimer, case.op)
     judge = ORACLES[case.op] if backend == "reference" else public
     sampled = torch.float32 if dtype == torch.float64 else dtype
@@ -119,18 +135,24 @@ def compare(
         yardstick = run(case, sampled, judge, device=device, seed=seed)
     with use_backend(backend), poisoned_empty():
         got = run(case, dtype, function or public, device=device, seed=seed, like=sampled)
+    return got, truth, yardstick
+
+
+def _judge(case: Case, dtype: torch.dtype, backend: str, draws: list[tuple[dict, dict, dict]]) -> list[Row]:
     rows = []
-    for name in truth:
+    for name in draws[0][1]:
         problem, share = "", 0.0
-        if name not in got:
-            problem = "is missing"
-        elif got[name].shape != truth[name].shape:
-            problem = f"has shape {tuple(got[name].shape)}, expected {tuple(truth[name].shape)}"
-        elif not got[name].is_floating_point():
-            problem = "" if torch.equal(got[name], truth[name]) else "differs"
-        else:
+        for got, truth, _ in draws:
+            if name not in got:
+                problem = "is missing"
+            elif got[name].shape != truth[name].shape:
+                problem = f"has shape {tuple(got[name].shape)}, expected {tuple(truth[name].shape)}"
+            elif not got[name].is_floating_point() and not torch.equal(got[name], truth[name]):
+                problem = "differs"
+        if not problem and draws[0][0][name].is_floating_point():
             factor = GRADIENT_FACTOR if is_gradient(case, name) else FORWARD_FACTOR
-            share = share_of_budget(got[name], truth[name], yardstick[name], factor)
+            got, truth, yardstick = (torch.cat([tensors[name].flatten() for tensors in side]) for side in zip(*draws, strict=True))
+            share = share_of_budget(got, truth, yardstick, factor)
         rows.append(Row(case, dtype, backend, name, share, problem))
     return rows
 

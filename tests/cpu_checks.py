@@ -50,3 +50,15 @@ def tiles_of_bfloat16():
         yield
     finally:
         torch.ops.fastprimer.force_bfloat16_tiles(False)
+
+
+def assert_same_bits_for_any_number_of_threads(case):
+    device_or_skip(case.op, "cpu")
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            results.append(run(case, torch.bfloat16))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(results[0][k], other[k]) for other in results[1:] for k in results[0])

@@ -5,7 +5,7 @@ import torch
 
 import fastprimer as fp
 from conftest import device_or_skip
-from cpu_checks import instruction_set, name, products_of_torch, run
+from cpu_checks import assert_same_bits_for_any_number_of_threads, instruction_set, name, products_of_torch
 from fastprimer import testing
 from fastprimer.backends import declared, operations, use_backend
 from fastprimer.cases import CASES, rms_norm_case, rope_case, swiglu_case
@@ -177,15 +177,7 @@ CASES_FOR_THREADS = [
 
 @pytest.mark.parametrize("case", CASES_FOR_THREADS, ids=str)
 def test_bits_do_not_depend_on_the_number_of_threads(case):
-    device_or_skip(case.op, "cpu")
-    threads, results = torch.get_num_threads(), []
-    try:
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            results.append(run(case, torch.bfloat16))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(results[0][k], other[k]) for other in results[1:] for k in results[0])
+    assert_same_bits_for_any_number_of_threads(case)
 
 
 def assert_like_its_parts(function, tensors, dys, parts=4):

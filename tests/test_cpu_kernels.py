@@ -68,7 +68,11 @@ PLANTED = {
         "the gradient of lse dropped": ("attention_backward.h", "product - (a.dlse ? a.dlse[at] : 0.0f)", "product"),
         "softcap without its slope": ("attention_backward.h", "if (CAPPED) ds[u] *= 1 - t * t;", ""),
         "a sweep left out": ("attention_backward.h", "for (int64_t sweep = 0; sweep <", "for (int64_t sweep = 1; sweep <"),
-        "a term left out of the products": ("products.h", "for (int64_t k = 0; k < K; k++)", "for (int64_t k = 1; k < K; k++)"),
+        "a term left out of the products": (
+            "products.h",
+            "k < K; k++) {\n    Vec<float> b[REGISTERS];",
+            "k + 1 < K; k++) {\n    Vec<float> b[REGISTERS];",
+        ),
     },
     "attention_with_kv_cache": {
         "a new token not appended": ("decoding.cpp", "larger(chunk.keys.begin, cached); j <", "larger(chunk.keys.begin, cached + 1); j <"),
@@ -148,8 +152,8 @@ PLANTED = {
         "a token's last expert left out": ("moe_plan.h", "i < (n + 1) * p.K; i++) {", "i < (n + 1) * p.K - (p.K > 1); i++) {"),
         "u of unrounded numbers": (
             "moe_few.h",
-            "Activated<T>(a_c).silu * load(hidden + F + c, count)",
-            "Activated<T>(a_c).silu * 1.01f * load(b + c, count)",
+            "Silu<T>(a_c).value * load(hidden + F + c, count)",
+            "Silu<T>(a_c).value * 1.01f * load(b + c, count)",
         ),
         "features overwrite each other": (
             "moe_forward.h",

@@ -7,7 +7,7 @@ import torch
 
 import fastprimer as fp
 from conftest import device_or_skip
-from cpu_checks import instruction_set, name, products_of_torch, run, tiles_of_bfloat16
+from cpu_checks import assert_same_bits_for_any_number_of_threads, instruction_set, name, products_of_torch, tiles_of_bfloat16
 from fastprimer import testing
 from fastprimer.backends import use_backend
 from fastprimer.cases import CASES, moe_case, route_case
@@ -46,15 +46,7 @@ def test_tiles_of_bfloat16_on_any_processor(limit):
     "case", [*LARGE, *(c for c in SMALL if "few" in c.name or "one-token" == c.name), route_case("threads", 300, 40, 5)], ids=str
 )
 def test_bits_do_not_depend_on_the_number_of_threads(case):
-    device_or_skip(case.op, "cpu")
-    threads, results = torch.get_num_threads(), []
-    try:
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            results.append(run(case, torch.bfloat16))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(results[0][k], other[k]) for other in results[1:] for k in results[0])
+    assert_same_bits_for_any_number_of_threads(case)
 
 
 def inputs(N, C, F, E, K, dtype, seed=0):

@@ -194,7 +194,7 @@ def test_same_bits_in_every_program_order():
 def test_gradients_in_float64(way):
     logits, bias = random(0, 3, 6).double().requires_grad_(), random(1, 6).double()
     with fp.use_backend("triton"):
-        call = lambda l: fp.route(l, 2, score=way[0], renormalize=way[1], bias=bias, scale=2.5)[0]  # noqa: E731
+        call = lambda l: fp.route(l, 2, score=reference.SCORES[way[0]], renormalize=way[1], bias=bias, scale=2.5)[0]  # noqa: E731
         assert torch.autograd.gradcheck(call, [logits])
     weights = [functions.route_forward(logits.detach(), 2, *options(way))[0] for functions in (kernels, reference)]
     torch.testing.assert_close(*weights, rtol=1e-14, atol=0)

@@ -1,11 +1,10 @@
 // Attention on the CPU. The mathematics: fastprimer/ops/attention.py; the arguments: csrc/attention.h.
-//
-// Tiles of float32 and bfloat16 numbers are multiplied as they are, where the processor can; all others as float32.
 #include "attention_backward.h"
 #include "attention_forward.h"
 
 namespace fastprimer {
 inline namespace FASTPRIMER_ISA {
+
 Error attention_forward(const AttentionForward& args) {
   return by_tile(args.problem.dtype, [&](auto element, auto tile) { return forward_pass::run<decltype(element), decltype(tile)>(args); });
 }

@@ -7,7 +7,7 @@
 namespace fastprimer {
 namespace {
 
-bool allowed = true;
+bool allowed = true, forced = false;
 
 constexpr int64_t SIZE = 32;  // of the matrices that a function is tried on
 
@@ -71,11 +71,9 @@ Brgemm brgemm() {
   return allowed ? found : Brgemm{};
 }
 
-bool force_bfloat16_tiles(const bool* force) {
-  static bool forced = false;
-  if (force) forced = *force;
-  return forced;
-}
+bool force_bfloat16_tiles(bool force) { return forced = force; }
+
+bool bfloat16_tiles_forced() { return forced; }
 
 bool allow_brgemm(bool allow) {
   allowed = allow;

@@ -22,7 +22,8 @@ Brgemm brgemm();
 bool allow_brgemm(bool allow);
 
 // For tests: whether bfloat16 is multiplied in tiles of bfloat16, as where the library can, even where it cannot and plain loops stand
-// in for it: so the packing of such tiles is proven on any processor. With `force` null it only tells.
-bool force_bfloat16_tiles(const bool* force);
+// in for it: so the packing of such tiles is proven on any processor.
+bool force_bfloat16_tiles(bool force);
+bool bfloat16_tiles_forced();
 
 }  // namespace fastprimer

@@ -85,13 +85,11 @@ int64_t limit_cpu_instruction_set(int64_t limit) {
   return isa;
 }
 
-bool force_tiles(bool force) { return force_bfloat16_tiles(&force); }
-
 }  // namespace
 }  // namespace fastprimer
 
 STABLE_TORCH_LIBRARY_IMPL(fastprimer, CompositeExplicitAutograd, m) {
   m.impl("limit_cpu_instruction_set", TORCH_BOX(&fastprimer::limit_cpu_instruction_set));
   m.impl("allow_brgemm", TORCH_BOX(&fastprimer::allow_brgemm));
-  m.impl("force_bfloat16_tiles", TORCH_BOX(&fastprimer::force_tiles));
+  m.impl("force_bfloat16_tiles", TORCH_BOX(&fastprimer::force_bfloat16_tiles));
 }

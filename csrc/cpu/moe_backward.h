@@ -184,10 +184,10 @@ class FeatureSlice {
     const float w = p_.weights[pair];
     return sum_columns<float>(features, [&](int64_t c, auto count) {
       const Vec<float> a = load(hidden + c, count), b = load(hidden + p_.F + c, count), d = load(d_row + c, count);
-      const Activated<T> activated(a);
-      const Vec<float> u = activated.silu * b, du = w * d;
-      store(da + c, du * b * activated.slope(a), count);
-      store(db + c, du * activated.silu, count);
+      const Silu<T> silu(a);
+      const Vec<float> u = silu.value * b, du = w * d;
+      store(da + c, du * b * silu.slope, count);
+      store(db + c, du * silu.value, count);
       store(wu + c, w * u, count);
       return d * u;
     });

@@ -64,7 +64,7 @@ template <class T>
 class FewTokens {
  public:
   using Number = typename Dot<T>::Number;
-  static constexpr int64_t AT_A_TIME = 4, LD_DOTS = PIECE + LANES;
+  static constexpr int64_t AT_A_TIME = 4, LD_DOTS = PIECE + LANES, ROOM = AT_A_TIME * LD_DOTS;
 
   explicit FewTokens(int64_t ld) : ld_(ld), left_(AT_A_TIME * ld) {}
   bool ready() const { return left_.data() != nullptr; }
@@ -100,9 +100,9 @@ class FewFeatures {
   void operator()(int64_t task) const {
     const MoeProblem& p = x_.plan.p;
     const int64_t e = x_.features.expert(task), f = x_.features.row(task), n = x_.features.rows(task), rows = x_.plan.rows(e);
-    float a[4 * FewTokens<T>::LD_DOTS], b[4 * FewTokens<T>::LD_DOTS];
-    for (int64_t i = 0; i < rows; i += 4) {
-      const int64_t tokens = smaller(4, rows - i);
+    float a[FewTokens<T>::ROOM], b[FewTokens<T>::ROOM];
+    for (int64_t i = 0; i < rows; i += FewTokens<T>::AT_A_TIME) {
+      const int64_t tokens = smaller(FewTokens<T>::AT_A_TIME, rows - i);
       for (int64_t r = 0; r < tokens; r++) {
         const T* x = static_cast<const T*>(p.x) + x_.plan.token(e, i + r) * p.stride_x_row;
         Number* row = tokens_.row(r);
@@ -125,7 +125,7 @@ class FewFeatures {
       store(hidden + c, load(a + c, count), count);
       store(hidden + F + c, load(b + c, count), count);
       const Vec<float> a_c = load(hidden + c, count);
-      store(u + c, Activated<T>(a_c).silu * load(hidden + F + c, count), count);
+      store(u + c, Silu<T>(a_c).value * load(hidden + F + c, count), count);
     });
     if (f + n == F) __builtin_memset(u + n, 0, (x_.ld_u - F) * sizeof(Number));
   }
@@ -146,9 +146,9 @@ class FewColumns {
   void operator()(int64_t task) const {
     const MoeProblem& p = x_.plan.p;
     const int64_t e = x_.columns.expert(task), c = x_.columns.row(task), n = x_.columns.rows(task), rows = x_.plan.rows(e);
-    float dots[4 * FewTokens<T>::LD_DOTS];
-    for (int64_t i = 0; i < rows; i += 4) {
-      const int64_t tokens = smaller(4, rows - i);
+    float dots[FewTokens<T>::ROOM];
+    for (int64_t i = 0; i < rows; i += FewTokens<T>::AT_A_TIME) {
+      const int64_t tokens = smaller(FewTokens<T>::AT_A_TIME, rows - i);
       for (int64_t r = 0; r < tokens; r++)
         __builtin_memcpy(tokens_.row(r), x_.u.data() + x_.plan.pair(e, i + r) * x_.ld_u, x_.ld_u * sizeof(Number));
       tokens_.multiply(tokens, x_.plan.template down<T>(e, c), p.stride_down_row, n, p.F, dots);

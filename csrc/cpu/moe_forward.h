@@ -85,7 +85,7 @@ class ForwardBlock {
         for (int i = 0; i < 2; i++) {
           const int64_t at = (f + i) * x_.rows + r;
           const Vec<float> a = rounded<T>(load(a_.data() + at)), b = rounded<T>(load(b_.data() + at));
-          u[i] = Activated<T>(a).silu * b;
+          u[i] = Silu<T>(a).value * b;
           store(a_.data() + at, a);
           store(b_.data() + at, b);
         }

@@ -98,14 +98,15 @@ class LeftFactor {
   Buffer<Tile> copy_;
 };
 
-// u = silu(a) b and its slopes.
+// silu(a), and its slope.
 template <class T>
-struct Activated {
-  Vec<float> e, r, sigma, silu;
+struct Silu {
+  Vec<float> value, slope;
 
-  explicit Activated(Vec<float> a)
-      : e(exp_of_negative<T>(minus_magnitude(a))), r(reciprocal<T>(1 + e)), sigma(a > 0 ? r : e * r), silu(a * sigma) {}
-  Vec<float> slope(Vec<float> a) const { return sigma + a * e * r * r; }  // of silu
+  explicit Silu(Vec<float> a) : Silu(a, Sigmoid<T>(a)) {}
+
+ private:
+  Silu(Vec<float> a, const Sigmoid<T>& sigma) : value(a * sigma.value), slope(sigma.value + a * sigma.e * sigma.r * sigma.r) {}
 };
 
 // y[n] = sum over a token's K pairs of w[pair] z[pair], or of z[pair] where there is no w.

@@ -128,7 +128,7 @@ inline Error by_tile(Dtype dtype, const Run& run) {
 // The same; tests can have bfloat16 multiplied as it is on any processor.
 template <class Run>
 inline Error by_tile_or_force(Dtype dtype, const Run& run) {
-  return dtype == Dtype::bfloat16 && force_bfloat16_tiles(nullptr) ? run(bfloat16{}, bfloat16{}) : by_tile(dtype, run);
+  return dtype == Dtype::bfloat16 && bfloat16_tiles_forced() ? run(bfloat16{}, bfloat16{}) : by_tile(dtype, run);
 }
 
 }  // namespace FASTPRIMER_ISA

@@ -108,5 +108,13 @@ inline Vec<double> reciprocal(Vec<double> v) {
   return 1.0 / v;
 }
 
+// sigma(t), by e = exp(-|t|) and r = 1 / (1 + e).
+template <class T>
+struct Sigmoid {
+  Vec<Wide<T>> e, r, value;
+
+  explicit Sigmoid(Vec<Wide<T>> t) : e(exp_of_negative<T>(minus_magnitude(t))), r(reciprocal<T>(1 + e)), value(t > 0 ? r : e * r) {}
+};
+
 }  // namespace FASTPRIMER_ISA
 }  // namespace fastprimer

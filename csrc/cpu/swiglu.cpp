@@ -51,14 +51,6 @@ struct Parameters {
 
 bool plain(const Activation& a) { return a.alpha == 1 && a.beta == 0 && a.limit == __builtin_inf() && a.offset == 0; }
 
-// sigma(t), by e = exp(-|t|) and r = 1 / (1 + e).
-template <class T>
-struct Sigmoid {
-  Vec<Wide<T>> e, r, value;
-
-  explicit Sigmoid(Vec<Wide<T>> t) : e(exp_of_negative<T>(minus_magnitude(t))), r(reciprocal<T>(1 + e)), value(t > 0 ? r : e * r) {}
-};
-
 template <class T, bool PLAIN>
 Error forward(const SwiGluForward& args) {
   using A = Wide<T>;

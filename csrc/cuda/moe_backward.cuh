@@ -10,7 +10,7 @@ struct MoeBackwardScratch {
   void *dhidden, *wu, *dx;
   int64_t stride_dhidden, stride_wu, stride_dx;
   float* dots;  // (tiles of F, pairs): parts of dweights
-  bool wide_x, wide_dy, wide_gate_up, wide_down, wide_hidden, wide_dhidden, wide_dx, wide_dgate_up, wide_ddown;
+  bool wide_dy, wide_gate_up, wide_down, wide_hidden, wide_dhidden;
 };
 
 // d = dy down, and from it dhidden, wu and the tile's part of d u. 2 C F FLOPs a pair. Moves dy's rows, gathered, once for each tile of F,

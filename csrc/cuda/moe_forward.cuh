@@ -19,7 +19,7 @@ __device__ __forceinline__ GatedActivation silu() { return {1, 0, INFINITY, 0}; 
 struct MoeForwardScratch {
   void *u, *z;
   int64_t stride_u, stride_z;
-  bool wide_x, wide_gate_up, wide_down, wide_hidden, wide_y;
+  bool wide_x, wide_gate_up, wide_down, wide_hidden;
 };
 
 // A block's rows, places begin .. end - 1 of expert e, and its columns. Blocks that share rows follow each other: together they read all of
