@@ -70,8 +70,46 @@ struct LinearCrossEntropyBackward {
 };
 
 Error cross_entropy_forward(Cpu, const CrossEntropyForward& args);
+Error cross_entropy_forward(Cuda, const CrossEntropyForward& args);
 Error cross_entropy_backward(Cpu, const CrossEntropyBackward& args);
+Error cross_entropy_backward(Cuda, const CrossEntropyBackward& args);
 Error linear_cross_entropy_forward(Cpu, const LinearCrossEntropyForward& args);
 Error linear_cross_entropy_backward(Cpu, const LinearCrossEntropyBackward& args);
+
+// On a GPU the fused operation's products are a library's, one piece of the vocabulary after the other
+// (csrc/linear_cross_entropy.cpp); these are the passes between them.
+
+// Columns first .. first + width of the logits, float32.
+struct LogitsPiece {
+  float* logits;  // (N, width)
+  int64_t stride_row, first, width;
+  bool kept;  // they belong to `kept`, and what is to be read there in backward is z
+};
+
+// What has been seen of a token's z, from one piece to the next.
+struct LossState {
+  float top, sum, total, z_target;  // the largest z, the sum of exp(z - top), that of z
+  int64_t argmax;                   // -1: nothing yet
+};
+
+// A piece's dlogits.
+struct DlogitsPiece {
+  void* dlogits;  // (N, width), of the problem's dtype
+  int64_t stride_row;
+  const float* scale;  // what they are multiplied by, or null for 1
+  float* dbias;        // (width,), not scaled, or null
+};
+
+// Adds a piece to `state` (N,); the first one begins it, the last one writes the outputs. A kept piece becomes z, 0 for ignored tokens.
+Error linear_cross_entropy_fold(Cuda, const LinearCrossEntropyProblem& problem, const LogitsPiece& piece, LossState* state,
+                                const LossOutputs& outputs);
+Error linear_cross_entropy_dlogits(Cuda, const LinearCrossEntropyProblem& problem, const LogitsPiece& piece, const LossGradients& gradients,
+                                   const DlogitsPiece& out);
+// A power of two by which the dlogits of all tokens become large, but not too large, numbers of 16 bits.
+Error linear_cross_entropy_scale(Cuda, const LinearCrossEntropyProblem& problem, const LossGradients& gradients, float* scale);
+// x (N, C) without gaps and with zeros for ignored tokens.
+Error linear_cross_entropy_tokens(Cuda, const LinearCrossEntropyProblem& problem, void* x);
+// sum + part, `count` numbers, where a null sum is 0: into `out`, divided by *scale, or into sum where `out` is null.
+Error linear_cross_entropy_add(Cuda, Dtype dtype, float* sum, const float* part, int64_t count, const float* scale, void* out);
 
 }  // namespace fastprimer

@@ -223,13 +223,8 @@ struct On<Cuda> {
 #define FASTPRIMER_IMPL_KEYS FASTPRIMER_IMPL_KEY(CPU, fastprimer::Cpu)
 #endif
 
-#define FASTPRIMER_IMPL_WITH(keys, Device, m)                            \
+#define FASTPRIMER_IMPL(Device, m)                                       \
   template <class Device>                                                \
   static void register_kernels(torch::stable::detail::StableLibrary& m); \
-  keys template <class Device>                                           \
+  FASTPRIMER_IMPL_KEYS template <class Device>                           \
   static void register_kernels(torch::stable::detail::StableLibrary& m)
-
-#define FASTPRIMER_IMPL(Device, m) FASTPRIMER_IMPL_WITH(FASTPRIMER_IMPL_KEYS, Device, m)
-
-// The same for an operation without CUDA kernels (CPU_OPERATIONS in CMakeLists.txt).
-#define FASTPRIMER_CPU_IMPL(Device, m) FASTPRIMER_IMPL_WITH(FASTPRIMER_IMPL_KEY(CPU, fastprimer::Cpu), Device, m)
