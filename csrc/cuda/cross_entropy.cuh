@@ -50,10 +50,18 @@ struct LossCap {
   const float* bias;      // of these columns, or null
   bool done;              // they are z already
 
-  __device__ __forceinline__ float operator()(float l, int64_t column) const {
-    if (done) return l;
-    if (bias != nullptr) l += bias[column];
-    return cap > 0 ? cap * tanhf(l * reciprocal) : l;
+  // In place. What holds for all columns is asked once a vector.
+  template <int W>
+  __device__ __forceinline__ void apply(float (&z)[W], int64_t column) const {
+    if (done) return;
+    if (bias != nullptr) {
+#pragma unroll
+      for (int i = 0; i < W; i++) z[i] += bias[column + i];
+    }
+    if (cap > 0) {
+#pragma unroll
+      for (int i = 0; i < W; i++) z[i] = cap * tanhf(z[i] * reciprocal);
+    }
   }
   __device__ __forceinline__ float slope(float z) const { return 1 - (z * reciprocal) * (z * reciprocal); }
   __device__ __forceinline__ bool changes() const { return cap > 0 || bias != nullptr; }
@@ -160,8 +168,9 @@ __device__ __forceinline__ void finish_token(const FoldArgs& args, Seen seen, in
   all.add(seen);
   const int64_t target = in.target[n] - in.first;
   if (target >= 0 && target < in.width) {  // on a GPU nobody has looked
-    const bool written = args.z != nullptr && in.cap.changes();
-    state.z_target = written ? args.z[n * in.stride_row + target] : in.cap(widen(in.row<T>(n)[target]), target);
+    float z[1] = {widen(in.row<T>(n)[target])};
+    if (args.z == nullptr) in.cap.apply(z, target);  // else that is z already
+    state.z_target = z[0];
   }
   if (in.first + in.width < in.V) {
     args.state[n] = {all.top, all.sum, all.total, state.z_target, all.argmax};
@@ -190,8 +199,8 @@ __global__ void __launch_bounds__(LOSS_THREADS) cross_entropy_fold(const FoldArg
     along_row<W>(row, row, in.width, threadIdx.x, blockDim.x, [&](auto v, int64_t column) {
       constexpr int COUNT = sizeof v.data / sizeof v.data[0];
       Vector<float, COUNT> z;
-#pragma unroll
-      for (int i = 0; i < COUNT; i++) z.data[i] = in.cap(widen(v.data[i]), column + i);
+      widen(v, z.data);
+      in.cap.apply(z.data, column);
       seen.template add<T>(z.data, column, args.label_smoothing != 0);
       if constexpr (std::is_same_v<T, float>)
         if (z_row != nullptr) store(z_row + column, z);
@@ -230,12 +239,19 @@ struct TokenGradient {
     target = args.in.target[n] - args.in.first;
   }
 
-  template <class T>
-  __device__ __forceinline__ float operator()(const LossCap& cap, float logit, int64_t column) const {
-    const float z = cap(logit, column);
-    float dz = top * exp_for<T>(z - lse) - uniform;
-    if (column == target) dz -= share;
-    return cap.cap > 0 ? dz * cap.slope(z) : dz;
+  // From logits, or z, to dlogits that will be rounded to T; in place.
+  template <class T, int W>
+  __device__ __forceinline__ void apply(const LossCap& cap, float (&z)[W], int64_t column) const {
+    cap.apply(z, column);
+    float dz[W];
+#pragma unroll
+    for (int i = 0; i < W; i++) dz[i] = top * exp_for<T>(z[i] - lse) - uniform - (column + i == target ? share : 0);
+    if (cap.cap > 0) {
+#pragma unroll
+      for (int i = 0; i < W; i++) dz[i] *= cap.slope(z[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < W; i++) z[i] = dz[i];
   }
 };
 
@@ -256,8 +272,10 @@ __global__ void __launch_bounds__(LOSS_THREADS) cross_entropy_dlogits(const Dlog
   along_row<W>(in.row<In>(n), out, in.width, threadIdx.x, blockDim.x, [&](auto v, int64_t column) {
     constexpr int COUNT = sizeof v.data / sizeof v.data[0];
     float dl[COUNT];
+    widen(v, dl);
+    gradient.template apply<Out>(in.cap, dl, column);
 #pragma unroll
-    for (int i = 0; i < COUNT; i++) dl[i] = scale * gradient.operator()<Out>(in.cap, widen(v.data[i]), column + i);
+    for (int i = 0; i < COUNT; i++) dl[i] *= scale;
     store(out + whole(column), narrow<Out>(dl));
   });
 }
@@ -274,8 +292,12 @@ static __global__ void __launch_bounds__(32 * DBIAS_LINES) cross_entropy_dbias(c
   float sum = 0;
   for (int64_t first = threadIdx.y; first < in.N && column < in.width; first += DBIAS_LINES * DBIAS_RUN) {
     float run = 0;
-    for (int64_t n = first; n < in.N && n < first + DBIAS_LINES * DBIAS_RUN; n += DBIAS_LINES)
-      if (in.counts(n)) run += TokenGradient(args, n).operator()<float>(in.cap, in.row<float>(n)[column], column);
+    for (int64_t n = first; n < in.N && n < first + DBIAS_LINES * DBIAS_RUN; n += DBIAS_LINES) {
+      if (!in.counts(n)) continue;
+      float dl[1] = {in.row<float>(n)[column]};
+      TokenGradient(args, n).apply<float>(in.cap, dl, column);
+      run += dl[0];
+    }
     sum += run;
   }
   lines[threadIdx.y][threadIdx.x] = sum;
