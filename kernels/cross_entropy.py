@@ -67,15 +67,20 @@ def _buffer(like: Tensor, N: int, columns: int, dtype: torch.dtype) -> Tensor:
     return torch.empty((N, triton.cdiv(columns, 64) * 64), dtype=dtype, device=like.device)
 
 
+def _widened(bias: Optional[Tensor], dtype: torch.dtype) -> Optional[Tensor]:
+    """The bias as its products' logits are, so that a thread reads it at the same columns as them."""
+    return None if bias is None else bias.to(dtype).contiguous()
+
+
 class Losses:
     """The outputs of forward, folded together piece by piece."""
 
     def __init__(self, like: Tensor, target: Tensor, V: int, bias: Optional[Tensor], options: tuple, one_piece: bool):
         N = target.shape[0]
         self.N, self.V, self.target, self.WIDE = N, V, target.contiguous(), wide(like)
-        self.bias = None if bias is None else bias.contiguous()
-        self.ignore_index, self.constants = options[0], (options[1], options[2], options[3] or 0.0)
         dtype = torch.promote_types(like.dtype, torch.float32)
+        self.bias = _widened(bias, dtype)
+        self.ignore_index, self.constants = options[0], (options[1], options[2], options[3] or 0.0)
         self.loss, self.lse = (torch.empty(N, dtype=dtype, device=like.device) for _ in range(2))
         self.argmax = torch.empty(N, dtype=torch.int64, device=like.device)
         self.state = None if one_piece else torch.empty((4, N), dtype=dtype, device=like.device)
@@ -95,8 +100,8 @@ class Gradients:
     """What every launch of the gradient kernel has in common."""
 
     def __init__(self, dloss, dlse, target, lse, bias, V: int, options: tuple, like: Tensor, scale: Optional[Tensor] = None):
-        vectors = (None if t is None else t.contiguous() for t in (bias, target, dloss, dlse, lse))
-        self.bias, *self.vectors = vectors
+        self.bias = _widened(bias, lse.dtype)
+        self.vectors = [None if t is None else t.contiguous() for t in (target, dloss, dlse, lse)]
         self.V, self.WIDE, self.scale = V, wide(like), scale
         self.ignore_index, self.constants = options[0], (options[1], options[2], options[3] or 0.0)
 
