@@ -140,9 +140,7 @@ def cross_entropy_fold_kernel(
         lse = top + tl.log(s_row)
         # A target that does not exist is a NaN that everybody sees: nobody waits for the device to raise an error.
         z_target = tl.where((target >= 0) & (target < V), z_target, float("nan"))
-        loss = lse - (1 - LABEL_SMOOTHING) * z_target
-        if Z_LOSS != 0:
-            loss += Z_LOSS * lse * lse
+        loss = lse - (1 - LABEL_SMOOTHING) * z_target + Z_LOSS * lse * lse
         if SMOOTHED:
             loss -= LABEL_SMOOTHING * (total_row / V)
         tl.store(loss_ptr + row, loss)

@@ -30,11 +30,11 @@ NOTHING, EVERY = (IGNORED, 0.0, 0.0, None), (IGNORED, 0.1, 0.01, 5.0)
 
 
 def make_small(monkeypatch, module):
-    """Pieces of 256 columns, tiles of 64, sums over 4 rows, so that a small problem has many of each."""
+    """Pieces of 256 columns, tiles of 128, sums over 4 rows, so that a small problem has many of each."""
     monkeypatch.setattr(module, "PIECE", 0)
     monkeypatch.setattr(module, "SUMMED", 4)
-    monkeypatch.setattr(module, "fold_tile", lambda _: kernels.Tile(64, 2))
-    monkeypatch.setattr(module, "gradient_tile", lambda _: kernels.Tile(64, 2))
+    monkeypatch.setattr(module, "fold_tile", lambda _: kernels.Tile(128, 4))
+    monkeypatch.setattr(module, "gradient_tile", lambda _: kernels.Tile(128, 4))
 
 
 @pytest.fixture
@@ -107,10 +107,11 @@ def test_pieces(budget, dtype, small):
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
-@pytest.mark.parametrize("options", [NOTHING, EVERY, (3, 1.0, 0.0, None), (IGNORED, 0.0, 0.0, 0.5)], ids=str)
+@pytest.mark.parametrize("options", [NOTHING, EVERY, (0, 1.0, 0.0, None), (IGNORED, 0.0, 0.0, 4.0)], ids=str)
 def test_blocks_of_a_row(options, dtype, small):
-    for V in (1, 63, 64, 65, 200):
-        check(plain, kernels, logits_of(5, V, dtype), targets(5, V, (2,)), options, *upstream(5))
+    for V in (1, 127, 128, 129, 300):
+        target = targets(5, V, (2,)).where(torch.arange(5) != 2, options[0])
+        check(plain, kernels, logits_of(5, V, dtype), target, options, *upstream(5))
 
 
 def test_widths():
@@ -134,16 +135,17 @@ class Watched(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         assert not any(word in str(function) for word in ("local_scalar_dense", "nonzero", "masked_select", "is_nonzero")), function
         result = function(*args, **(kwargs or {}))
-        self.largest = max(self.largest, *(t.numel() for t in (result if isinstance(result, tuple) else (result,))))
+        if isinstance(result, torch.Tensor) and result.is_floating_point():
+            self.largest = max(self.largest, result.numel())
         return result
 
 
 def test_it_neither_waits_nor_forms_the_logits(small):
     for dtype in (torch.float32, torch.float16):
-        x, weight, bias = projection(40, 8, 1500, dtype)
+        x, weight, bias = projection(16, 8, 1000, dtype)
         with Watched() as watched:
-            linear(kernels, x, weight, bias, targets(40, 1500, (3,)), EVERY, 0, *upstream(40))
-        assert watched.largest == 1500 * 8  # weight; a piece is 40 x 256
+            linear(kernels, x, weight, bias, targets(16, 1000, (3,)), EVERY, 0, *upstream(16))
+        assert watched.largest == 1000 * 8  # weight; a piece is 16 x 256
     with Watched():
         plain(kernels, logits_of(4, 70), targets(4, 70, (3,)), EVERY, *upstream(4))
 
@@ -154,7 +156,9 @@ SPECIAL = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0, 3.0])
 def special_rows(V):
     """Rows of few different numbers, of NaN, of an infinity alone, and of one NaN each."""
     generator = torch.Generator().manual_seed(0)
-    mixed = [SPECIAL[torch.tensor(some)[torch.randint(len(some), (6, V), generator=generator)]] for some in ((0, 2, 3), (1, 2, 4), (2, 3, 4))]
+    mixed = [
+        SPECIAL[torch.tensor(some)[torch.randint(len(some), (6, V), generator=generator)]] for some in ((0, 2, 3), (1, 2, 4), (2, 3, 4))
+    ]
     alone = SPECIAL[:3, None].expand(3, V)
     one = torch.where(torch.arange(V) == torch.tensor([[0], [V - 1], [V // 2]]), torch.nan, random(0, 3, V))
     late = torch.where(torch.arange(V) < V - 1, -torch.inf, random(1, 2, V))
@@ -173,15 +177,15 @@ def test_nan_and_infinity_are_what_they_are_in_the_reference(options, small):
 @pytest.mark.parametrize("budget", [0, 1 << 20])
 def test_special_numbers_in_any_piece(budget, small):
     """By the bias, for all rows at once."""
-    x, weight, _ = projection(3, 8, 600)
-    for first, second in itertools.product(range(4), (10, 300, 599)):
-        for place in (20, 310, 598):
-            bias = random(2, 600)
-            bias[place], bias[second] = SPECIAL[first], SPECIAL[(first + 1) % 3]
-            loss, lse, argmax, _ = kernels.linear_cross_entropy_forward(x, weight, targets(3, 600), bias, *NOTHING, budget)
-            expected = reference.linear_cross_entropy_forward(x, weight, targets(3, 600), bias, *NOTHING, budget)
-            torch.testing.assert_close((loss, lse), expected[:2], equal_nan=True)
-            assert torch.equal(argmax, expected[2])
+    x, weight, _ = projection(2, 8, 530)
+    target = targets(2, 530)
+    for first, second, place in itertools.product(range(4), (10, 300), (310, 529)):
+        bias = random(2, 530)
+        bias[place], bias[second] = SPECIAL[first], SPECIAL[(first + 1) % 3]
+        loss, lse, argmax, _ = kernels.linear_cross_entropy_forward(x, weight, target, bias, *NOTHING, budget)
+        expected = reference.linear_cross_entropy_forward(x, weight, target, bias, *NOTHING, budget)
+        torch.testing.assert_close((loss, lse), expected[:2], equal_nan=True)
+        assert torch.equal(argmax, expected[2])
 
 
 def test_a_tie_goes_to_the_lower_column(small):
@@ -236,16 +240,16 @@ def test_nan_in_a_token_stays_there(small):
 
 def check_targets_that_do_not_exist(module):
     """Nothing is read beyond the logits, which the interpreter would see; the token's loss and gradient are NaN, others are right."""
-    wrong = torch.tensor([-1, 600, 2**31 - 1, 2**40, -(2**40), -2, 599, 0])
-    (x, weight, bias), (dloss, dlse) = projection(8, 6, 600), upstream(8)
-    right = torch.where((wrong >= 0) & (wrong < 600), wrong, 0)
+    wrong = torch.tensor([-1, 300, 2**40, -(2**40), 299, 0])
+    (x, weight, bias), (dloss, dlse) = projection(6, 6, 300), upstream(6)
+    right = torch.where((wrong >= 0) & (wrong < 300), wrong, 0)
     for results, expected in (
-        [linear(module, x, weight, bias, target, EVERY, 4 * 8 * 300, dloss, dlse) for target in (wrong, right)],
-        [plain(module, logits_of(8, 600), target, EVERY, dloss, dlse) for target in (wrong, right)],
+        [linear(module, x, weight, bias, target, EVERY, 4 * 6 * 256, dloss, dlse) for target in (wrong, right)],
+        [plain(module, logits_of(6, 300), target, EVERY, dloss, dlse) for target in (wrong, right)],
     ):
-        assert results["loss"].isnan().tolist() == [True] * 6 + [False] * 2
+        assert results["loss"].isnan().tolist() == [True] * 4 + [False] * 2
         gradient = "dx" if "dx" in results else "dlogits"
-        assert results[gradient][:6].isnan().all() and torch.equal(results[gradient][6:], expected[gradient][6:])
+        assert results[gradient][:4].isnan().all() and torch.equal(results[gradient][4:], expected[gradient][4:])
         assert all(torch.equal(results[name], expected[name]) for name in ("lse", "argmax"))
 
 
@@ -271,7 +275,9 @@ def test_strides(layout, small, monkeypatch):
     check(plain, kernels, logits, spread(targets(9, 100, (2,))), EVERY, spread(dloss), dlse[:1].expand(9))
     assert all(launches[1].data_ptr() == logits.data_ptr() for launches in seen)
     x, weight, bias = projection(9, 20, 300)
-    check(linear, kernels, view(x), view(weight), spread(bias), targets(9, 300, (2,)), EVERY, 4 * 9 * 256, dloss[:1].expand(9), spread(dlse))
+    check(
+        linear, kernels, view(x), view(weight), spread(bias), targets(9, 300, (2,)), EVERY, 4 * 9 * 256, dloss[:1].expand(9), spread(dlse)
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
@@ -302,10 +308,10 @@ def test_no_tokens():
 
 def check_small_gradients(module):
     """What would be nothing in float16: dlogits of 2^-18 / 600 in the sum of dx."""
-    x, weight, _ = projection(8, 6, 600, torch.float16)
-    dloss = random(3, 8).abs() * 2**-18
-    dloss[7] = torch.inf  # of an ignored token
-    check(linear, module, x * 0.03, weight * 30, None, targets(8, 600, (7,)), NOTHING, 0, dloss, None)
+    x, weight, _ = projection(4, 6, 600, torch.float16)
+    dloss = random(3, 4).abs() * 2**-18
+    dloss[3] = torch.inf  # of an ignored token
+    check(linear, module, x * 0.03, weight * 30, None, targets(4, 600, (3,)), NOTHING, 0, dloss, None)
 
 
 def test_small_gradients_in_float16(small):
@@ -313,11 +319,11 @@ def test_small_gradients_in_float16(small):
 
 
 def test_same_bits_in_every_program_order(small):
-    x, weight, bias = projection(21, 20, 600, torch.bfloat16)
+    x, weight, bias = projection(11, 20, 530, torch.bfloat16)
     results = []
     for seed in (None, 1, 2):
         with interpreter.program_order(seed):
-            results.append(linear(kernels, x, weight, bias, targets(21, 600, (3,)), EVERY, 4 * 21 * 256, *upstream(21)))
+            results.append(linear(kernels, x, weight, bias, targets(11, 530, (3,)), EVERY, 4 * 11 * 256, *upstream(11)))
     for result in results[1:]:
         assert all(torch.equal(result[name], results[0][name]) for name in result)
 
@@ -340,12 +346,10 @@ def test_gradients_in_float64(options, small):
     same(linear(kernels, *arguments), linear(reference, *arguments), rtol=1e-12, atol=1e-13)
 
 
-def test_operators():
+def test_autocast_does_not_reach_the_products_within():
     x, weight, _ = projection(6, 8, 30)
     with fp.use_backend("triton"):
-        assert fp.explain(fp.linear_cross_entropy, x, weight, targets(6, 30)).backend == "triton"
-        assert fp.explain(fp.cross_entropy, logits_of(6, 30), targets(6, 30)).backend == "triton"
-        with torch.autocast("cpu", torch.bfloat16):  # which must not reach the products within
+        with torch.autocast("cpu", torch.bfloat16):
             under = fp.linear_cross_entropy(x, weight, targets(6, 30), reduction="none")
         half = fp.linear_cross_entropy(x.bfloat16(), weight.bfloat16(), targets(6, 30), reduction="none")
     assert torch.equal(under, half)
@@ -376,7 +380,7 @@ PLANTED = {
     "ignored rows kept": (TILES, "        if KEEP:\n            for start", "        if KEEP and not KEEP:\n            for start"),
     "an ignored token speaks": (TILES, "tl.store(argmax_ptr + row, -1)", "tl.store(argmax_ptr + row, 0)"),
     "a wrong target unnoticed": (TILES, 'z_target, float("nan"))', "z_target, 0.0)"),
-    "z-loss forgotten": (TILES, "loss += Z_LOSS * lse * lse", "loss += 0 * lse"),
+    "z-loss forgotten": (TILES, "+ Z_LOSS * lse * lse", "+ 0 * lse"),
     "z-loss without gradient": (TILES, "dloss * (1 + 2 * Z_LOSS * lse)", "dloss"),
     "smoothing without gradient": (TILES, "dz -= dloss * LABEL_SMOOTHING / V", "dz -= 0 * dloss"),
     "dlse forgotten": (TILES, "dtop += tl.load(dlse_ptr + row).to(WIDE)", "dtop += 0 * tl.load(dlse_ptr + row).to(WIDE)"),
@@ -386,7 +390,11 @@ PLANTED = {
     "dlogits beyond the piece": (TILES, "mask=column < columns)\n        else:", "mask=column <= columns)\n        else:"),
     "rows of the next sum": (TILES, "tl.minimum(first_row + ROWS, N)", "tl.minimum(first_row + ROWS + 1, N)"),
     "another sum's place": (TILES, "partial_ptr += chunk.to(tl.int64) * columns", "partial_ptr += chunk.to(tl.int64) // 2 * columns"),
-    "what was kept capped again": (LAUNCHES, "gradients.dlogits(z, dl, first, raw=end > columns)", "gradients.dlogits(z, dl, first, raw=True)"),
+    "what was kept capped again": (
+        LAUNCHES,
+        "gradients.dlogits(z, dl, first, raw=end > columns)",
+        "gradients.dlogits(z, dl, first, raw=True)",
+    ),
     "an ignored token in dweight": (LAUNCHES, "x = torch.where(valid.unsqueeze(-1), as_rows(x), 0.0)", "x = as_rows(x)"),
     "dx of the last piece": (LAUNCHES, "dx += share", "dx = share"),
     "one row's share of the bias": (LAUNCHES, "partial.sum(0)", "partial[0]"),
@@ -415,12 +423,13 @@ def checks(module):
     same(plain(module, *arguments), plain(reference, *arguments))
     ties = torch.randint(0, 2, (6, 150), generator=torch.Generator().manual_seed(0)).float()
     assert torch.equal(module.cross_entropy_forward(ties, targets(6, 150), *NOTHING)[2], ties.argmax(-1))
-    x, weight, bias = projection(9, 20, 601)
-    dloss, dlse = upstream(9)
+    assert module.pieces(600, 256, 512) == [(0, 256), (256, 600)]
+    x, weight, bias = projection(6, 20, 530)
+    dloss, dlse = upstream(6)
     x[2], dloss[2] = torch.nan, torch.inf
-    check(linear, module, x, weight, bias, targets(9, 601, (2,)), EVERY, 4 * 9 * 300, dloss, dlse)
+    check(linear, module, x, weight, bias, targets(6, 530, (2,)), EVERY, 4 * 6 * 300, dloss, dlse)
     for budget in (0, 1 << 20):
-        check(linear, module, x, weight, None, targets(9, 601, (2,)), NOTHING, budget, dloss, None)
+        check(linear, module, x, weight, None, targets(6, 530, (2,)), NOTHING, budget, dloss, None)
     check_targets_that_do_not_exist(module)
     check_small_gradients(module)
 
