@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 triton = pytest.importorskip("triton")
 
+import fastprimer as fp  # noqa: E402
 from cross_entropy_checks import (  # noqa: E402
     EVERY,
     IGNORED,
@@ -28,8 +29,6 @@ from cross_entropy_checks import (  # noqa: E402
     targets,
     upstream,
 )
-
-import fastprimer as fp  # noqa: E402
 from fastprimer import interpreter  # noqa: E402
 from fastprimer.backends import interpreting  # noqa: E402
 from fastprimer.kernels import cross_entropy as kernels  # noqa: E402

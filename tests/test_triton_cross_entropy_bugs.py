@@ -22,7 +22,6 @@ from cross_entropy_checks import (  # noqa: E402
     targets,
     upstream,
 )
-
 from fastprimer.backends import interpreting  # noqa: E402
 from fastprimer.kernels import _cross_entropy  # noqa: E402
 from fastprimer.kernels import cross_entropy as kernels  # noqa: E402
