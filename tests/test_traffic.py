@@ -10,7 +10,7 @@ import torch
 import fastprimer as fp
 from conftest import device_or_skip
 from fastprimer.backends import use_backend
-from fastprimer.cases import Inputs, rms_norm_case, rope_case, swiglu_case
+from fastprimer.cases import Inputs, loss_case, rms_norm_case, rope_case, swiglu_case
 
 CASES = {
     rms_norm_case("rows", 256, 512, weight=False): 0.0,
@@ -21,8 +21,10 @@ CASES = {
     swiglu_case("separate", 64, 1024): 0.0,
     swiglu_case("packed", 64, 1024, layout="packed", activation="gpt_oss"): 0.0,
     swiglu_case("views", 64, 1024, layout="views"): 0.0,
+    loss_case("cross_entropy", "whole", 4, 8192, reduction="none"): 0.005,
+    loss_case("cross_entropy", "odd", 4, 8191, reduction="none", softcap=5.0, z_loss=0.1): 0.005,
 }
-"""{case: the share of its bytes that may be read once more}"""
+"""{case: the share of its bytes that may be read once more, or stand beside the rows: a token's target, its loss}"""
 
 
 def counter(backend):

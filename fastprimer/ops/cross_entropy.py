@@ -162,10 +162,12 @@ def _dlogits(dloss, dlse, logits, target, lse, ignore_index, label_smoothing, z_
 LIMITS = {
     "cross_entropy": {
         "cpu": lambda logits, *_: dtype_limit(logits, None, "float32 bfloat16 float16 float64"),
+        "triton": lambda logits, *_: dtype_limit(logits, None, "float32 bfloat16 float16 float64"),
         "cuda": lambda logits, *_: dtype_limit(logits, None, "float32 bfloat16 float16"),
     },
     "linear_cross_entropy": {
         "cpu": lambda x, *_: dtype_limit(x, None, "float32 bfloat16 float16"),
+        "triton": lambda x, *_: dtype_limit(x, None, "float32 bfloat16 float16 float64"),
         "cuda": lambda x, *_: dtype_limit(x, None, "float32 bfloat16 float16"),
     },
 }

@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from aot import attention_cases, moe_cases
+from aot import attention_cases, losses_cases, moe_cases
 from aot.table import markdown
 from aot.triton_gate import Case, inspect
 from fastprimer.kernels import rms_norm, rope, swiglu
@@ -138,6 +138,7 @@ CASES = [
     swiglu_case(BFLOAT16, 3 * 2**30, 1, packed=True),
     *attention_cases.CASES,
     *moe_cases.CASES,
+    *losses_cases.CASES,
 ]
 """Sizes in use, absent tensors, and the extremes that Triton compiles specially: a size of 1, a size beyond 32 bits."""
 
