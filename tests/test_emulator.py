@@ -10,6 +10,7 @@ import pytest
 from emulator import probe
 from emulator.bugs import BUGS
 from emulator.bugs_hopper import BUGS as BUGS_HOPPER
+from emulator.bugs_losses import BUGS as BUGS_LOSSES
 from emulator.bugs_moe import BUGS as BUGS_MOE
 from emulator.build import CHECKS, KINDS, Patch, compile_check, patched_tree, reason_not, run_check
 
@@ -49,7 +50,7 @@ def test_check(name, kind, tmp_path, objects):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("bug", [*BUGS, *BUGS_HOPPER, *BUGS_MOE], ids=lambda bug: bug.name)
+@pytest.mark.parametrize("bug", [*BUGS, *BUGS_HOPPER, *BUGS_MOE, *BUGS_LOSSES], ids=lambda bug: bug.name)
 def test_planted_bug_is_caught(bug, tmp_path, objects):
     for kind, words in bug.caught.items():
         require(kind)

@@ -1,5 +1,6 @@
 // Cross-entropy on CUDA: which kernel serves a call, and in what shape.
 #include <algorithm>
+#include <type_traits>
 
 #include "cross_entropy.cuh"
 
@@ -87,12 +88,15 @@ Error linear_cross_entropy_tokens(Cuda device, const LinearCrossEntropyProblem& 
 }
 
 Error linear_cross_entropy_add(Cuda device, Dtype dtype, float* sum, const float* part, int64_t count, const float* scale, void* out) {
-  return by_dtype(dtype, [&](auto element) {
-    using T = decltype(element);
-    const int64_t needed = (count + 4 * LOSS_THREADS - 1) / (4 * LOSS_THREADS);
-    const dim3 grid(static_cast<unsigned>(std::min<int64_t>(needed, 16 * multiprocessors())));
-    return launch(cross_entropy_add<T>, grid, dim3(LOSS_THREADS), 0, device, sum, part, count, scale, static_cast<T*>(out));
-  });
+  const int64_t needed = (count + 4 * LOSS_THREADS - 1) / (4 * LOSS_THREADS);
+  const dim3 grid(static_cast<unsigned>(std::min<int64_t>(needed, 16 * multiprocessors())));
+  const float* before = sum;
+  const auto add = [&](const float* factor, auto* to) {
+    return launch(cross_entropy_add<std::remove_pointer_t<decltype(to)>>, grid, dim3(LOSS_THREADS), 0, device, before, part, count, factor,
+                  to);
+  };
+  if (out == nullptr) return add(nullptr, sum);
+  return by_dtype(dtype, [&](auto element) { return add(scale, static_cast<decltype(element)*>(out)); });
 }
 
 }  // namespace fastprimer

@@ -18,7 +18,7 @@ template <class T>
 constexpr int LOSS_VECTOR = 16 / sizeof(T);
 
 // Calls body(vector, index of its first number) for this thread's part of `count` numbers; with W at an address of `out` that 16 divides.
-template <int W, class In, class Out, class Body>
+template <int W, int BATCH = LOSS_BATCH, class In, class Out, class Body>
 __device__ __forceinline__ void along_row(const In* in, const Out* out, int64_t count, int64_t thread, int64_t threads, Body body) {
   const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
   int64_t head = (16 - address(out) % 16) % 16 / sizeof(Out);
@@ -26,13 +26,13 @@ __device__ __forceinline__ void along_row(const In* in, const Out* out, int64_t 
   const int64_t vectors = (count - head) / W, tail = head + vectors * W;
   for (int64_t i = thread; i < head; i += threads) body(load<1>(in + i), i);
   const In* body_in = in + head;
-  for (int64_t first = thread; first < vectors; first += LOSS_BATCH * threads) {
-    Vector<In, W> v[LOSS_BATCH];
+  for (int64_t first = thread; first < vectors; first += BATCH * threads) {
+    Vector<In, W> v[BATCH];
 #pragma unroll
-    for (int b = 0; b < LOSS_BATCH; b++)
+    for (int b = 0; b < BATCH; b++)
       if (first + b * threads < vectors) v[b] = load<W>(body_in + (first + b * threads) * W);
 #pragma unroll
-    for (int b = 0; b < LOSS_BATCH; b++)
+    for (int b = 0; b < BATCH; b++)
       if (first + b * threads < vectors) body(v[b], head + (first + b * threads) * W);
   }
   for (int64_t i = tail + thread; i < count; i += threads) body(load<1>(in + i), i);
@@ -336,30 +336,24 @@ __global__ void __launch_bounds__(LOSS_THREADS)
                             [&](auto v, int64_t c) { store(row + whole(c), counts ? v : decltype(v){}); });
 }
 
-// Moves `count` numbers of float32 in, twice where there is a sum, and as many elements out.
+// Moves `count` numbers of float32 in, twice where there is a sum, and as many elements out, which may be the sum itself.
 template <class T>
 __global__ void __launch_bounds__(LOSS_THREADS)
-    cross_entropy_add(float* sum, const float* part, int64_t count, const float* scale, T* out) {
+    cross_entropy_add(const float* sum, const float* part, int64_t count, const float* scale, T* out) {
   const float factor = scale == nullptr ? 1 : 1 / *scale;
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  const auto add = [&](auto v, int64_t i) {
+  along_row<LOSS_VECTOR<T>, LOSS_BATCH / 2>(part, out, count, thread, threads, [&](auto v, int64_t i) {
     constexpr int COUNT = sizeof v.data / sizeof v.data[0];
     if (sum != nullptr) {
       const Vector<float, COUNT> before = load<COUNT>(sum + i);
 #pragma unroll
       for (int k = 0; k < COUNT; k++) v.data[k] += before.data[k];
     }
-    if (out == nullptr) return store(sum + i, v);
 #pragma unroll
     for (int k = 0; k < COUNT; k++) v.data[k] *= factor;
     store(out + i, narrow<T>(v.data));
-  };
-  if (out == nullptr) {
-    along_row<4>(part, sum, count, thread, threads, add);
-  } else {
-    along_row<LOSS_VECTOR<T>>(part, out, count, thread, threads, add);
-  }
+  });
 }
 
 }  // namespace fastprimer

@@ -104,6 +104,12 @@ def moe(kernel: str) -> tuple[str, ...]:
     return ("LDGSTS", "STG.E.128") if "<float," in kernel else ("HMMA", "LDSM", "LDGSTS", "STG.E.128")
 
 
+def losses(kernel: str) -> tuple[str, ...]:
+    """Rows come and go 16 bytes at a time; what adds up columns or finds a scale reads single numbers."""
+    needs = {"fold": ("LDG.E.128", "SHFL"), "dlogits": ("LDG.E.128", "STG.E.128"), "tokens": ("LDG.E.128", "STG.E.128")}
+    return (needs | {"add": needs["tokens"]}).get(kernel.removeprefix("cross_entropy_").partition("<")[0], ())
+
+
 def attention_hopper(kernel: str) -> tuple[str, ...]:
     """Tiles come by TMA, barriers are in shared memory, products are those of warpgroups, registers move to those that multiply."""
     return ("UTMALDG", "SYNCS", "HGMMA", "USETMAXREG", "STG.E.128")
@@ -115,6 +121,7 @@ CASES = (
     Case(ROOT / "csrc/cuda/decoding.cu", decoding),
     Case(ROOT / "csrc/cuda/routing.cu", routing),
     Case(ROOT / "csrc/cuda/moe.cu", moe),
+    Case(ROOT / "csrc/cuda/cross_entropy.cu", losses),
     Case(ROOT / "csrc/cuda/attention_hopper.cu", attention_hopper, ("sm_90a",), remarks=True),
     Case(ROOT / "tests/emulator/probe.cu", tensor_core),
 )

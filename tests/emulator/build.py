@@ -22,7 +22,7 @@ CHECKS = {
     "gemm": [HERE / "check_gemm.cpp"],
     **{
         op: [HERE / f"check_{op}.cpp", Path(f"csrc/cuda/{op}.cu")]
-        for op in ("rms_norm", "rope", "swiglu", "attention", "decoding", "routing", "moe")
+        for op in ("rms_norm", "rope", "swiglu", "attention", "decoding", "routing", "moe", "cross_entropy")
     },
     "attention_hopper": [HERE / "check_attention_hopper.cpp", *map(Path, ("csrc/cuda/attention.cu", "csrc/cuda/attention_hopper.cu"))],
 }
