@@ -86,7 +86,7 @@ def register(chapter) -> None:
     for op in chapter.LIMITS:
         _chapters[op] = chapter
         names = [name for name in (f"{op}_forward", f"{op}_backward") if hasattr(chapter, name)]
-        _functions[op, "reference"] = SimpleNamespace(**{name: _outside_autocast(getattr(chapter, name)) for name in names})
+        _functions[op, "reference"] = SimpleNamespace(**{name: outside_autocast(getattr(chapter, name)) for name in names})
 
 
 def autocasting(device: str) -> bool:
@@ -94,7 +94,7 @@ def autocasting(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def _outside_autocast(function):
+def outside_autocast(function):
     """The chapters choose every dtype themselves; autocast, which would recast their matrix products, has no say there."""
 
     @functools.wraps(function)

@@ -23,7 +23,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastprimer.backends import _outside_autocast as outside_autocast
+from fastprimer.backends import outside_autocast
 from fastprimer.kernels._cross_entropy import cross_entropy_fold_kernel, cross_entropy_gradient_kernel
 from fastprimer.kernels._launch import as_rows, on_device, wide
 from fastprimer.ops.cross_entropy import kept_columns
