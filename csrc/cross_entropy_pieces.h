@@ -79,7 +79,8 @@ inline void forward_by_pieces(Cuda device, const LinearCrossEntropyProblem& p, c
 }
 
 // Three products a piece. Those of 16 bits are of dlogits rounded to them; float16 has too few exponents for what a mean over many tokens
-// and words makes so small: there dlogits are scaled, and the products, in float32, scaled back.
+// and words makes so small: there dlogits are scaled, and the products scaled back. What those of 16 bits give is float32, and rounded
+// here: a library may split a product, and add up the parts in the type of the result.
 class BackwardByPieces {
  public:
   BackwardByPieces(Cuda device, const LinearCrossEntropyProblem& p, const Tensor& weight, const LossGradients& gradients,
@@ -92,12 +93,12 @@ class BackwardByPieces {
         dx_(dx),
         dbias_(dbias),
         scaled_(p_.dtype == Dtype::float16),
-        direct_(p_.dtype == Dtype::float32 || (pieces_.single() && !scaled_)),
+        direct_(p_.dtype == Dtype::float32),
         tokens_(empty(dx, dx.sizes(), dx.scalar_type())),
         dlogits_(empty(dx, {p_.N, pieces_.width}, dx.scalar_type())),
         dx_sum_(direct_ ? dx : empty(dx, dx.sizes(), ScalarType::Float)),
         dx_part_(empty(dx, {pieces_.single() ? 0 : p_.N, p_.C}, ScalarType::Float)),
-        dweight_part_(empty(dx, {scaled_ ? pieces_.width : 0, p_.C}, ScalarType::Float)),
+        dweight_part_(empty(dx, {direct_ ? 0 : pieces_.width, p_.C}, ScalarType::Float)),
         scale_(empty(dx, {1}, ScalarType::Float)) {}
 
   void run() {
@@ -123,7 +124,7 @@ class BackwardByPieces {
 
   void write_dweight(const LogitsPiece& piece, const Tensor& dlogits) {
     Tensor rows = some_rows(dweight_, piece.first, piece.width);
-    if (!scaled_) return product(transposed(dlogits), tokens_, rows);
+    if (direct_) return product(transposed(dlogits), tokens_, rows);
     Tensor part = some_rows(dweight_part_, 0, piece.width);
     product(transposed(dlogits), tokens_, part);
     add(nullptr, part, rows.mutable_data_ptr());
@@ -148,7 +149,7 @@ class BackwardByPieces {
   const Pieces pieces_;
   Tensor dweight_, dx_;
   float* dbias_;
-  const bool scaled_, direct_;  // direct: dx_sum_ is dx itself
+  const bool scaled_, direct_;  // direct: products are written where they belong, and dx_sum_ is dx itself
   Tensor tokens_, dlogits_, dx_sum_, dx_part_, dweight_part_, scale_;
 };
 

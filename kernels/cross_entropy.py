@@ -237,12 +237,12 @@ def linear_cross_entropy_backward(
             _multiply(dl, weight[first:end], share if first else dx)
             if first:
                 dx += share
-            if scale is None:
+            if dweight.dtype == lse.dtype:
                 _multiply(dl.t(), x, dweight[first:end])
-            else:
+            else:  # a library may split a product, and add up the parts in the type of the result
                 rows = torch.empty((end - first, C), dtype=lse.dtype, device=x.device)
                 _multiply(dl.t(), x, rows)
-                dweight[first:end] = rows / scale
+                dweight[first:end] = rows if scale is None else rows / scale
         if scale is not None:
             dx /= scale
     return dx.to(x.dtype), dweight, dbias
