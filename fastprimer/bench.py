@@ -90,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     shown.add_argument("--results", type=Path, metavar="FILE", help="measure nothing: show, or compare, what this JSON file holds")
     shown.add_argument("--threshold", type=percent, default=0.05, help="percent that --compare lets pass (default 5)")
-    shown.add_argument("--turns", type=positive, default=2, help="runs of each side when --compare names a revision (default 2)")
+    shown.add_argument("--turns", type=positive, default=3, help="runs of each side when --compare names a revision (default 3)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -104,13 +104,16 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     console = Console(stderr=args.json or args.markdown, highlight=False)
     old, commit = _base(args.compare)
+    found = None
     if commit:
-        old, new = revision.measure_by_turns(commit, _options(args), args.turns, lambda text: console.print(text, style="dim"))
+        turns = revision.measure_by_turns(commit, _options(args), args.turns, lambda text: console.print(text, style="dim"))
+        found, new = comparison.compare_turns(turns, args.threshold)
     elif args.results:
         new = Results.read(args.results)
     else:
         new = _measure_all(args, console)
-    found = comparison.compare_results(old, new, args.threshold) if old else None
+    if old:
+        found = comparison.compare_results(old, new, args.threshold)
     if args.out:
         new.write(args.out)
     if args.json:

@@ -2,8 +2,10 @@
 
 The rule. A measurement is divided by what the limiting roof took in the same rounds (a copy, or a matrix product), so that a
 machine that is slower today is slower for both. The ratio new / old of two medians so divided is given with a 95% interval from
-a bootstrap (every list of measurements drawn anew, 2000 times, with a fixed seed). A row is slower if this interval lies
-above 1 and the ratio above 1 + margin, faster if it lies below 1 and the ratio below 1 / (1 + margin).
+a bootstrap (every list of measurements drawn anew, 2000 times, with a fixed seed). A row is slower if this interval lies above 1,
+the ratio above 1 + margin, and the fastest measurements (ours and the roof's) say so too: another program on the machine
+slows most measurements down, rarely all of them, and a slower kernel has no fast ones. Faster is the reverse, with 1 / (1 + margin).
+Where two revisions were measured by turns, the ratio has to be beyond the margin in every single turn as well.
 
 The margin is the larger of --threshold and the noise between the two runs, which the bootstrap cannot see. The noise is what the
 peers tell: torch is the same in both runs, so what eager torch seems to have gained or lost (its own ratio, the 95% quantile of its
@@ -14,7 +16,8 @@ the margin is the threshold.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+import statistics
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from rich import box
@@ -84,6 +87,20 @@ def compare_results(old: Results, new: Results, threshold: float) -> Comparison:
     return Comparison(changes, threshold, noise, len(before) - len(pairs), len(new.rows) - len(pairs), notes)
 
 
+def compare_turns(turns: list[tuple[Results, Results]], threshold: float) -> tuple[Comparison, Results]:
+    """(old, new) of several turns: all of them together, where a change has to be one in every turn; and the new results."""
+    old, new = (pooled([turn[side] for turn in turns]) for side in (0, 1))
+    found = compare_results(old, new, threshold)
+    margin = max(threshold, found.noise or 0.0)
+    ratios = [[c.ratio for c in compare_results(a, b, threshold).changes] for a, b in turns]
+    changes = []
+    for i, change in enumerate(found.changes):
+        seen = [turn[i] for turn in ratios if i < len(turn) and turn[i] is not None]
+        steady = all(r > 1 + margin for r in seen) if change.verdict == SLOWER else all(r < 1 / (1 + margin) for r in seen)
+        changes.append(change if change.verdict not in (SLOWER, FASTER) or steady else replace(change, verdict=SAME))
+    return replace(found, changes=changes), new
+
+
 def _differs(old: Results, new: Results, what: str) -> bool:
     return old.machine.get(what) != new.machine.get(what)
 
@@ -98,9 +115,9 @@ def _noise(pairs: list[tuple[Row, Row]]) -> float | None:
     return math.expm1(float(np.quantile(deviations, NOISE_QUANTILE))) if deviations else None
 
 
-def _relative(timing: Timing, row: Row) -> float:
-    """A median in units of the limiting roof's median."""
-    return timing.median / float(np.median(row.roof_samples))
+def _relative(timing: Timing, row: Row, of=statistics.median) -> float:
+    """A median (or minimum) in units of the limiting roof's."""
+    return of(timing.samples) / of(row.roof_samples)
 
 
 def _change(old: Row, new: Row, margin: float, generator: np.random.Generator) -> Change:
@@ -112,7 +129,9 @@ def _change(old: Row, new: Row, margin: float, generator: np.random.Generator) -
     medians = [_resampled(side, generator) for row in (new, old) for side in (row.ours.samples, row.roof_samples)]
     ratios = (medians[0] / medians[1]) / (medians[2] / medians[3])
     low, high = (float(q) for q in np.quantile(ratios, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]))
-    slower, faster = low > 1 and ratio > 1 + margin, high < 1 and ratio < 1 / (1 + margin)
+    fastest = _relative(new.ours, new, min) / _relative(old.ours, old, min)
+    slower = low > 1 and min(ratio, fastest) > 1 + margin
+    faster = high < 1 and max(ratio, fastest) < 1 / (1 + margin)
     verdict = SLOWER if slower else FASTER if faster else SAME
     return Change(*about, verdict, old.ours.median, new.ours.median, ratio, low, high)
 
@@ -132,7 +151,7 @@ def pooled(runs: list[Results]) -> Results:
         if len(timed) < len(same):
             rows.append(next(other for other in same if not other.ours))
             continue
-        row.ours = Timing.of([t for other in timed for t in other.ours.samples])
+        row = replace(row, ours=Timing.of([t for other in timed for t in other.ours.samples]))
         shared = [name for name in row.peers if all(name in other.peers for other in timed)]
         row.peers = {name: Timing.of([t for other in timed for t in other.peers[name].samples]) for name in shared}
         row.roof_samples = [t for other in timed for t in other.roof_samples]
@@ -141,19 +160,11 @@ def pooled(runs: list[Results]) -> Results:
 
 
 def table(found: Comparison) -> Table:
-    shown = Table(
-        title="new / old, relative to the roof of each run", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False
-    )
-    for heading, justify in (
-        ("case", "left"),
-        ("", "left"),
-        ("old ms", "right"),
-        ("new ms", "right"),
-        ("ratio", "right"),
-        ("95%", "left"),
-        ("", "left"),
-    ):
-        shown.add_column(heading, justify=justify, no_wrap=True)
+    title = "new / old, relative to the roof of each run"
+    style = {"title_justify": "left", "box": box.SIMPLE_HEAD, "pad_edge": False, "show_edge": False, "padding": (0, 1, 0, 0)}
+    shown = Table(title=title, **style)
+    for heading in ("case", "", "old ms", "new ms", "ratio", "95%", "verdict"):
+        shown.add_column(heading, justify="right" if heading in ("old ms", "new ms", "ratio") else "left", no_wrap=heading != "case")
     colours = {SLOWER: "red", WRONG: "bold red", FASTER: "green", MENDED: "green", SAME: "dim"}
     for c in found.changes:
         what = f"{SHORT.get(c.dtype, c.dtype)} {SHORT[c.measured]}"

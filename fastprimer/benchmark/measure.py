@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -100,6 +101,8 @@ def _of_pass(work: Work, measured: str) -> tuple[int, int]:
 
 def _checked(make: Callable, arguments: dict, measured: str, seed: int, expected) -> tuple[Callable | None, str]:
     """(a peer's call, "") or (None, why it is not timed). A peer may round otherwise, but has to compute the same."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # torch.compile logs pages about what it raises
     try:
         call = prepared(make(), arguments, measured, seed)
         begin = time.perf_counter()
@@ -111,7 +114,16 @@ def _checked(make: Callable, arguments: dict, measured: str, seed: int, expected
             problem = f"takes {seconds:.0f} s a call" if seconds * 1e3 > PATIENCE_MS else ""
         return (None, problem) if problem else (call, "")
     except Exception as error:  # whatever a peer raises must not end the run
-        return None, f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200]
+        return None, f"failed: {_reason(error)}"
+    finally:
+        logging.disable(before)
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong at first, in a line: torch.compile wraps it up several times."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200]
 
 
 def difference(theirs, ours) -> str:

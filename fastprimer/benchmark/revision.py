@@ -16,7 +16,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fastprimer.benchmark.comparison import pooled
 from fastprimer.benchmark.rows import Results, ResultsError
 
 HERE = Path(__file__).resolve().parents[2]
@@ -36,15 +35,15 @@ def resolve(revision: str) -> str:
         return ""
 
 
-def measure_by_turns(commit: str, options: list[str], turns: int, say: Callable[[str], None]) -> tuple[Results, Results]:
-    """(results of the commit, results of the working tree), each pooled over its turns."""
+def measure_by_turns(commit: str, options: list[str], turns: int, say: Callable[[str], None]) -> list[tuple[Results, Results]]:
+    """(results of the commit, results of the working tree) of each turn."""
     with checked_out(commit, say) as tree:
         runs: dict[Path, list[Results]] = {tree: [], HERE: []}
         for turn in range(turns):
             for root in (tree, HERE) if turn % 2 == 0 else (HERE, tree):
                 say(f"turn {turn + 1} of {turns}: measuring {commit[:9] if root == tree else 'the working tree'}")
                 runs[root].append(_measured(root, options))
-    return pooled(runs[tree]), pooled(runs[HERE])
+    return list(zip(runs[tree], runs[HERE], strict=True))
 
 
 @contextlib.contextmanager
