@@ -168,7 +168,7 @@ def _measure_all(args: argparse.Namespace, console: Console) -> Results:
     jobs = [job for op in args.op or EAGER for job in _jobs(op, device, args)]
     if not jobs:
         asked = ", ".join(args.op or ["every operation"])
-        raise BackendError(f"nothing to measure: no case of {asked} for this choice of --backend and --pass on this device")
+        raise BackendError(f"nothing to measure: {asked} has no kernel, or no pass, of this choice of --backend and --pass here")
     about = machine(device) | {"memory": memory}
     rows: list[Row] = []
     with _live(console, sum(len(passes) for *_, passes in jobs), len({backend for _, _, backend, _ in jobs}) > 1) as (announce, show):
@@ -183,7 +183,11 @@ def _measure_all(args: argparse.Namespace, console: Console) -> Results:
 
 def _jobs(op: str, device: str, args: argparse.Namespace) -> list[tuple]:
     """(case, dtype, backend, passes)"""
-    backends = args.backend or [b for b in PREFERENCE[device] if b != "reference" and b in declared(op) and not unavailable(op, b, device)]
+    backends = [b for b in args.backend or PREFERENCE[device] if b in declared(op) and (args.backend or b != "reference")]
+    reasons = {b: unavailable(op, b, device) for b in backends}
+    if args.backend and (missing := [f"{b}: {reason}" for b, reason in reasons.items() if reason]):
+        raise BackendError(f"argument --backend: {op} cannot be measured here on {'; '.join(missing)}")
+    backends = [b for b, reason in reasons.items() if not reason]
     cases = [case for case in CASES if case.op == op and case.bench]
     cases = cases[:1] if args.quick else cases
     dtypes = [getattr(torch, name) for name in args.dtype or DTYPES[:2]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -120,10 +121,10 @@ def _checked(make: Callable, arguments: dict, measured: str, seed: int, expected
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong at first, in a line: torch.compile wraps it up several times."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200]
+    """In a line; of what torch.compile wraps up, the innermost."""
+    text = str(error)
+    inner = re.search(r"got (\w+Error\(.*)", text)
+    return (inner[1] if inner else f"{type(error).__name__}: {next(iter(text.splitlines()), '')}")[:200]
 
 
 def difference(theirs, ours) -> str:
@@ -139,7 +140,8 @@ def difference(theirs, ours) -> str:
         if a.shape != b.shape:
             return f"computes something else: result {i} has shape {tuple(a.shape)}, ours {tuple(b.shape)}"
         eps = max(torch.finfo(a.dtype).eps, torch.finfo(b.dtype).eps)
-        error = float((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-30))
+        a, b = a.detach().float(), b.detach().float()
+        error = float((a - b).norm() / b.norm().clamp(min=1e-30))
         if not error <= eps**0.5:
             return f"computes something else: result {i} differs from ours by {error:.1e} of its norm"
     return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import dataclass
 
 from rich.text import Text
 
@@ -46,10 +47,29 @@ def summary(rows: list[Row]) -> str:
         for dtype in dict.fromkeys(r.dtype for r in timed if r.matrix_gflop_per_s):
             rate = statistics.median(r.matrix_gflop_per_s for r in timed if r.dtype == dtype and r.matrix_gflop_per_s)
             parts.append(f"F: for {dtype} a matrix product at {rate:.0f} GFLOP/s")
-        ratios = [r.vs_best_peer for r in timed if r.vs_best_peer]
-        if ratios:
-            parts.append(f"ours / best peer: geometric mean {statistics.geometric_mean(ratios):.2f}x, least {min(ratios):.2f}x")
+        found = ratios(rows)
+        if found:
+            parts.append(f"ours / best peer: geometric mean {found.mean:.2f}x, least {found.least:.2f}x")
     return "\n".join(parts)
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """Of the best peers' times to ours: their geometric mean and the least."""
+
+    mean: float
+    least: float
+
+
+def ratios(rows: list[Row]) -> Ratios | None:
+    found = [row.vs_best_peer for row in rows if row.vs_best_peer]
+    return Ratios(statistics.geometric_mean(found), min(found)) if found else None
+
+
+def shares(rows: list[Row]) -> float | None:
+    """The median share of the roof."""
+    found = [row.of_roof for row in rows if row.of_roof is not None]
+    return statistics.median(found) if found else None
 
 
 def left_out(rows: list[Row]) -> list[str]:
@@ -69,7 +89,7 @@ def markdown(rows: list[Row]) -> str:
         if row.wrong:
             cells = ["WRONG", *[""] * (len(names) + 1)]
         else:
-            ratios = [f"{row.peers[n].median / row.ours.median:.2f}x" if n in row.peers else "" for n in names]
-            cells = [f"{row.ours.median:.2f}", *ratios, f"{row.of_roof:.0%} of {row.limited_by}"]
+            against = [f"{row.peers[n].median / row.ours.median:.2f}x" if n in row.peers else "" for n in names]
+            cells = [f"{row.ours.median:.2f}", *against, f"{row.of_roof:.0%} of {row.limited_by}"]
         lines.append(f"| {' | '.join(head + cells)} |")
     return "\n".join(lines)
