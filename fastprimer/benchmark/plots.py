@@ -90,7 +90,7 @@ def _roofline(rows: list[Row]) -> Figure:
         axes.plot([low, ridge, high], [copy * low, copy * ridge, min(rate, copy * high)], style, color="0.4", label=f"roof {SHORT[dtype]}")
     axes.set_xlim(low, high)
     _plain_ticks(axes.xaxis, "%g", subs=(1,))
-    _plain_ticks(axes.yaxis, "%g", subs=(1,))
+    _plain_ticks(axes.yaxis, "%g")
     _legend(axes, figure)
     return figure
 
