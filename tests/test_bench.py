@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fastprimer import bench, cli
-from fastprimer.backends import _functions, unavailable
+from fastprimer.backends import _functions, explain, unavailable
 from fastprimer.benchmark import comparison, measure, revision, roofs, tables, timing
 from fastprimer.benchmark.rows import MATRIX, Results, Row
 from fastprimer.benchmark.timing import PASSES, Timing
@@ -104,6 +104,18 @@ def test_a_wrong_kernel_shows_as_wrong_and_is_not_timed(tiny, monkeypatch, capsy
         assert r.wrong and r.ours is None and not r.peers and r.of_roof is None
     else:
         assert "WRONG" in shown.out + shown.err
+
+
+def test_a_kernel_that_is_wrong_only_without_gradients_shows_as_wrong(tiny, monkeypatch, capsys):
+    """It is timed so in the forward pass."""
+    real = measure.fastprimer.rms_norm
+
+    def planted(x, *args, **options):
+        from_kernel = explain("rms_norm", x, *args, **options).backend == "cpu" and not x.requires_grad
+        return real(x, *args, **options) * (1.01 if from_kernel else 1)
+
+    monkeypatch.setattr(measure.fastprimer, "rms_norm", planted)
+    assert tiny("--pass", "forward") == 1 and "WRONG" in capsys.readouterr().out
 
 
 def test_a_slowed_kernel_is_a_regression(tiny, monkeypatch, tmp_path, capsys):
