@@ -4,6 +4,7 @@
 #   make lint      ruff and clang-format         make format    the same, mending
 #   make sanitize  the long form of the sanitizer and emulator-seed runs
 #   make bench     every benchmark of this machine, into benchmarks/results/
+#   make report    those results as report.html
 #   make gate      what every kernel compiles to for every GPU, into benchmarks/results/kernels.md
 #   make gpu       on a machine with a GPU, with its own python: build, probe, test, benchmark
 
@@ -15,7 +16,7 @@ READY := $(VENV)/.ready
 PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadscope
 SOURCES := $(wildcard setup.py pyproject.toml CMakeLists.txt constraints.txt csrc/*.* csrc/*/*.* tests/emulator/*.*)
 
-.PHONY: demo test check lint format sanitize bench gate gpu clean
+.PHONY: demo test check lint format sanitize bench report gate gpu clean
 
 demo: $(READY)
 	$(BIN)/fastprimer doctor
@@ -47,6 +48,9 @@ bench: $(READY)
 	$(BIN)/fastprimer bench --out benchmarks/results/cpu.json
 	$(BIN)/python benchmarks/growth.py --out benchmarks/results/growth-cpu.md
 	$(BIN)/python benchmarks/experts.py --out benchmarks/results/experts-cpu.md
+
+report: $(READY)
+	$(BIN)/fastprimer report --out report.html
 
 gate: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m aot > kernels.md.part

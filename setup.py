@@ -90,7 +90,7 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    packages=["fastprimer", "fastprimer.cases", "fastprimer.integrations", "fastprimer.ops", "fastprimer.kernels"],
+    packages=["fastprimer", "fastprimer.benchmark", "fastprimer.cases", "fastprimer.integrations", "fastprimer.ops", "fastprimer.kernels"],
     package_dir={"fastprimer": "fastprimer", "fastprimer.kernels": "kernels"},
     ext_modules=[Extension("fastprimer._native", [])],
     cmdclass={"build_ext": CMakeBuild},

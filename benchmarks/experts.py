@@ -21,7 +21,8 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import fastprimer
-from fastprimer.bench import interleaved, machine
+from fastprimer.benchmark.rows import machine
+from fastprimer.benchmark.timing import interleaved
 from fastprimer.generate import positive
 from fastprimer.memory import keep_freed_memory
 
@@ -99,9 +100,7 @@ def rows(shape: str, dtype: torch.dtype, device: str, rounds: int):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=positive, default=9, help="measurements of each call (default 9)")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, action="append", help="default: both; without AVX-512 the peers need minutes in bfloat16"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="default both; without AVX-512 the peers take minutes in bfloat16")
     parser.add_argument("--out", type=Path, help="write the table to this file")
     parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()

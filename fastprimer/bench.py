@@ -1,269 +1,227 @@
-"""`fastprimer bench`: ours against eager torch and torch.compile, and against the machine's own roof, in one run.
+"""`fastprimer bench`: ours against its peers, and against the machine's own roof, in one run.
 
-No time is shown for a wrong result. All contestants are measured in every round, in random order, so that a noisy machine
-is noisy for all of them and nobody always finds the memory that another has just freed; medians are compared. The roof is
-the best copy bandwidth (bytes read plus bytes written) of an array larger than the last-level cache, measured between the
-rounds; `of roof` is the share of it that the operation's least traffic (cases/) reaches. Outputs are freshly allocated, as
-they are in use; on the CPU from memory that the process keeps (fastprimer/memory.py), or with --memory fresh from the system,
-for everybody alike. On a GPU the L2 cache is cleared before every measurement, and events time the device.
+No time is shown for a wrong result (the error budget of testing.py), nor for a peer that computes something else. Who is measured
+how: benchmark/measure.py and timing.py; the roofs: benchmark/roofs.py; commit against commit: benchmark/comparison.py. Outputs are
+freshly allocated, as they are in use; on the CPU from memory that the process keeps (fastprimer/memory.py), or with --memory
+fresh from the system, for everybody alike.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import functools
+import contextlib
 import json
-import platform
-import random
-import statistics
-import subprocess
-import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
-import fastprimer
-from fastprimer.backends import BACKENDS, PREFERENCE, BackendError, declared, unavailable, use_backend
-from fastprimer.cases import CASES, Case, Inputs
+from fastprimer.backends import BACKENDS, PREFERENCE, BackendError, declared, unavailable
+from fastprimer.benchmark import comparison, revision, tables
+from fastprimer.benchmark.measure import Settings, measure
+from fastprimer.benchmark.rows import Results, ResultsError, Row, machine
+from fastprimer.benchmark.timing import FORWARD, PASSES
+from fastprimer.cases import CASES
 from fastprimer.generate import natural, positive
 from fastprimer.memory import keep_freed_memory
-from fastprimer.peers import EAGER, compiled
-from fastprimer.testing import compare
+from fastprimer.peers import EAGER, PEERS
 
-PASSES = ("forward", "forward+backward")
-COPY_BYTES = 1 << 28
-"""Of the array that is copied to measure the roof: well beyond any last-level cache."""
+DTYPES = ("float32", "bfloat16", "float16")
 
 
-@dataclass
-class Result:
-    """Median milliseconds of one case, and the ratios that matter."""
+def peer_names(text: str) -> list[str]:
+    """An argparse type: names with commas between them, or "none"."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    names = [] if names == ["none"] else names
+    for name in names:
+        if name not in PEERS:
+            raise argparse.ArgumentTypeError(f"expected names of {', '.join(PEERS)} with commas between them, or none; got {name!r}")
+    return names
 
-    op: str
-    case: str
-    dtype: str
-    measured: str
-    backend: str
-    wrong: list[str] = field(default_factory=list)
-    """The tensors beyond their error budget; then nothing is timed."""
-    ours_ms: float = 0.0
-    ours_low_ms: float = 0.0
-    ours_high_ms: float = 0.0
-    eager_ms: float | None = None
-    compiled_ms: float | None = None
-    of_roof: float | None = None
-    roof_gb_per_s: float | None = None
+
+def percent(text: str) -> float:
+    """An argparse type: percent as a share."""
+    try:
+        value = float(text.removesuffix("%"))
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected percent, a number of at least 0, got {text!r}")
+    return value / 100
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--op", choices=sorted(EAGER), action="append", help="only this operation (repeat for more)")
-    parser.add_argument(
+    what = parser.add_argument_group("what is measured")
+    what.add_argument("--op", choices=sorted(EAGER), action="append", help="only this operation (repeat for more)")
+    what.add_argument(
         "--backend",
         choices=BACKENDS,
         action="append",
         help="measure this backend (repeat for more); default: every fast one on this device",
     )
-    parser.add_argument("--quick", action="store_true", help="the first case of each operation, few rounds")
-    parser.add_argument("--rounds", type=positive, help="measurements of each contestant (default 21, quick 11)")
-    parser.add_argument("--threads", type=positive, help="torch's CPU threads (default: as torch chooses)")
-    parser.add_argument(
+    what.add_argument(
+        "--peers", type=peer_names, help=f"only these, with commas between them, of {', '.join(PEERS)}; or none (default: all)"
+    )
+    what.add_argument("--pass", dest="passes", choices=PASSES, action="append", help="only this pass (repeat for more)")
+    what.add_argument("--dtype", choices=DTYPES, action="append", help="this one (repeat for more; default float32 and bfloat16)")
+    what.add_argument("--quick", action="store_true", help="the first case of each operation, no backward pass by itself, few rounds")
+    how = parser.add_argument_group("how")
+    how.add_argument("--rounds", type=positive, help="measurements of each contestant (default 21, quick 11)")
+    how.add_argument("--threads", type=positive, help="torch's CPU threads (default: as torch chooses)")
+    how.add_argument(
         "--memory",
         choices=("kept", "fresh"),
         default="kept",
         help="where large CPU tensors come from: memory that was freed before (default), or fresh pages of the system each time",
     )
-    parser.add_argument("--seed", type=natural, default=0, help="of the random inputs and of the order (default 0)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object: machine, versions, results")
-    parser.add_argument("--markdown", action="store_true", help="print the table of README.md")
-    parser.add_argument("--out", type=Path, help="also write that JSON object to this file")
+    how.add_argument("--seed", type=natural, default=0, help="of the random inputs and of the order (default 0)")
+    shown = parser.add_argument_group("what is done with it")
+    shown.add_argument("--json", action="store_true", help="print one JSON object: machine, versions, every measurement")
+    shown.add_argument("--markdown", action="store_true", help="print the table of README.md")
+    shown.add_argument("--out", type=Path, help="also write that JSON object to this file")
+    shown.add_argument(
+        "--compare",
+        metavar="BASE",
+        help="against an earlier run (its JSON file), or against a git revision, measured by turns with the working tree; "
+        "exit status 1 if something became slower",
+    )
+    shown.add_argument("--results", type=Path, metavar="FILE", help="measure nothing: show, or compare, what this JSON file holds")
+    shown.add_argument("--threshold", type=percent, default=0.05, help="percent that --compare lets pass (default 5)")
+    shown.add_argument("--turns", type=positive, default=3, help="runs of each side when --compare names a revision (default 3)")
 
 
 def run(args: argparse.Namespace) -> int:
+    try:
+        return _run(args)
+    except (BackendError, ResultsError, revision.RevisionError, ValueError) as error:
+        print(f"fastprimer bench: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(args: argparse.Namespace) -> int:
+    console = Console(stderr=args.json or args.markdown, highlight=False)
+    old, commit = _base(args.compare)
+    found = None
+    if commit:
+        turns = revision.measure_by_turns(commit, _options(args), args.turns, lambda text: console.print(text, style="dim"))
+        found, new = comparison.compare_turns(turns, args.threshold)
+    elif args.results:
+        new = Results.read(args.results)
+    else:
+        new = _measure_all(args, console)
+    if old:
+        found = comparison.compare_results(old, new, args.threshold)
+    if args.out:
+        new.write(args.out)
+    if args.json:
+        record = json.loads(new.to_json())
+        print(json.dumps(record | ({"comparison": found.to_record()} if found else {})))
+    elif args.markdown:
+        print(tables.markdown(new.rows))
+    elif args.results and not found:
+        _show_all(new.rows, console)
+    if found:
+        console.print(comparison.table(found))
+        for line in comparison.describe(found):
+            console.print(line, markup=False, soft_wrap=True)
+    return 1 if any(row.wrong for row in new.rows) or (found and found.regressed) else 0
+
+
+def _base(base: str | None) -> tuple[Results | None, str]:
+    """What --compare names: (results of a file, "") or (None, a commit)."""
+    if base is None:
+        return None, ""
+    if Path(base).is_file():
+        return Results.read(Path(base)), ""
+    commit = "" if base.endswith(".json") else revision.resolve(base)
+    if not commit:
+        raise ResultsError(f"argument --compare: expected a file of results or a git revision, got {base!r}, which is neither")
+    return None, commit
+
+
+def _options(args: argparse.Namespace) -> list[str]:
+    """What a child process is told to measure. Plain eager torch tells how much two runs differ by themselves."""
+    options = [
+        "--peers",
+        "eager" if args.peers is None else ",".join(args.peers) or "none",
+        "--memory",
+        args.memory,
+        "--seed",
+        str(args.seed),
+    ]
+    for flag, values in (("--op", args.op), ("--backend", args.backend), ("--pass", args.passes), ("--dtype", args.dtype)):
+        options += [word for value in values or () for word in (flag, value)]
+    for flag, value in (("--rounds", args.rounds), ("--threads", args.threads)):
+        options += [flag, str(value)] if value else []
+    return options + (["--quick"] if args.quick else [])
+
+
+def _measure_all(args: argparse.Namespace, console: Console) -> Results:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     memory = "kept" if args.memory == "kept" and keep_freed_memory() else "fresh"
-    rounds = args.rounds or (11 if args.quick else 21)
+    settings = Settings(device, args.rounds or (11 if args.quick else 21), args.seed, args.peers)
     jobs = [job for op in args.op or EAGER for job in _jobs(op, device, args)]
-    console = Console(stderr=args.json or args.markdown)
-    about = machine(device)
-    results = []
-    with Progress(
-        TextColumn("measuring {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
-    ) as bar:
-        task = bar.add_task("", total=len(jobs))
-        for case, dtype, measured, backend in jobs:
-            bar.update(task, description=f"{case} {measured}")
-            try:
-                results.append(measure(case, dtype, measured, backend, device, rounds, args.seed))
-            except BackendError as error:
-                console.print(f"[red]fastprimer bench: error: {error}[/red]")
-                return 2
-            bar.advance(task)
-    record = {"machine": about | {"memory": memory}, "results": [asdict(r) for r in results]}
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
-    if args.json:
-        print(json.dumps(record))
-    elif args.markdown:
-        print(markdown(results))
-    else:
-        console.print(table(results))
-        for line in (line for r in results for line in r.wrong):
-            console.print(f"[red]{line}[/red]")
-    return 1 if any(r.wrong for r in results) else 0
+    if not jobs:
+        asked = ", ".join(args.op or ["every operation"])
+        raise BackendError(f"nothing to measure: {asked} has no kernel, or no pass, of this choice of --backend and --pass here")
+    about = machine(device) | {"memory": memory}
+    rows: list[Row] = []
+    with _live(console, sum(len(passes) for *_, passes in jobs), len({backend for _, _, backend, _ in jobs}) > 1) as (announce, show):
+        for case, dtype, backend, passes in jobs:
+            announce(f"{case} {tables.SHORT[str(dtype).removeprefix('torch.')]}")
+            for row in measure(case, dtype, backend, passes, settings):
+                rows.append(row)
+                show(row)
+    _epilogue(rows, console)
+    return Results(about, rows)
 
 
-def _jobs(op: str, device: str, args) -> list[tuple]:
-    backends = args.backend or [b for b in PREFERENCE[device] if b != "reference" and b in declared(op) and not unavailable(op, b, device)]
+def _jobs(op: str, device: str, args: argparse.Namespace) -> list[tuple]:
+    """(case, dtype, backend, passes)"""
+    backends = [b for b in args.backend or PREFERENCE[device] if b in declared(op) and (args.backend or b != "reference")]
+    reasons = {b: unavailable(op, b, device) for b in backends}
+    if args.backend and (missing := [f"{b}: {reason}" for b, reason in reasons.items() if reason]):
+        raise BackendError(f"argument --backend: {op} cannot be measured here on {'; '.join(missing)}")
+    backends = [b for b, reason in reasons.items() if not reason]
     cases = [case for case in CASES if case.op == op and case.bench]
     cases = cases[:1] if args.quick else cases
-    dtypes = (torch.float32, torch.bfloat16)
-    passes = PASSES[:1] if op == "attention_with_kv_cache" else PASSES
-    return [(case, dtype, measured, b) for b in backends for case in cases for dtype in dtypes for measured in passes]
+    dtypes = [getattr(torch, name) for name in args.dtype or DTYPES[:2]]
+    passes = tuple(args.passes or ((PASSES[0], PASSES[2]) if args.quick else PASSES))
+    if op == "attention_with_kv_cache":  # it has no gradients
+        passes = (FORWARD,) if FORWARD in passes else ()
+    return [(case, dtype, b, passes) for b in backends for case in cases for dtype in dtypes if passes]
 
 
-def measure(case: Case, dtype: torch.dtype, measured: str, backend: str, device: str, rounds: int, seed: int) -> Result:
-    """Check one case, then time it against its peers."""
-    result = Result(case.op, case.name, str(dtype).removeprefix("torch."), measured, backend)
-    result.wrong = [str(row) for row in compare(case, dtype, backend, device=device, seed=seed) if not row.ok]
-    if result.wrong:
-        return result
-    arguments = case.arguments(Inputs(dtype, device, seed))
-    torch.compiler.reset()
-    contestants = {"ours": getattr(fastprimer, case.op), "eager": EAGER[case.op], "compiled": compiled(case.op, device, measured)}
-    with use_backend(backend):
-        calls = {name: prepared(function, arguments, measured) for name, function in contestants.items()}
-        roofs = copies(device, torch.get_num_threads())
-        times = interleaved(calls | roofs, device, rounds, seed)
-    medians = {name: statistics.median(t) for name, t in times.items()}
-    ours = sorted(times["ours"])
-    result.ours_ms, result.eager_ms, result.compiled_ms = medians["ours"], medians["eager"], medians["compiled"]
-    result.ours_low_ms, result.ours_high_ms = ours[len(ours) // 4], ours[-1 - len(ours) // 4]
-    work = case.work(arguments)
-    moved = work.bytes_forward + (work.bytes_backward if measured == PASSES[1] else 0)
-    result.roof_gb_per_s = 2 * COPY_BYTES / min(medians[name] for name in roofs) / 1e6
-    result.of_roof = moved / medians["ours"] / 1e6 / result.roof_gb_per_s
-    return result
+@contextlib.contextmanager
+def _live(console: Console, total: int, with_backend: bool) -> Iterator[tuple[Callable, Callable]]:
+    """(announce, show): the table grows line by line above a progress bar."""
+    columns = TextColumn("measuring {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    console.print(tables.heading())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=total)
+
+        def show(row: Row) -> None:
+            bar.console.print(tables.live_line(row, with_backend), soft_wrap=True)
+            bar.advance(task)
+
+        yield lambda description: bar.update(task, description=description), show
 
 
-def prepared(function: Callable, arguments: dict, measured: str) -> Callable[[], object]:
-    """What is timed: the call, or the call and its gradients, for random gradients of its outputs."""
-    if measured == "forward":
-        arguments = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
-        return lambda: function(**arguments)
-    leaves = [v for v in arguments.values() if isinstance(v, torch.Tensor) and v.requires_grad]
-
-    def differentiable() -> list[torch.Tensor]:
-        outputs = function(**arguments)
-        return [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o.requires_grad]
-
-    upstream = [torch.randn_like(o) for o in differentiable()]
-    return lambda: torch.autograd.grad(differentiable(), leaves, upstream)
+def _show_all(rows: list[Row], console: Console) -> None:
+    console.print(tables.heading())
+    for row in rows:
+        console.print(tables.live_line(row, len({r.backend for r in rows}) > 1), soft_wrap=True)
+    _epilogue(rows, console)
 
 
-@functools.cache
-def copies(device: str, threads: int) -> dict[str, Callable]:
-    """Ways to copy an array larger than the last-level cache; the fastest is the roof. On the CPU the C library stores past the
-    caches, which spares the reading of the lines that are written; torch does not."""
-    source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
-    target = torch.ones_like(source)
-    calls: dict[str, Callable] = {"copy": lambda: target.copy_(source)}
-    if device == "cpu":
-        part = COPY_BYTES // threads
-        pool = ThreadPoolExecutor(threads)
-
-        def copy_part(i: int) -> None:
-            ctypes.memmove(target.data_ptr() + i * part, source.data_ptr() + i * part, part)
-
-        calls["memmove"] = lambda: list(pool.map(copy_part, range(threads)))
-    return calls
-
-
-def interleaved(calls: dict[str, Callable], device: str, rounds: int, seed: int) -> dict[str, list[float]]:
-    """Milliseconds of each call, one of each in every round in random order, after two rounds of warm-up."""
-    clock = _gpu_milliseconds if device == "cuda" else _cpu_milliseconds
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    order = random.Random(seed)
-    for i in range(rounds + 2):
-        for name in order.sample(list(calls), len(calls)):
-            elapsed = clock(calls[name])
-            if i >= 2:
-                times[name].append(elapsed)
-    return times
-
-
-def _cpu_milliseconds(call: Callable) -> float:
-    begin = time.perf_counter()
-    call()
-    return (time.perf_counter() - begin) * 1e3
-
-
-def _gpu_milliseconds(call: Callable) -> float:
-    # Leaves the L2 cache cold, and the device busy until the call has been issued: only its own time is measured.
-    torch.empty(1 << 32, dtype=torch.uint8, device="cuda").zero_()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)
-
-
-def machine(device: str) -> dict:
-    """Where and with what a result was measured."""
-    try:
-        git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-        commit = git.stdout.strip()
-    except OSError:  # no git here
-        commit = ""
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "fastprimer": fastprimer.__version__,
-        "commit": commit,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def table(results: list[Result]) -> Table:
-    """Fits 80 columns; --json has every figure."""
-    roof = statistics.median([r.roof_gb_per_s for r in results if r.roof_gb_per_s] or [0])
-    one = len({r.backend for r in results}) == 1
-    title = f"{results[0].backend + ': ' if one else ''}medians; the roof, a copy in the same run, is {roof:.0f} GB/s"
-    shown = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for heading in ("case", "dtype", "pass", "ms", "vs eager", "vs compiled", "of roof"):
-        shown.add_column(heading, justify="left" if heading in ("case", "dtype", "pass") else "right", no_wrap=True)
-    short = {"float32": "fp32", "bfloat16": "bf16", "forward": "fwd", "forward+backward": "fwd+bwd"}
-    for r in results:
-        name = _shown(r)
-        head = name if one else f"{name} {r.backend}", short[r.dtype], short[r.measured]
-        shown.add_row(*head, *(["[red]WRONG[/red]"] if r.wrong else [f"{r.ours_ms:.2f}", *_ratios(r)]))
-    return shown
-
-
-def _shown(r: Result) -> str:
-    return f"{'decoding' if r.op == 'attention_with_kv_cache' else r.op} {r.case.removeprefix('bench-')}"
-
-
-def _ratios(r: Result) -> list[str]:
-    return [f"{r.eager_ms / r.ours_ms:.1f}x", f"{r.compiled_ms / r.ours_ms:.2f}x", f"{r.of_roof:.0%}"]
-
-
-def markdown(results: list[Result]) -> str:
-    lines = ["| case | dtype | pass | ms | vs eager | vs torch.compile | of roof |", "| --- | --- | --- | --: | --: | --: | --: |"]
-    for r in results:
-        if not r.wrong:
-            head = f"| {_shown(r)} | {r.dtype} | {r.measured} | {r.ours_ms:.2f} | "
-            lines.append(head + " | ".join(_ratios(r)) + " |")
-    return "\n".join(lines)
+def _epilogue(rows: list[Row], console: Console) -> None:
+    console.print(tables.summary(rows), markup=False, soft_wrap=True)
+    for line in tables.left_out(rows):
+        console.print(f"not timed: {line}", style="yellow", markup=False, soft_wrap=True)
+    for line in dict.fromkeys(problem for row in rows for problem in row.wrong):
+        console.print(line, style="red", markup=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The command line: fastprimer doctor | verify | bench | train | generate."""
+"""The command line: fastprimer doctor | verify | bench | report | train | generate."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ COMMANDS = {
     "doctor": ("what this installation can do, and why not the rest", "fastprimer doctor"),
     "verify": ("every operation on every backend: its error against its budget", "fastprimer verify --op rms_norm"),
     "bench": ("ours against eager torch, torch.compile and the machine's own roof", "fastprimer bench --quick"),
+    "report": ("results of bench as one HTML page, as plots, and as README's table", "fastprimer report --out report.html"),
     "train": ("train a model: the calculator", "fastprimer train calculator --seed 1 --out runs/calculator"),
     "generate": ("ask a trained model", 'fastprimer generate --model runs/calculator "two plus three equals"'),
 }

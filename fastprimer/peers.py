@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from importlib.util import find_spec
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -133,6 +135,57 @@ def _linear_cross_entropy(x, weight, target):
     return F.cross_entropy((x @ weight.T).float(), target)
 
 
+def _plain_attention(q, k, v, *, causal=False, window=None, return_lse=False):
+    """As transformers' eager_attention_forward: every score is written down."""
+    S, T = q.shape[1], k.shape[1]
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
+    scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
+    if causal or window is not None:
+        scores = scores.masked_fill(~_window_mask(S, T, *(window or (None, None)), causal, q.device), -torch.inf)
+    return (torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype) @ v).transpose(1, 2)
+
+
+def _transformers_rms_norm() -> Callable:
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    def rms_norm(x, weight=None, eps=1e-6, *, residual=None):
+        h = x if residual is None else x + residual
+        y = LlamaRMSNorm.forward(SimpleNamespace(weight=weight, variance_epsilon=eps), h)
+        return y if residual is None else (y, h)
+
+    return rms_norm
+
+
+def _transformers_moe() -> Callable:
+    """Mixtral's experts in their eager form, a loop over experts."""
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    def moe(x, gate_up, down, weights, experts):
+        how = SimpleNamespace(_experts_implementation="eager")
+        layer = SimpleNamespace(num_experts=len(gate_up), gate_up_proj=gate_up, down_proj=down, act_fn=F.silu, config=how)
+        return MixtralExperts.forward(layer, x, experts, weights.to(x.dtype))
+
+    return moe
+
+
+def _liger_rms_norm() -> Callable:
+    from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+    def rms_norm(x, weight, eps=1e-6, *, residual=None, weight_offset=0.0):
+        h = x if residual is None else x + residual
+        y = LigerRMSNormFunction.apply(h, weight, eps, weight_offset, "llama", False)  # not in place: the gradient is used again
+        return y if residual is None else (y, h)
+
+    return rms_norm
+
+
+def _liger_linear_cross_entropy() -> Callable:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return lambda x, weight, target: liger_fused_linear_cross_entropy(x, weight, target)
+
+
 EAGER: dict[str, Callable] = {
     "rms_norm": _rms_norm,
     "rope": _rope,
@@ -144,11 +197,37 @@ EAGER: dict[str, Callable] = {
     "cross_entropy": _cross_entropy,
     "linear_cross_entropy": _linear_cross_entropy,
 }
-"""By operation, with the arguments of its public function."""
+"""The usual way, by operation, with the arguments of its public function."""
+
+NAMES = {"attention": "sdpa", "attention_with_kv_cache": "sdpa", "moe": "grouped_mm"}
+"""What the usual way is called where it is not plain eager torch."""
+
+OTHERS: dict[tuple[str, str], Callable[[], Callable]] = {
+    ("attention", "plain"): lambda: _plain_attention,
+    ("attention", "flex"): _flex_attention,
+    ("rms_norm", "transformers"): _transformers_rms_norm,
+    ("moe", "transformers"): _transformers_moe,
+    ("rms_norm", "liger"): _liger_rms_norm,
+    ("linear_cross_entropy", "liger"): _liger_linear_cross_entropy,
+}
+"""By operation and name: makes the peer. Liger's other kernels write into their inputs, which the contestants share."""
+
+PEERS = ("eager", "sdpa", "grouped_mm", "compiled", *dict.fromkeys(name for _, name in OTHERS))
 
 
-def compiled(op: str, device: str, measured: str) -> Callable:
-    """The same by torch.compile; for attention flex_attention, which knows the mask's blocks (on a CPU it has no backward)."""
-    if op == "attention" and (device == "cuda" or measured == "forward"):
-        return _flex_attention()
-    return torch.compile(EAGER[op])
+def peers(op: str, device: str, measured: str, wanted: list[str] | None = None) -> dict[str, Callable[[], Callable]]:
+    """What makes each peer of an operation, by name; `wanted`: only these ("eager" is the usual way, whatever its name).
+
+    On a CPU flex_attention has no backward pass. Liger-Kernel is a peer on a GPU, where it is installed.
+    """
+    usual = NAMES.get(op, "eager")
+    makers: dict[str, Callable[[], Callable]] = {usual: lambda: EAGER[op], "compiled": lambda: torch.compile(EAGER[op])}
+    makers |= {name: maker for (of, name), maker in OTHERS.items() if of == op}
+    if device != "cuda" and measured != "forward":
+        makers.pop("flex", None)
+    if device != "cuda" or find_spec("liger_kernel") is None:
+        makers.pop("liger", None)
+    if find_spec("transformers") is None:
+        makers.pop("transformers", None)
+    chosen = None if wanted is None else {usual if name == "eager" else name for name in wanted}
+    return {name: maker for name, maker in makers.items() if chosen is None or name in chosen}

@@ -183,7 +183,7 @@ class Report:
         for line in trainer.task.describe(measured):
             say(f"  {line}")
         if not any(path.suffix == ".png" for path in files):
-            say("no loss curve was drawn: the package matplotlib is not installed (pip install fastprimer[bench])", markup=False)
+            say("no loss curve was drawn: the package matplotlib is not installed (pip install fastprimer[report])", markup=False)
         say(
             f"written: {out} ({', '.join(path.name for path in files)}, model.safetensors, checkpoint.safetensors)",
             soft_wrap=True,

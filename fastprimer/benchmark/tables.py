@@ -1,0 +1,95 @@
+"""Results as text: lines that appear while they are measured, and the table of README.md."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+
+from rich.text import Text
+
+from fastprimer.benchmark.rows import MATRIX, Row
+
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "forward": "fwd", "backward": "bwd", "forward+backward": "both"}
+COLUMNS = (("case", -24), ("type", -4), ("pass", -4), ("ms", 8), ("±", 4), ("best peer", -12), ("ours is", 8), ("of roof", 8))
+"""Heading and width, negative: flush left. Together 79 columns."""
+
+
+def line(cells: list[str], style: str = "") -> Text:
+    shown = [cell[: abs(width)].ljust(-width) if width < 0 else cell.rjust(width) for cell, (_, width) in zip(cells, COLUMNS, strict=True)]
+    return Text(" ".join(shown).rstrip(), style=style, no_wrap=True, overflow="ellipsis")
+
+
+def heading() -> Text:
+    return line([name for name, _ in COLUMNS], "bold")
+
+
+def live_line(row: Row, with_backend: bool) -> Text:
+    """Fits 80 columns; --json has every figure."""
+    name = row.name.replace("linear_cross_entropy", "linear_ce").replace("cross_entropy", "ce")
+    if with_backend:
+        name = f"{name[: 23 - len(row.backend)]} {row.backend}"
+    head = [name, SHORT.get(row.dtype, row.dtype), SHORT[row.measured]]
+    if row.wrong:
+        return line([*head, "WRONG", "", "not timed", "", ""], "bold red")
+    spread = f"{max(row.ours.high - row.ours.median, row.ours.median - row.ours.low) / row.ours.median:.0%}"
+    ratio = "" if row.vs_best_peer is None else f"{row.vs_best_peer:.2f}x"
+    style = "red" if row.vs_best_peer is not None and row.vs_best_peer < 0.95 else ""
+    roof = f"{row.of_roof:.0%} {'F' if row.limited_by == MATRIX else 'B'}"
+    return line([*head, f"{row.ours.median:.2f}", spread, row.best_peer or "-", ratio, roof], style)
+
+
+def summary(rows: list[Row]) -> str:
+    """What stands below the lines."""
+    timed = [row for row in rows if row.ours]
+    parts = []
+    if timed:
+        parts.append(f"B: the roof is a copy at {statistics.median(r.copy_gb_per_s for r in timed):.0f} GB/s in the same rounds")
+        for dtype in dict.fromkeys(r.dtype for r in timed if r.matrix_gflop_per_s):
+            rate = statistics.median(r.matrix_gflop_per_s for r in timed if r.dtype == dtype and r.matrix_gflop_per_s)
+            parts.append(f"F: for {dtype} a matrix product at {rate:.0f} GFLOP/s")
+        found = ratios(rows)
+        if found:
+            parts.append(f"ours / best peer: geometric mean {found.mean:.2f}x, least {found.least:.2f}x")
+    return "\n".join(parts)
+
+
+@dataclass(frozen=True)
+class Ratios:
+    """Of the best peers' times to ours: their geometric mean and the least."""
+
+    mean: float
+    least: float
+
+
+def ratios(rows: list[Row]) -> Ratios | None:
+    found = [row.vs_best_peer for row in rows if row.vs_best_peer]
+    return Ratios(statistics.geometric_mean(found), min(found)) if found else None
+
+
+def shares(rows: list[Row]) -> float | None:
+    """The median share of the roof."""
+    found = [row.of_roof for row in rows if row.of_roof is not None]
+    return statistics.median(found) if found else None
+
+
+def left_out(rows: list[Row]) -> list[str]:
+    """Why a peer was not timed, said once."""
+    return list(dict.fromkeys(f"{r.name} {r.dtype} {r.measured}: {peer} {why}" for r in rows for peer, why in r.left_out.items()))
+
+
+def markdown(rows: list[Row]) -> str:
+    """The table of README.md: a column for each peer that any row has."""
+    names = list(dict.fromkeys(name for row in rows for name in row.peers))
+    several = len({row.backend for row in rows}) > 1
+    heads = ["case", *(["backend"] if several else []), "dtype", "pass", "ms", *(f"vs {name}" for name in names), "of roof"]
+    left = 4 if several else 3
+    lines = [f"| {' | '.join(heads)} |", "|" + " --- |" * left + " --: |" * (len(heads) - left)]
+    for row in rows:
+        head = [row.name, *([row.backend] if several else []), row.dtype, row.measured]
+        if row.wrong:
+            cells = ["WRONG", *[""] * (len(names) + 1)]
+        else:
+            against = [f"{row.peers[n].median / row.ours.median:.2f}x" if n in row.peers else "" for n in names]
+            cells = [f"{row.ours.median:.2f}", *against, f"{row.of_roof:.0%} of {row.limited_by}"]
+        lines.append(f"| {' | '.join(head + cells)} |")
+    return "\n".join(lines)

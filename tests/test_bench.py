@@ -1,0 +1,320 @@
+"""`fastprimer bench`, its comparison, and `fastprimer report`: what they say is tested, never how fast something is."""
+
+import json
+import random
+import re
+import subprocess
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fastprimer import bench, cli
+from fastprimer.backends import _functions, explain, unavailable
+from fastprimer.benchmark import comparison, measure, revision, roofs, tables, timing
+from fastprimer.benchmark.rows import MATRIX, Results, Row
+from fastprimer.benchmark.timing import PASSES, Timing
+from fastprimer.cases import CASES, rms_norm_case
+from fastprimer.peers import EAGER, PEERS, peers
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ("bench", "--memory", "fresh", "--op", "rms_norm", "--dtype", "float32", "--rounds", "7", "--peers", "eager")
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The command with these arguments measures a small case, against a small copy, in a fraction of a second."""
+    if reason := unavailable("rms_norm", "cpu", "cpu"):
+        pytest.skip(reason)
+    monkeypatch.setattr(bench, "CASES", (rms_norm_case("bench-tiny", 64, 64, bench=True),))
+    monkeypatch.setattr(roofs, "COPY_BYTES", 1 << 16)
+    roofs._copies.cache_clear()
+    yield lambda *more: cli.main([*TINY, *(str(word) for word in more)])
+    roofs._copies.cache_clear()
+
+
+def plant(monkeypatch, change):
+    """`change` gets the outputs of every forward pass on the CPU kernel and returns what is handed on."""
+    real = _functions["rms_norm", "cpu"]
+    planted = SimpleNamespace(**vars(real))
+    planted.rms_norm_forward = lambda *args: change(real.rms_norm_forward(*args))
+    monkeypatch.setitem(_functions, ("rms_norm", "cpu"), planted)
+
+
+def samples(median: float, n: int = 21, spread: float = 0.02, seed: int = 0) -> list[float]:
+    draw = random.Random(seed)
+    return [median * (1 + draw.uniform(-spread, spread)) for _ in range(n)]
+
+
+def row(ours: float, *, eager: float = 4.0, copy: float = 60.0, case: str = "bench-a", op: str = "rms_norm", seed: int = 0, **more) -> Row:
+    made = {
+        "bytes": 1 << 25,
+        "copy_gb_per_s": 1e3 / copy,
+        "least_ms": 1.0,
+        "of_roof": 1 / ours,
+        "best_peer": "eager",
+        "vs_best_peer": eager / ours,
+    }
+    timings = {"ours": Timing.of(samples(ours, seed=seed)), "peers": {"eager": Timing.of(samples(eager, seed=seed + 1))}}
+    return Row(op, case, "float32", "forward", "cpu", roof_samples=samples(copy, seed=seed + 2), **timings, **(made | more))
+
+
+def results(*rows: Row, **machine) -> Results:
+    about = {"device": "a processor", "torch": "2.13", "commit": "abc", "date": "2026-01-01T00:00:00", "memory": "kept"}
+    return Results(about | machine, list(rows))
+
+
+def wrong_row(case: str = "bench-a") -> Row:
+    return Row("rms_norm", case, "float32", "forward", "cpu", wrong=["y: error is 9 of its budget"])
+
+
+def verdicts(old: Results, new: Results, threshold: float = 0.05) -> list[str]:
+    return [change.verdict for change in comparison.compare_results(old, new, threshold).changes]
+
+
+def test_every_measurement_is_written_down_and_read_again(tiny, tmp_path, capsys):
+    assert tiny("--json", "--out", tmp_path / "a.json") == 0
+    printed = Results.parse(capsys.readouterr().out, "stdout")
+    assert printed == Results.read(tmp_path / "a.json") and len(printed.rows) == len(PASSES)
+    for r, measured in zip(printed.rows, PASSES, strict=True):
+        assert (r.measured, r.best_peer, r.limited_by) == (measured, "eager", "memory")
+        assert len(r.ours.samples) == len(r.peers["eager"].samples) == len(r.roof_samples) == 7
+        assert r.ours.low <= r.ours.median <= r.ours.high and r.bytes > 0 and r.copy_gb_per_s > 0
+        assert r.of_roof == pytest.approx(r.bytes / r.copy_gb_per_s / 1e6 / r.ours.median, rel=1e-3)
+    assert printed.rows[0].bytes + printed.rows[1].bytes == printed.rows[2].bytes
+    assert {"device", "torch", "commit", "fastprimer", "date"} <= set(printed.machine)
+
+
+def test_the_table_has_a_line_for_each_row(tiny, capsys):
+    assert tiny("--pass", "forward") == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"^rms_norm tiny +fp32 fwd .* eager ", shown, re.M) and "GB/s in the same rounds" in shown
+    assert all(len(line) <= 80 for line in shown.splitlines() if line.startswith("rms_norm"))
+
+
+@pytest.mark.parametrize("how", [[], ["--json"], ["--markdown"]])
+def test_a_wrong_kernel_shows_as_wrong_and_is_not_timed(tiny, monkeypatch, capsys, how):
+    plant(monkeypatch, lambda outputs: (outputs[0] * 1.01, *outputs[1:]))
+    assert tiny("--pass", "forward", *how) == 1
+    shown = capsys.readouterr()
+    if how == ["--json"]:
+        (r,) = Results.parse(shown.out, "stdout").rows
+        assert r.wrong and r.ours is None and not r.peers and r.of_roof is None
+    else:
+        assert "WRONG" in shown.out + shown.err
+
+
+def test_a_kernel_that_is_wrong_only_without_gradients_shows_as_wrong(tiny, monkeypatch, capsys):
+    """It is timed so in the forward pass."""
+    real = measure.fastprimer.rms_norm
+
+    def planted(x, *args, **options):
+        from_kernel = explain("rms_norm", x, *args, **options).backend == "cpu" and not x.requires_grad
+        return real(x, *args, **options) * (1.01 if from_kernel else 1)
+
+    monkeypatch.setattr(measure.fastprimer, "rms_norm", planted)
+    assert tiny("--pass", "forward") == 1 and "WRONG" in capsys.readouterr().out
+
+
+def test_a_slowed_kernel_is_a_regression(tiny, monkeypatch, tmp_path, capsys):
+    assert tiny("--pass", "forward", "--out", tmp_path / "before.json") == 0
+
+    def slowed(outputs):
+        begin = time.perf_counter()
+        while time.perf_counter() - begin < 0.02:
+            pass
+        return outputs
+
+    plant(monkeypatch, slowed)
+    capsys.readouterr()
+    assert tiny("--pass", "forward", "--json", "--compare", tmp_path / "before.json") == 1
+    record = json.loads(capsys.readouterr().out)
+    (change,) = record["comparison"]["changes"]
+    assert record["comparison"]["regressed"] and change["verdict"] == "slower" and change["ratio"] > 3
+
+
+@pytest.mark.parametrize(
+    ("new", "verdict"),
+    [
+        (row(2.0, seed=9), "no difference"),
+        (row(2.04, seed=9), "no difference"),  # significant, but within the threshold
+        (row(6.0, seed=9), "slower"),
+        (row(2.4, seed=9), "slower"),
+        (row(1.0, seed=9), "faster"),
+        (row(3.0, eager=6.0, copy=90.0, seed=9), "no difference"),  # the machine is slower
+        (row(2.4, eager=5.0, seed=9), "no difference"),  # so is eager torch, which is the same in both
+        (wrong_row(), "WRONG"),
+    ],
+)
+def test_verdicts(new, verdict):
+    assert verdicts(results(row(2.0)), results(new)) == [verdict]
+
+
+def test_what_only_most_measurements_say_is_no_regression():
+    new = row(4.0, seed=9)
+    new.ours = Timing.of([2.0, 2.01, 2.02, *new.ours.samples[3:]])
+    assert verdicts(results(row(2.0)), results(new)) == ["no difference"]
+
+
+def test_other_comparisons():
+    old, new = results(row(2.0), row(2.0, case="bench-b")), results(row(2.3, seed=9), row(1.0, case="bench-c"))
+    found = comparison.compare_results(old, new, 0.05)
+    assert found.regressed and (found.only_old, found.only_new) == (1, 1)
+    assert not comparison.compare_results(old, new, 0.5).regressed
+    other = comparison.compare_results(old, results(row(2.0), torch="2.14"), 0.05)
+    assert other.noise is None and other.notes == ["torch: 2.13 then, 2.14 now"]
+    assert verdicts(results(wrong_row()), results(row(2.0))) == ["right now"]
+    with pytest.raises(ValueError, match="no row in common"):
+        comparison.compare_results(results(row(2.0)), results(row(2.0, case="bench-c")), 0.05)
+
+
+def test_a_change_has_to_be_one_in_every_turn():
+    def turns(*news):
+        return [(results(row(2.0, seed=3 * i)), results(row(new, seed=3 * i + 1))) for i, new in enumerate(news)]
+
+    steady, new = comparison.compare_turns(turns(2.6, 2.7, 2.6), 0.05)
+    assert steady.regressed and len(new.rows[0].ours.samples) == 63
+    assert not comparison.compare_turns(turns(2.6, 2.7, 2.0), 0.05)[0].regressed
+
+
+@pytest.mark.parametrize("n", [1, 3, 6, 11, 21])
+def test_interval_of_the_median(n):
+    drawn = random.Random(0)
+    inside = 0
+    for _ in range(400):
+        low, high = timing.interval([drawn.gauss(0, 1) for _ in range(n)])
+        inside += low <= 0 <= high
+    assert inside / 400 >= (0.93 if n >= 6 else 0)
+
+
+def test_the_limiting_roof_is_the_one_that_takes_longer():
+    r = Row("moe", "bench", "float32", "forward", "cpu", bytes=10**9, flops=10**12, ours=Timing.of([400.0]))
+    roof = roofs.Roofs({"copy": None}, {"mm": None}, {"copy": 10**9, "mm": 10**11})
+    measure._judge(r, roof, {"copy": [100.0], "mm": [20.0]})
+    assert (r.limited_by, r.least_ms, r.of_roof, r.copy_gb_per_s, r.matrix_gflop_per_s) == (MATRIX, 200.0, 0.5, 10.0, 5000.0)
+
+
+@pytest.mark.parametrize("op", EAGER)
+def test_every_peer_computes_the_same(op):
+    """On a small case that has no option the peers do not take; torch.compile's is the first one's own."""
+    cases = [c for c in CASES if c.op == op and not c.bench]
+    names = {
+        "rms_norm": "plain",
+        "attention": "causal",
+        "attention_with_kv_cache": "",
+        "cross_entropy": "sum",
+        "linear_cross_entropy": "sum",
+    }
+    case = next((c for c in cases if c.name == names.get(op)), cases[0])
+    for name, make in peers(op, "cpu", "forward").items():
+        if name in ("compiled", "flex"):
+            continue
+        arguments = case.arguments(measure.Inputs(torch.float32, "cpu", 0))
+        arguments = {k: v for k, v in arguments.items() if k not in ("ignore_index", "reduction", "bias")}
+        arguments |= {"return_lse": False} if "return_lse" in arguments else {}
+        if op == "attention_with_kv_cache":
+            pytest.skip("the peers decode sequences of one length: tests/test_cpu_decoding.py")
+        ours = getattr(measure.fastprimer, op)(**arguments)
+        assert not measure.difference(make()(**arguments), ours), name
+    assert {n for of in EAGER for n in peers(of, "cpu", "forward")} <= set(PEERS)
+
+
+def test_a_peer_that_fails_or_computes_something_else_is_left_out():
+    x = torch.randn(4, 4)
+    ours = (2 * x,)
+    assert measure._checked(lambda: lambda x: 2 * x, {"x": x}, "forward", 0, ours)[1] == ""
+    assert "computes something else" in measure._checked(lambda: lambda x: 3 * x, {"x": x}, "forward", 0, ours)[1]
+    assert "shape" in measure._checked(lambda: lambda x: x[0], {"x": x}, "forward", 0, ours)[1]
+    assert "no such argument" in measure._checked(lambda: lambda x: 1 / 0, {"x": x}, "forward", 0, ours)[1].replace(
+        "division", "no such argument"
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--peers", "eager,lager"], "argument --peers: expected names of eager.*got 'lager'"),
+        (["--threshold", "much"], "argument --threshold: expected percent.*got 'much'"),
+        (["--compare", "no-such-revision"], "argument --compare: expected .* got 'no-such-revision'"),
+        (["--compare", "missing.json"], "argument --compare: expected .* got 'missing.json'"),
+        (["--results", "missing.json"], "missing.json: expected a file of results, got No such file"),
+        (["--results", "{tmp}/bad.json"], "bad.json: expected JSON"),
+        (["--results", "{tmp}/old.json"], "old.json: expected results of schema 2, got schema none"),
+        (["--results", "{tmp}/broken.json"], "broken.json: expected results of schema 2, got a broken record"),
+        (["--backend", "triton", "--op", "cross_entropy"], "nothing to measure: cross_entropy"),
+    ],
+)
+def test_errors_say_what_was_expected(tmp_path, capsys, argv, message):
+    for name, text in {
+        "bad": "{",
+        "old": '{"machine": {}, "results": []}',
+        "broken": '{"schema": 2, "machine": {}, "rows": [{"x": 1}]}',
+    }.items():
+        (tmp_path / f"{name}.json").write_text(text)
+    try:
+        status = cli.main(["bench", "--quick", "--peers", "none", *(word.replace("{tmp}", str(tmp_path)) for word in argv)])
+    except SystemExit as stopped:
+        status = stopped.code
+    assert status == 2 and re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.slow
+def test_a_revision_is_measured_by_turns(tmp_path, capsys):
+    commit = revision.resolve("HEAD")
+    same = commit and subprocess.run(["git", "diff", "--quiet", commit, "--", *revision.NATIVE], cwd=ROOT).returncode == 0
+    if (
+        not same
+        or "benchmark" not in subprocess.run(["git", "ls-tree", "HEAD", "fastprimer/"], cwd=ROOT, capture_output=True, text=True).stdout
+    ):
+        pytest.skip("needs a git checkout whose native sources are those of HEAD")
+    before = subprocess.run(["git", "worktree", "list"], cwd=ROOT, capture_output=True).stdout
+    wanted = ["--quick", "--op", "route", "--dtype", "float32", "--pass", "forward", "--rounds", "3", "--turns", "1"]
+    assert cli.main(["bench", *wanted, "--json", "--compare", "HEAD", "--threshold", "1e9"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert len(record["comparison"]["changes"]) == len(record["rows"]) == 1
+    assert subprocess.run(["git", "worktree", "list"], cwd=ROOT, capture_output=True).stdout == before
+
+
+REPORTED = results(
+    *(row(2.0 + i, op=op, case="bench-case", flops=10**9 * (i % 2), matrix_gflop_per_s=100.0) for i, op in enumerate(EAGER)), wrong_row()
+)
+
+
+def report(tmp_path, *more, of: Results = REPORTED) -> int:
+    of.write(tmp_path / "r.json")
+    where = ["--results", tmp_path / "r.json", "--out", tmp_path / "page.html", "--folder", ROOT / "benchmarks/results"]
+    return cli.main(["report", *map(str, [*where, *more])])
+
+
+def test_the_page_has_every_operation_and_needs_nothing_else(tmp_path):
+    assert report(tmp_path) == 0
+    text = (tmp_path / "page.html").read_text()
+    for op in EAGER:
+        assert f'<h2 id="{op}">' in text and f'id="{op}-peers-figure_1"' in text
+    assert 'name="viewport"' in text and "error is 9 of its budget" in text
+    assert "Operation x backend" in text and "The compile gate" in text and "Attention over length" in text
+    assert not re.search(r"""(src|href)\s*=\s*["'](?!#)|url\((?!#)|@import|<script""", text)
+    ids = re.findall(r'\bid="([^"]+)"', text)
+    assert len(ids) == len(set(ids))
+
+
+def test_readme_is_rewritten_between_its_markers_and_plots_are_files(tmp_path, capsys):
+    readme, short = tmp_path / "README.md", results(*REPORTED.rows[:1], wrong_row(case="bench-b"))
+    readme.write_text("before\n\n<!-- results -->\nold\n<!-- /results -->\n\nafter\n")
+    assert report(tmp_path, "--readme", readme, "--plots", tmp_path / "plots", of=short) == 0
+    first = readme.read_text()
+    assert report(tmp_path, "--readme", readme, of=short) == 0
+    assert readme.read_text() == first
+    assert first.startswith("before\n\n<!-- results -->\n") and first.endswith("\n<!-- /results -->\n\nafter\n") and "old" not in first
+    assert tables.markdown(short.rows) in first
+    assert all((tmp_path / f"plots/rms_norm-{what}").stat().st_size for what in ("roof.png", "roof.svg", "peers.png", "peers.svg"))
+    readme.write_text("no markers")
+    assert report(tmp_path, "--readme", readme, of=short) == 2
+    assert "argument --readme: expected the line <!-- results -->" in capsys.readouterr().err
+
+
+def test_a_report_of_nothing_says_so(tmp_path, capsys):
+    assert cli.main(["report", "--folder", str(tmp_path)]) == 2
+    assert "argument --results: expected results in" in capsys.readouterr().err
