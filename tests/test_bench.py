@@ -227,9 +227,7 @@ def test_a_peer_that_fails_or_computes_something_else_is_left_out():
     assert measure._checked(lambda: lambda x: 2 * x, {"x": x}, "forward", 0, ours)[1] == ""
     assert "computes something else" in measure._checked(lambda: lambda x: 3 * x, {"x": x}, "forward", 0, ours)[1]
     assert "shape" in measure._checked(lambda: lambda x: x[0], {"x": x}, "forward", 0, ours)[1]
-    assert "no such argument" in measure._checked(lambda: lambda x: 1 / 0, {"x": x}, "forward", 0, ours)[1].replace(
-        "division", "no such argument"
-    )
+    assert "ZeroDivisionError" in measure._checked(lambda: lambda x: 1 / 0, {"x": x}, "forward", 0, ours)[1]
 
 
 @pytest.mark.parametrize(
@@ -243,7 +241,7 @@ def test_a_peer_that_fails_or_computes_something_else_is_left_out():
         (["--results", "{tmp}/bad.json"], "bad.json: expected JSON"),
         (["--results", "{tmp}/old.json"], "old.json: expected results of schema 2, got schema none"),
         (["--results", "{tmp}/broken.json"], "broken.json: expected results of schema 2, got a broken record"),
-        (["--backend", "triton", "--op", "cross_entropy"], "nothing to measure: cross_entropy"),
+        (["--pass", "backward", "--op", "attention_with_kv_cache"], "nothing to measure: attention_with_kv_cache"),
     ],
 )
 def test_errors_say_what_was_expected(tmp_path, capsys, argv, message):
