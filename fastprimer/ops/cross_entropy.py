@@ -241,7 +241,7 @@ def cross_entropy(
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it. Targets out of range raise ValueError on
-        the CPU; on a GPU they are not checked, for that would wait for the device.
+        the CPU; on a GPU they are not checked, for that would wait for the device: there such a token's loss is NaN.
 
     Sources: at the head of fastprimer/ops/cross_entropy.py.
     """
