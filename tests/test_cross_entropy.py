@@ -46,7 +46,7 @@ def test_it_is_torchs_cross_entropy(reduction, label_smoothing, ignore_index, bi
     check(loss, single, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "cuda"])
 @pytest.mark.parametrize("fused", [False, True])
 def test_what_it_returns_besides_the_loss(backend, fused):
     device_or_skip("linear_cross_entropy", backend)
@@ -77,7 +77,7 @@ def test_what_it_returns_besides_the_loss(backend, fused):
             torch.testing.assert_close(b, l + a)
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "cuda"])
 def test_every_token_ignored(backend):
     device_or_skip("linear_cross_entropy", backend)
     x, weight, bias, target = inputs(torch.float32)
