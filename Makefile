@@ -21,7 +21,7 @@ SOURCES := $(wildcard setup.py pyproject.toml CMakeLists.txt constraints.txt csr
 demo: $(READY)
 	$(BIN)/fastprimer doctor
 	$(BIN)/fastprimer verify
-	$(BIN)/fastprimer bench --quick
+	$(BIN)/fastprimer bench --quick --dtype float32  # without AVX-512 the peers take minutes in bfloat16
 	$(BIN)/fastprimer train calculator --out runs/demo
 	$(BIN)/fastprimer generate --model runs/demo "two plus three equals"
 

@@ -53,3 +53,12 @@ def cell(request) -> tuple[str, str, str]:
     """(op, backend, device) of every kernel that is written; skips those that this process cannot run."""
     op, backend = request.param
     return op, backend, device_or_skip(op, backend)
+
+
+@pytest.fixture
+def one_thread():
+    """The other cores are other tests'."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

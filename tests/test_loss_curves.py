@@ -8,14 +8,7 @@ import torch
 from fastprimer import layers, ops, reference, train
 from fastprimer.calculator import Calculator
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The other cores are other tests'."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def losses(name, steps, task, **settings):

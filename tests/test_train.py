@@ -18,16 +18,9 @@ from fastprimer.calculator import Calculator
 from fastprimer.checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from fastprimer.model import Model
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CHECKPOINT = "checkpoint.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """The other cores are other tests'."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
