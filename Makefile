@@ -3,7 +3,7 @@
 #   make test      the whole test suite          make check     its fast part (< 2 minutes)
 #   make lint      ruff and clang-format         make format    the same, mending
 #   make sanitize  the long form of the sanitizer and emulator-seed runs
-#   make bench     every benchmark of this machine, into benchmarks/results/
+#   make bench     every benchmark of this machine's CPU, into benchmarks/results/ and README.md's table
 #   make report    those results as report.html
 #   make gate      what every kernel compiles to for every GPU, into benchmarks/results/kernels.md
 #   make gpu       on a machine with a GPU, with its own python: build, probe, test, benchmark
@@ -13,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # A worker a core. Threads that wait must sleep: those of another worker need the core.
-PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadscope
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadscope -p no:benchmark
 SOURCES := $(wildcard setup.py pyproject.toml CMakeLists.txt constraints.txt csrc/*.* csrc/*/*.* tests/emulator/*.*)
 
 .PHONY: demo test check lint format sanitize bench report gate gpu clean
@@ -21,7 +21,7 @@ SOURCES := $(wildcard setup.py pyproject.toml CMakeLists.txt constraints.txt csr
 demo: $(READY)
 	$(BIN)/fastprimer doctor
 	$(BIN)/fastprimer verify
-	$(BIN)/fastprimer bench --quick --dtype float32  # without AVX-512 the peers take minutes in bfloat16
+	$(BIN)/fastprimer bench --quick --dtype float32
 	$(BIN)/fastprimer train calculator --out runs/demo
 	$(BIN)/fastprimer generate --model runs/demo "two plus three equals"
 
@@ -46,8 +46,8 @@ sanitize: $(READY)
 
 bench: $(READY)
 	$(BIN)/fastprimer bench --out benchmarks/results/cpu.json
-	$(BIN)/python benchmarks/growth.py --out benchmarks/results/growth-cpu.md
-	$(BIN)/python benchmarks/experts.py --out benchmarks/results/experts-cpu.md
+	$(BIN)/fastprimer bench --growth --out benchmarks/results/growth-cpu.json
+	$(BIN)/fastprimer report --results benchmarks/results/cpu.json --readme README.md
 
 report: $(READY)
 	$(BIN)/fastprimer report --out report.html
@@ -58,7 +58,7 @@ gate: $(READY)
 
 # The machine's own python has torch with CUDA; nothing is downloaded.
 gpu:
-	WHAT="$(WHAT)" PYTHON="$(PYTHON)" sh benchmarks/gpu.sh
+	WHAT="$(WHAT)" OP="$(OP)" PYTHON="$(PYTHON)" sh benchmarks/gpu.sh
 
 $(READY): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

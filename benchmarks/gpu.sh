@@ -1,6 +1,7 @@
 #!/bin/sh
 # `make gpu`: on a machine with a GPU and nvcc, with that machine's own python (torch >= 2.10, triton >= 3.6), no network.
-#   make gpu                everything        make gpu WHAT=probe|test|bench        one part
+#   make gpu                                  everything
+#   make gpu WHAT=probe|test|bench|growth     one part; OP=attention measures only that operation (or OP=model)
 # A part that fails does not keep the next from running; the exit status tells.
 set -u
 cd "$(dirname "$0")/.."
@@ -43,9 +44,11 @@ case $what in all | test)
   part "every operation on every backend" $python -m fastprimer.cli verify
   part "the test suite, on the GPU where a kernel runs there" $python -m pytest ;;
 esac
+name=$device${OP:+-$OP}
 case $what in all | bench)
-  part "the benchmarks" $python -m fastprimer.cli bench --out "benchmarks/results/$device.json"
-  part "attention's growth with S" $python benchmarks/growth.py --out "benchmarks/results/growth-$device.md"
-  ;;
+  part "the benchmarks" $python -m fastprimer.cli bench ${OP:+--op "$OP"} --out "benchmarks/results/$name.json" ;;
+esac
+case $what in all | growth)
+  part "cost over size" $python -m fastprimer.cli bench --growth ${OP:+--op "$OP"} --out "benchmarks/results/growth-$name.json" ;;
 esac
 exit $status

@@ -1,7 +1,8 @@
 """`fastprimer bench`: ours against its peers, and against the machine's own roof, in one run.
 
-No time is shown for a wrong result (the error budget of testing.py), nor for a peer that computes something else. Who is measured
-how: benchmark/measure.py and timing.py; the roofs: benchmark/roofs.py; commit against commit: benchmark/comparison.py. Outputs are
+No time is shown for a wrong result (the error budget of testing.py), nor for a peer that computes something else. What is measured:
+benchmark/jobs.py (operations: measure.py, whole models: models.py, cost over size: growth.py); how: contest.py and timing.py; the
+roofs: roofs.py; commit against commit: comparison.py. Outputs are
 freshly allocated, as they are in use; on the CPU from memory that the process keeps (fastprimer/memory.py), or with --memory
 fresh from the system, for everybody alike.
 """
@@ -19,17 +20,17 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fastprimer.backends import BACKENDS, PREFERENCE, BackendError, declared, unavailable
+from fastprimer.backends import BACKENDS, BackendError
 from fastprimer.benchmark import comparison, revision, tables
-from fastprimer.benchmark.measure import Settings, measure
+from fastprimer.benchmark.contest import Settings
+from fastprimer.benchmark.jobs import ALL_PASSES, DTYPES, OPS, Choice, jobs
+from fastprimer.benchmark.models import MODEL_PEERS
 from fastprimer.benchmark.rows import Results, ResultsError, Row, machine
-from fastprimer.benchmark.timing import FORWARD, PASSES
-from fastprimer.cases import CASES
 from fastprimer.generate import natural, positive
 from fastprimer.memory import keep_freed_memory
-from fastprimer.peers import EAGER, PEERS
+from fastprimer.peers import PEERS
 
-DTYPES = ("float32", "bfloat16", "float16")
+KNOWN_PEERS = tuple(dict.fromkeys((*PEERS, *MODEL_PEERS)))
 
 
 def peer_names(text: str) -> list[str]:
@@ -37,8 +38,8 @@ def peer_names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     names = [] if names == ["none"] else names
     for name in names:
-        if name not in PEERS:
-            raise argparse.ArgumentTypeError(f"expected names of {', '.join(PEERS)} with commas between them, or none; got {name!r}")
+        if name not in KNOWN_PEERS:
+            raise argparse.ArgumentTypeError(f"expected names of {', '.join(KNOWN_PEERS)} with commas between them, or none; got {name!r}")
     return names
 
 
@@ -55,7 +56,7 @@ def percent(text: str) -> float:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is measured")
-    what.add_argument("--op", choices=sorted(EAGER), action="append", help="only this operation (repeat for more)")
+    what.add_argument("--op", choices=OPS, action="append", help="only this operation, or whole models (repeat for more)")
     what.add_argument(
         "--backend",
         choices=BACKENDS,
@@ -63,10 +64,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measure this backend (repeat for more); default: every fast one on this device",
     )
     what.add_argument(
-        "--peers", type=peer_names, help=f"only these, with commas between them, of {', '.join(PEERS)}; or none (default: all)"
+        "--peers", type=peer_names, help=f"only these, with commas between them, of {', '.join(KNOWN_PEERS)}; or none (default: all)"
     )
-    what.add_argument("--pass", dest="passes", choices=PASSES, action="append", help="only this pass (repeat for more)")
-    what.add_argument("--dtype", choices=DTYPES, action="append", help="this one (repeat for more; default float32 and bfloat16)")
+    what.add_argument("--pass", dest="passes", choices=ALL_PASSES, action="append", help="only this pass (repeat for more)")
+    what.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        action="append",
+        help="this one (repeat for more; default float32 and bfloat16, but only float32 where there are matrix products on a "
+        "processor without instructions for half types: peers take minutes there)",
+    )
+    what.add_argument("--growth", action="store_true", help="cost over size (S, T, C, E, V) and over threads, instead of the usual cases")
     what.add_argument("--quick", action="store_true", help="the first case of each operation, no backward pass by itself, few rounds")
     how = parser.add_argument_group("how")
     how.add_argument("--rounds", type=positive, help="measurements of each contestant (default 21, quick 11)")
@@ -120,7 +128,7 @@ def _run(args: argparse.Namespace) -> int:
         record = json.loads(new.to_json())
         print(json.dumps(record | ({"comparison": found.to_record()} if found else {})))
     elif args.markdown:
-        print(tables.markdown(new.rows))
+        print(tables.everything(new.rows))
     elif args.results and not found:
         _show_all(new.rows, console)
     if found:
@@ -156,7 +164,7 @@ def _options(args: argparse.Namespace) -> list[str]:
         options += [word for value in values or () for word in (flag, value)]
     for flag, value in (("--rounds", args.rounds), ("--threads", args.threads)):
         options += [flag, str(value)] if value else []
-    return options + (["--quick"] if args.quick else [])
+    return options + [flag for flag, given in (("--quick", args.quick), ("--growth", args.growth)) if given]
 
 
 def _measure_all(args: argparse.Namespace, console: Console) -> Results:
@@ -165,36 +173,17 @@ def _measure_all(args: argparse.Namespace, console: Console) -> Results:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     memory = "kept" if args.memory == "kept" and keep_freed_memory() else "fresh"
     settings = Settings(device, args.rounds or (11 if args.quick else 21), args.seed, args.peers)
-    jobs = [job for op in args.op or EAGER for job in _jobs(op, device, args)]
-    if not jobs:
-        asked = ", ".join(args.op or ["every operation"])
-        raise BackendError(f"nothing to measure: {asked} has no kernel, or no pass, of this choice of --backend and --pass here")
+    todo = jobs(device, Choice(args.op, args.backend, args.passes, args.dtype, args.quick, args.growth))
     about = machine(device) | {"memory": memory}
     rows: list[Row] = []
-    with _live(console, sum(len(passes) for *_, passes in jobs), len({backend for _, _, backend, _ in jobs}) > 1) as (announce, show):
-        for case, dtype, backend, passes in jobs:
-            announce(f"{case} {tables.SHORT[str(dtype).removeprefix('torch.')]}")
-            for row in measure(case, dtype, backend, passes, settings):
+    with _live(console, sum(job.rows for job in todo), len({job.backend for job in todo}) > 1) as (announce, show):
+        for job in todo:
+            announce(f"{job.what} {tables.SHORT[job.dtype]}")
+            for row in job.measure(settings):
                 rows.append(row)
                 show(row)
     _epilogue(rows, console)
     return Results(about, rows)
-
-
-def _jobs(op: str, device: str, args: argparse.Namespace) -> list[tuple]:
-    """(case, dtype, backend, passes)"""
-    backends = [b for b in args.backend or PREFERENCE[device] if b in declared(op) and (args.backend or b != "reference")]
-    reasons = {b: unavailable(op, b, device) for b in backends}
-    if args.backend and (missing := [f"{b}: {reason}" for b, reason in reasons.items() if reason]):
-        raise BackendError(f"argument --backend: {op} cannot be measured here on {'; '.join(missing)}")
-    backends = [b for b, reason in reasons.items() if not reason]
-    cases = [case for case in CASES if case.op == op and case.bench]
-    cases = cases[:1] if args.quick else cases
-    dtypes = [getattr(torch, name) for name in args.dtype or DTYPES[:2]]
-    passes = tuple(args.passes or ((PASSES[0], PASSES[2]) if args.quick else PASSES))
-    if op == "attention_with_kv_cache":  # it has no gradients
-        passes = (FORWARD,) if FORWARD in passes else ()
-    return [(case, dtype, b, passes) for b in backends for case in cases for dtype in dtypes if passes]
 
 
 @contextlib.contextmanager
@@ -221,6 +210,8 @@ def _show_all(rows: list[Row], console: Console) -> None:
 
 def _epilogue(rows: list[Row], console: Console) -> None:
     console.print(tables.summary(rows), markup=False, soft_wrap=True)
+    for line in tables.exponents(rows):
+        console.print(line, markup=False, soft_wrap=True)
     for line in tables.left_out(rows):
         console.print(f"not timed: {line}", style="yellow", markup=False, soft_wrap=True)
     for line in dict.fromkeys(problem for row in rows for problem in row.wrong):

@@ -8,6 +8,8 @@ itself, in plain torch as in fastprimer (benchmarks/NOTES.md). Deep-learning fra
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 NEVER = -1
@@ -22,9 +24,47 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether the C library agreed: True with glibc, False with any other (macOS, musl), where nothing changes.
     """
+    libc = _glibc()
+    return libc is not None and bool(libc.mallopt(M_MMAP_MAX, 0)) and bool(libc.mallopt(M_TRIM_THRESHOLD, NEVER))
+
+
+def return_freed_memory() -> bool:
+    """Give what is freed now back to the system, once; whether the C library could."""
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
+    return libc is not None
+
+
+def extra_resident_bytes(call: Callable[[], object]) -> int | None:
+    """What one call needs at most beyond what is there before it, its results included; None where that cannot be told.
+
+    Freed memory is returned to the system first, so that all that the call touches is mapped anew and shows in the highest resident set
+    (VmHWM of Linux, begun anew for the call). Memory of threads is counted, that of libraries loaded by the call too: call once before.
+    """
+    if not return_freed_memory():
+        return None
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+        before = _status("VmRSS:")
+        result = call()
+        peak = _status("VmHWM:")
+    except OSError:
+        return None
+    del result
+    return max(0, peak - before)
+
+
+def _status(key: str) -> int:
+    """Bytes, of a line of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def _glibc() -> ctypes.CDLL | None:
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.gnu_get_libc_version  # noqa: B018  # musl has a libc.so.6 on some systems, but no such function
-        return bool(libc.mallopt(M_MMAP_MAX, 0)) and bool(libc.mallopt(M_TRIM_THRESHOLD, NEVER))
+        return libc
     except (OSError, AttributeError):
-        return False
+        return None

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fastprimer.backends import operations
 from fastprimer.benchmark import tables
+from fastprimer.benchmark.models import MODEL
 from fastprimer.benchmark.rows import Results, ResultsError, Row
 from fastprimer.doctor import markdown as backend_table
 
@@ -28,9 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--results", type=Path, nargs="+", metavar="FILE", help="JSON files of `fastprimer bench --out` (default: FOLDER/*.json)"
     )
-    parser.add_argument(
-        "--folder", type=Path, default=FOLDER, help=f"of the tables of growth, of experts and of the compile gate (default {FOLDER})"
-    )
+    parser.add_argument("--folder", type=Path, default=FOLDER, help=f"of results and of the compile gate's table (default {FOLDER})")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="the page (default report.html)")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="write each plot as PNG and SVG, too")
     parser.add_argument(
@@ -84,8 +83,9 @@ def _about(results: Results) -> str:
 
 
 def readme_table(results: list[Results]) -> str:
-    """What stands between the markers: a line about the machine and a table, for each run."""
-    return "\n\n".join(f"{_about(r)}:\n\n{tables.markdown(r.rows)}" for r in results)
+    """What stands between the markers: a line about the machine and a table, for each run; cost over size is the page's."""
+    shown = [(r, tables.markdown(_single(r))) for r in results]
+    return "\n\n".join(f"{_about(r)}:\n\n{table}" for r, table in shown if table)
 
 
 def _rewritten(path: Path, results: list[Results]) -> str:
@@ -112,30 +112,37 @@ def _page(results: list[Results], args: argparse.Namespace) -> str:
             plots.save_png(figure, args.plots / f"{name}.png")
         return caption, drawn
 
-    rows = [row for r in results for row in r.rows]
-    sections = [_overview(rows, page.Section), page.Section("Operation x backend", backend_table())]
+    sections = [_overview([row for r in results for row in _single(r)], page.Section), page.Section("Operation x backend", backend_table())]
+    several = sum(bool(_single(r)) for r in results) > 1
     for i, r in enumerate(results):
-        for op in operations():
-            mine = [row for row in r.rows if row.op == op]
-            if not mine:
-                continue
-            section = page.Section(
-                op if len(results) == 1 else f"{op}, {r.machine['device']} {i + 1}", tables.markdown(mine), f"{len(mine)} rows"
-            )
-            section.wrong = list(dict.fromkeys(problem for row in mine for problem in row.wrong))
-            section.notes = [f"not timed: {line}" for line in tables.left_out(mine)]
-            for name, figure in plots.of_operation(op, mine).items():
-                kind = name.rpartition("-")[2]
-                section.figures.append(shown(f"{name}-{i + 1}" if i else name, figure, CAPTIONS[kind]))
-            sections.append(section)
-    for path, title in _tables_of(args.folder):
-        text = path.read_text()
-        section = page.Section(title, text, path.name)
-        figure = plots.growth(text)
-        if figure:
-            section.figures.append(shown(path.stem, figure, "Time and memory over the length of a sequence"))
-        sections.append(section)
+        where = f", {r.machine['device']} {i + 1}" if several else ""
+        for op in (*operations(), MODEL):
+            if mine := [row for row in _single(r) if row.op == op]:
+                figures = {f"{name}-{i + 1}" if i else name: figure for name, figure in plots.of_operation(op, mine).items()}
+                sections.append(_operation(op, mine, where, page.Section, [shown(n, f, _caption(n)) for n, f in figures.items()]))
+    for i, r in enumerate(results):
+        if any(row.series for row in r.rows):
+            sections.append(_growth(r, i, page.Section, lambda name, curves, caption: shown(name, plots.of_series(curves), caption)))
+    gate = args.folder / "kernels.md"
+    if gate.is_file():
+        sections.append(page.Section("The compile gate", gate.read_text(), gate.name))
     return page.html("benchmarks", [_about(r) for r in results], sections)
+
+
+def _single(results: Results) -> list[Row]:
+    """The rows that belong to no series."""
+    return [row for row in results.rows if not row.series]
+
+
+def _caption(name: str) -> str:
+    return next(caption for kind, caption in CAPTIONS.items() if kind in name.split("-"))
+
+
+def _operation(op: str, rows: list[Row], where: str, section, figures: list[tuple[str, str]]):
+    found = section(f"{'Whole models' if op == MODEL else op}{where}", tables.markdown(rows), f"{len(rows)} rows", figures=figures)
+    found.wrong = list(dict.fromkeys(problem for row in rows for problem in row.wrong))
+    found.notes = [f"not timed: {line}" for line in tables.left_out(rows)]
+    return found
 
 
 def _overview(rows: list[Row], section):
@@ -156,9 +163,17 @@ def _overview(rows: list[Row], section):
     return section("At a glance", "\n".join(lines), notes=[text])
 
 
-def _tables_of(folder: Path) -> list[tuple[Path, str]]:
-    """Those of the other programs that measure, where they are."""
-    known = {"growth-*.md": "Attention over length", "experts-*.md": "Experts against transformers'", "kernels.md": "The compile gate"}
-    found = [(path, title) for pattern, title in known.items() for path in sorted(folder.glob(pattern))]
-    several = {title for _, title in found if sum(t == title for _, t in found) > 1}
-    return [(path, f"{title}: {path.stem}" if title in several else title) for path, title in found]
+def _growth(results: Results, number: int, section, shown):
+    """Cost over size: a figure for each series."""
+    found = section(
+        "Cost over size" + (f" {number + 1}" if number else ""), tables.growth(results.rows), "the figures and the fitted exponents"
+    )
+    found.notes.append(f"{_about(results)}. The exponent is the slope through the last three sizes.")
+    found.wrong = list(dict.fromkeys(problem for row in results.rows for problem in row.wrong))
+    curves = tables.curves(results.rows)
+    for about in dict.fromkeys((c.series, c.letter, c.dtype, c.measured, c.backend) for c in curves):
+        mine = [c for c in curves if (c.series, c.letter, c.dtype, c.measured, c.backend) == about]
+        series, letter, dtype, measured, backend = about
+        name = f"growth-{series}-{letter}-{dtype}-{backend}-{number + 1}".replace(" ", "-")
+        found.figures.append(shown(name, mine, f"{series} over {letter}: {dtype}, {measured}, {backend}"))
+    return found

@@ -13,8 +13,9 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
+from fastprimer.benchmark import tables
 from fastprimer.benchmark.rows import Row
-from fastprimer.benchmark.tables import SHORT
+from fastprimer.benchmark.tables import SHORT, Curve
 
 OURS = "fastprimer"
 COLOURS = {
@@ -26,9 +27,12 @@ COLOURS = {
     "transformers": "#6a994e",
     "flex": "#6a994e",
     "plain": "#8d6a9f",
+    "hf-compiled": "#386641",
     "liger": "#3d405b",
 }
-MARKS = {"forward": "o", "backward": "^", "forward+backward": "s"}
+MARKS = {"forward": "o", "backward": "^", "forward+backward": "s", "training": "s", "decoding": "o"}
+LEAST = {"ms": 1e-3, "MB": 0.1}
+"""What is drawn in place of less, on a logarithmic axis."""
 WIDTH = 5.2
 STYLE = {
     "font.size": 9,
@@ -139,29 +143,30 @@ def _against_peers(rows: list[Row]) -> Figure:
     return figure
 
 
-def growth(text: str) -> Figure | None:
-    """Time and memory over length, from the table that benchmarks/growth.py writes; None if there is none."""
-    cells = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
-    if not cells or cells[0][:3] != ["mask", "pass", "dtype"]:
-        return None
-    lengths = [int(cell.removeprefix("S ")) for cell in cells[0] if cell.startswith("S ")]
-    shown = [row for row in cells[2:] if row[1] == "forward+backward" and row[2] == "float32"]
+def of_series(curves: list[Curve]) -> Figure:
+    """Time and memory of every contestant over size, one series in one dtype; the exponents stand in the table."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
-        for place, unit in enumerate(("ms", "MB")):
-            axes = figure.add_subplot(1, 2, place + 1, xscale="log", yscale="log", xlabel="S", title=f"{unit}, float32, both passes")
-            axes.title.set_size(8.5)
-            for mask, _, _, who, _, *values in (row for row in shown if row[4] == unit):
-                points = [(S, float(value)) for S, value in zip(lengths, values, strict=False) if value]
-                colour = COLOURS[OURS] if who == OURS else COLOURS["sdpa"]
-                axes.plot(
-                    *zip(*points, strict=True), "o-" if mask == "causal" else "s--", color=colour, markersize=3, label=f"{who}, {mask}"
-                )
-            axes.set_xticks(lengths, [str(S) for S in lengths], fontsize=7)
+        figure = Figure(figsize=(WIDTH, 3.0), layout="constrained")
+        units = [unit for unit in ("ms", "MB") if any(curve.unit == unit for curve in curves)]
+        for place, unit in enumerate(units):
+            axes = figure.add_subplot(1, len(units), place + 1, xscale="log", yscale="log", xlabel=curves[0].letter, ylabel=unit)
+            mine = [curve for curve in curves if curve.unit == unit]
+            for curve in mine:
+                name = OURS if curve.contestant == tables.OURS else curve.contestant
+                points = [(size, max(cost, LEAST[unit])) for size, cost in curve.points]
+                axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[name], markersize=3, label=name)
+            sizes = sorted({size for curve in mine for size, _ in curve.points})
+            axes.set_xticks(sizes, [_short(size) for size in sizes], fontsize=7.5)
             axes.xaxis.set_minor_locator(NullLocator())
-        handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize=8)
+            _plain_ticks(axes.yaxis, "%g", subs=(1, 2, 5) if axes.get_ylim()[1] < 100 * axes.get_ylim()[0] else (1,))
+        _legend(axes, figure)
     return figure
+
+
+def _short(size: int) -> str:
+    return (
+        f"{size // 1000}k" if size >= 1000 and size % 1000 == 0 else f"{size // 1024}Ki" if size >= 1024 and size % 1024 == 0 else str(size)
+    )
 
 
 def svg(figure: Figure, name: str) -> str:

@@ -52,7 +52,11 @@ class Row:
     host_us: dict[str, float] = field(default_factory=dict)
     """Per contestant, on a GPU: the host's time to issue a call."""
     peak_mb: dict[str, float] = field(default_factory=dict)
-    """Per contestant, on a GPU: memory needed at most beyond what is there before the call."""
+    """Per contestant: memory needed at most beyond what is there before the call."""
+    series: str = ""
+    """Of a point of a series over size (benchmark/growth.py): the series, what grows, and how large it is here."""
+    letter: str = ""
+    size: int = 0
 
     @property
     def key(self) -> tuple[str, ...]:

@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 from rich.text import Text
 
+from fastprimer.benchmark.growth import exponent
 from fastprimer.benchmark.rows import MATRIX, Row
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "forward": "fwd", "backward": "bwd", "forward+backward": "both"}
+SHORT |= {"training": "step", "decoding": "tok"}
+OURS = "ours"
 COLUMNS = (("case", -24), ("type", -4), ("pass", -4), ("ms", 8), ("±", 4), ("best peer", -12), ("ours is", 8), ("of roof", 8))
 """Heading and width, negative: flush left. Together 79 columns."""
 
@@ -77,19 +80,104 @@ def left_out(rows: list[Row]) -> list[str]:
     return list(dict.fromkeys(f"{r.name} {r.dtype} {r.measured}: {peer} {why}" for r in rows for peer, why in r.left_out.items()))
 
 
+def everything(rows: list[Row]) -> str:
+    """Every row in Markdown: single cases, and series over size."""
+    parts = [markdown([row for row in rows if not row.series]), growth(rows)]
+    return "\n\n".join(part for part in parts if part)
+
+
 def markdown(rows: list[Row]) -> str:
-    """The table of README.md: a column for each peer that any row has."""
+    """The table of README.md: a column for each peer that any row has; memory is what a call needs beyond what is there."""
+    if not rows:
+        return ""
     names = list(dict.fromkeys(name for row in rows for name in row.peers))
     several = len({row.backend for row in rows}) > 1
-    heads = ["case", *(["backend"] if several else []), "dtype", "pass", "ms", *(f"vs {name}" for name in names), "of roof"]
+    heads = [
+        "case",
+        *(["backend"] if several else []),
+        "dtype",
+        "pass",
+        "ms",
+        *(f"vs {name}" for name in names),
+        "of roof",
+        "MB",
+        "leanest peer",
+    ]
     left = 4 if several else 3
     lines = [f"| {' | '.join(heads)} |", "|" + " --- |" * left + " --: |" * (len(heads) - left)]
     for row in rows:
         head = [row.name, *([row.backend] if several else []), row.dtype, row.measured]
         if row.wrong:
-            cells = ["WRONG", *[""] * (len(names) + 1)]
+            cells = ["WRONG", *[""] * (len(names) + 3)]
         else:
             against = [f"{row.peers[n].median / row.ours.median:.2f}x" if n in row.peers else "" for n in names]
-            cells = [f"{row.ours.median:.2f}", *against, f"{row.of_roof:.0%} of {row.limited_by}"]
+            cells = [f"{row.ours.median:.2f}", *against, f"{row.of_roof:.0%} of {row.limited_by}", *_memory(row)]
         lines.append(f"| {' | '.join(head + cells)} |")
     return "\n".join(lines)
+
+
+def _memory(row: Row) -> tuple[str, str]:
+    """Megabytes of ours, and of the peer that needs least."""
+    others = [mb for name, mb in row.peak_mb.items() if name != OURS]
+    ours = row.peak_mb.get(OURS)
+    return "" if ours is None else f"{ours:.1f}", f"{min(others):.1f}" if others else ""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One contestant's milliseconds, or megabytes, over size."""
+
+    series: str
+    letter: str
+    dtype: str
+    measured: str
+    backend: str
+    contestant: str
+    unit: str
+    points: tuple[tuple[int, float], ...]
+
+    @property
+    def exponent(self) -> float | None:
+        return exponent(self.points)
+
+
+def curves(rows: list[Row]) -> list[Curve]:
+    """Of all series among these rows; ours first."""
+    found: dict[tuple, dict[int, float]] = {}
+    for row in rows:
+        if row.series and row.ours:
+            about = row.series, row.letter, row.dtype, row.measured, row.backend
+            for name, timing in ({OURS: row.ours} | row.peers).items():
+                found.setdefault((*about, name, "ms"), {})[row.size] = timing.median
+            for name, megabytes in row.peak_mb.items():
+                found.setdefault((*about, name, "MB"), {})[row.size] = megabytes
+    return [Curve(*about, tuple(sorted(points.items()))) for about, points in found.items()]
+
+
+def growth(rows: list[Row]) -> str:
+    """A table for each letter that grows; "" if nothing does."""
+    every, tables = curves(rows), []
+    for letter in dict.fromkeys(curve.letter for curve in every):
+        mine = [curve for curve in every if curve.letter == letter]
+        sizes = sorted({size for curve in mine for size, _ in curve.points})
+        heads = ["series", "dtype", "pass", "contestant", "", *(f"{letter} {size}" for size in sizes), "exponent"]
+        lines = [f"| {' | '.join(heads)} |", "|" + " --- |" * 5 + " --: |" * (len(sizes) + 1)]
+        for curve in mine:
+            points = dict(curve.points)
+            cells = [f"{points[size]:.2f}" if size in points else "" for size in sizes]
+            slope = "" if curve.exponent is None else f"{curve.exponent:.2f}"
+            lines.append(f"| {' | '.join([curve.series, curve.dtype, curve.measured, curve.contestant, curve.unit, *cells, slope])} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
+def exponents(rows: list[Row]) -> list[str]:
+    """In a line for each series, what stands below the lines of a run over size."""
+    fitted = [curve for curve in curves(rows) if curve.exponent is not None and curve.unit == "ms"]
+    lines: dict[tuple, list[str]] = {}
+    for c in fitted:
+        lines.setdefault((c.series, SHORT[c.dtype], SHORT[c.measured], c.letter), []).append(f"{c.contestant} {c.exponent:.2f}")
+    return [
+        f"{series} {dtype} {measured}: time grows with {letter} to the power of {', '.join(found)}"
+        for (series, dtype, measured, letter), found in lines.items()
+    ]

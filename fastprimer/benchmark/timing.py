@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fastprimer.memory import extra_resident_bytes
+
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
 PASSES = (FORWARD, BACKWARD, BOTH)
 CONFIDENCE = 0.95
@@ -132,9 +134,15 @@ def host_microseconds(call: Callable, times: int = 20) -> float:
     return statistics.median(spent)
 
 
-def peak_megabytes(call: Callable) -> float:
-    """Of GPU memory that one call needs at most beyond what is there before it, its results included."""
+def peak_megabytes(call: Callable, device: str) -> float | None:
+    """Of memory that one call needs at most beyond what is there before it, its results included; None where that cannot be told.
+
+    On a GPU it is what torch allocates, on the CPU the resident set (fastprimer/memory.py).
+    """
     ready = call.stage() if isinstance(call, Staged) else call
+    if device == "cpu":
+        extra = extra_resident_bytes(ready)
+        return None if extra is None else extra / 1e6
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

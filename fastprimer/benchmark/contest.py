@@ -1,0 +1,107 @@
+"""Contestants of one row: each checked against ours, then all of them timed in the same rounds as the machine's roofs."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from fastprimer.benchmark import roofs
+from fastprimer.benchmark.rows import MATRIX, Row
+from fastprimer.benchmark.timing import PATIENCE_MS, Timing, host_microseconds, interleaved, peak_megabytes
+
+
+@dataclass(frozen=True)
+class Settings:
+    device: str
+    rounds: int
+    seed: int = 0
+    peers: list[str] | None = None
+    """Names; None: all there are."""
+
+
+def contest(row: Row, ours: Callable, makers: dict[str, Callable[[], Callable]], settings: Settings) -> None:
+    """Fill a row in, whose bytes and flops are known. `makers`: what prepares each peer's call."""
+    calls, expected = {"ours": ours}, ours()
+    for name, make in makers.items():
+        call, reason = checked(make, expected)
+        if reason:
+            row.left_out[name] = reason
+        else:
+            calls[name] = call
+    del expected
+    roof = roofs.roofs(settings.device, getattr(torch, row.dtype), torch.get_num_threads(), row.flops > 0)
+    times = interleaved(calls | roof.calls, settings.device, settings.rounds, settings.seed)
+    row.ours = Timing.of(times["ours"])
+    row.peers = {name: Timing.of(times[name]) for name in calls if name != "ours"}
+    judge(row, roof, times)
+    peaks = {name: peak_megabytes(call, settings.device) for name, call in calls.items()}
+    row.peak_mb = {name: peak for name, peak in peaks.items() if peak is not None}
+    if settings.device == "cuda":
+        row.host_us = {name: host_microseconds(call) for name, call in calls.items()}
+
+
+def judge(row: Row, roof: roofs.Roofs, times: dict[str, list[float]]) -> None:
+    """The limiting roof and the best peer."""
+    row.copy_gb_per_s, row.roof_samples = roof.best(roof.copies, times)
+    row.least_ms = row.bytes / row.copy_gb_per_s / 1e6
+    if roof.products:
+        row.matrix_gflop_per_s, samples = roof.best(roof.products, times)
+        arithmetic_ms = row.flops / row.matrix_gflop_per_s / 1e6
+        if arithmetic_ms > row.least_ms:
+            row.limited_by, row.least_ms, row.roof_samples = MATRIX, arithmetic_ms, samples
+    row.of_roof = row.least_ms / row.ours.median
+    if row.peers:
+        row.best_peer = min(row.peers, key=lambda name: row.peers[name].median)
+        row.vs_best_peer = row.peers[row.best_peer].median / row.ours.median
+
+
+def checked(make: Callable[[], Callable], expected) -> tuple[Callable | None, str]:
+    """(the call that `make` prepares, "") or (None, why it is not timed). A peer may round otherwise, but has to compute the same."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)  # torch.compile logs pages about what it raises
+    try:
+        call = make()
+        begin = time.perf_counter()
+        problem = difference(call(), expected)
+        if not problem and (time.perf_counter() - begin) * 1e3 > PATIENCE_MS:  # the first call may have compiled
+            begin = time.perf_counter()
+            call()
+            seconds = time.perf_counter() - begin
+            problem = f"takes {seconds:.0f} s a call" if seconds * 1e3 > PATIENCE_MS else ""
+        return (None, problem) if problem else (call, "")
+    except Exception as error:  # whatever a peer raises must not end the run
+        return None, f"failed: {_reason(error)}"
+    finally:
+        logging.disable(before)
+
+
+def _reason(error: BaseException) -> str:
+    """In a line; of what torch.compile wraps up, the innermost."""
+    text = str(error)
+    inner = re.search(r"got (\w+Error\(.*)", text)
+    return (inner[1] if inner else f"{type(error).__name__}: {next(iter(text.splitlines()), '')}")[:200]
+
+
+def difference(theirs, ours) -> str:
+    """How a peer's results differ from ours by more than rounding can explain, or "".
+
+    The bound on |theirs - ours| / |ours|, in the root-mean-square norm, is the square root of the dtype's unit roundoff: far above the
+    error of any sum, far below that of another formula. Ours has been proven before.
+    """
+    theirs, ours = (r if isinstance(r, (tuple, list)) else (r,) for r in (theirs, ours))
+    for i, (a, b) in enumerate(zip(theirs, ours, strict=False)):
+        if a is None or b is None or not b.is_floating_point():
+            continue
+        if a.shape != b.shape:
+            return f"computes something else: result {i} has shape {tuple(a.shape)}, ours {tuple(b.shape)}"
+        eps = max(torch.finfo(a.dtype).eps, torch.finfo(b.dtype).eps)
+        a, b = a.detach().float(), b.detach().float()
+        error = float((a - b).norm() / b.norm().clamp(min=1e-30))
+        if not error <= eps**0.5:
+            return f"computes something else: result {i} differs from ours by {error:.1e} of its norm"
+    return ""

@@ -1,0 +1,120 @@
+"""What there is to measure here, for a choice of operations, backends, passes and types."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from fastprimer.backends import PREFERENCE, BackendError, declared, unavailable
+from fastprimer.benchmark.contest import Settings
+from fastprimer.benchmark.growth import series
+from fastprimer.benchmark.measure import measure
+from fastprimer.benchmark.models import MODEL, MODEL_CASES, MODEL_PASSES, measure_model
+from fastprimer.benchmark.rows import Row
+from fastprimer.benchmark.timing import BACKWARD, FORWARD, PASSES
+from fastprimer.cases import CASES
+from fastprimer.peers import EAGER
+
+OPS = (*EAGER, MODEL)
+ALL_PASSES = (*PASSES, *MODEL_PASSES)
+DTYPES = ("float32", "bfloat16", "float16")
+PRODUCTS = ("attention", "attention_with_kv_cache", "moe", "linear_cross_entropy", MODEL)
+"""Operations whose peers need matrix products."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the user asked for; None: all that is usual."""
+
+    ops: list[str] | None = None
+    backends: list[str] | None = None
+    passes: list[str] | None = None
+    dtypes: list[str] | None = None
+    quick: bool = False
+    growth: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """Some rows that share their inputs."""
+
+    what: str
+    dtype: str
+    backend: str
+    rows: int
+    measure: Callable[[Settings], Iterator[Row]]
+
+
+def jobs(device: str, choice: Choice) -> list[Job]:
+    """Raises BackendError: a backend asked for is not there, or nothing is left to measure."""
+    found = [job for op in choice.ops or OPS for job in _of_operation(op, device, choice)]
+    if not found:
+        asked = ", ".join(choice.ops or ["every operation"])
+        raise BackendError(f"nothing to measure: {asked} has no kernel, or no pass, of this choice of --backend and --pass here")
+    return found
+
+
+def _of_operation(op: str, device: str, choice: Choice) -> list[Job]:
+    make = _growth if choice.growth else _models if op == MODEL else _cases
+    backends, dtypes = _backends(op, device, choice), choice.dtypes or usual_dtypes(op, device)
+    return [job for backend in backends for dtype in dtypes for job in make(op, device, backend, dtype, choice)]
+
+
+def usual_dtypes(op: str, device: str) -> tuple[str, ...]:
+    """On a processor without instructions for half types torch needs minutes for what it does in a second in float32."""
+    fast = device == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return DTYPES[:2] if fast or op not in PRODUCTS else DTYPES[:1]
+
+
+def _backends(op: str, device: str, choice: Choice) -> list[str]:
+    """Of a model, those that have every operation."""
+    ops = [name for name in EAGER] if op == MODEL else [op]
+    offered = [b for b in choice.backends or PREFERENCE[device] if all(b in declared(name) for name in ops)]
+    reasons = {b: next(filter(None, (unavailable(name, b, device) for name in ops)), "") for b in offered}
+    if choice.backends and (missing := [f"{b}: {reason}" for b, reason in reasons.items() if reason]):
+        raise BackendError(f"argument --backend: {op} cannot be measured here on {'; '.join(missing)}")
+    return [b for b, reason in reasons.items() if not reason and (choice.backends or b != "reference")]
+
+
+def _cases(op: str, device: str, backend: str, dtype: str, choice: Choice) -> list[Job]:
+    cases = [case for case in CASES if case.op == op and case.bench]
+    passes = _passes(PASSES, choice, [p for p in PASSES if p != BACKWARD])
+    if op == "attention_with_kv_cache":  # it has no gradients
+        passes = [FORWARD] if FORWARD in passes else []
+    kind = getattr(torch, dtype)
+
+    def job(case) -> Job:
+        return Job(str(case), dtype, backend, len(passes), lambda settings: measure(case, kind, backend, tuple(passes), settings))
+
+    return [job(case) for case in (cases[:1] if choice.quick else cases) if passes]
+
+
+def _models(op: str, device: str, backend: str, dtype: str, choice: Choice) -> list[Job]:
+    cases = MODEL_CASES[device]
+    passes = _passes(MODEL_PASSES, choice, list(MODEL_PASSES))
+    kind = getattr(torch, dtype)
+
+    def job(case) -> Job:
+        return Job(str(case), dtype, backend, len(passes), lambda settings: measure_model(case, kind, backend, tuple(passes), settings))
+
+    return [job(case) for case in (cases[:1] if choice.quick else cases) if passes]
+
+
+def _growth(op: str, device: str, backend: str, dtype: str, choice: Choice) -> list[Job]:
+    """Threads are a CPU's."""
+    kind = getattr(torch, dtype)
+    found = [s for s in series() if s.op == op and s.measured in (choice.passes or ALL_PASSES)]
+    found = [s for s in found if device == "cpu" or s.letter != "threads"]
+
+    def job(one, size: int) -> Job:
+        return Job(f"{one} {one.letter} {size}", dtype, backend, 1, lambda settings: one.measure(size, kind, backend, settings))
+
+    return [job(one, size) for one in found for size in (one.sizes[:3] if choice.quick else one.sizes)]
+
+
+def _passes(every: tuple[str, ...], choice: Choice, quick: list[str]) -> list[str]:
+    if choice.passes:
+        return [p for p in every if p in choice.passes]
+    return quick if choice.quick else list(every)
