@@ -11,6 +11,7 @@ that the model cannot answer "three plus two" from having seen "two plus three",
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from dataclasses import dataclass
 
@@ -161,3 +162,10 @@ class Calculator:
             answers, _ = generate(model, prompts, MAX_ANSWER, end=self.vocabulary.end)
             right += sum(given == answer for given, (_, answer) in zip(answers, group, strict=True))
         return right / len(examples)
+
+
+class MixtureCalculator(Calculator):
+    """The same with four experts of half the size in place of each feed-forward layer, two of them for every word."""
+
+    name = "calculator-moe"
+    config = dataclasses.replace(Calculator.config, intermediate_size=88, num_local_experts=4, num_experts_per_tok=2)

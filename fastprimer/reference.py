@@ -183,12 +183,14 @@ class MoE(nn.Module):
         self.config = config
         self.gate = nn.Linear(config.hidden_size, config.num_local_experts, bias=False)
         self.experts = Experts(config)
+        self.routed: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:  # (B, S, C) -> (B, S, C)
         tokens = x.flatten(0, 1)  # (N, C)
         logits = self.gate(tokens)
         probabilities = logits.to(torch.promote_types(x.dtype, torch.float32)).softmax(dim=-1)  # (N, E)
         weights, chosen = probabilities.topk(self.config.num_experts_per_tok, dim=-1)  # (N, K)
+        self.routed = logits, chosen
         if self.config.norm_topk_prob:
             weights = weights / weights.sum(dim=-1, keepdim=True)
         output = torch.zeros_like(tokens)
@@ -197,6 +199,23 @@ class MoE(nn.Module):
             share = weights[token, rank, None].to(x.dtype)
             output = output.index_add(0, token, share * self.experts(tokens[token], expert))
         return output.view_as(x)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "routed": None}  # its graph can be neither copied nor pickled
+
+
+def auxiliary_losses(model: nn.Module) -> dict[str, Tensor]:
+    """Of the last forward pass, summed over layers; empty for a dense model: Switch's E sum_e f_e P_e, where f_e is the share of tokens
+    that chose expert e and P_e its mean probability, and ST-MoE's mean of the squared logsumexp of a token's logits."""
+    losses: dict[str, list[Tensor]] = {}
+    for layer in model.modules():
+        if isinstance(layer, MoE) and layer.routed is not None:
+            logits, chosen = layer.routed
+            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            share = F.one_hot(chosen, logits.shape[-1]).sum(dim=1).to(wide.dtype).mean(dim=0)
+            losses.setdefault("balance", []).append(logits.shape[-1] * (share * wide.softmax(dim=-1).mean(dim=0)).sum())
+            losses.setdefault("z", []).append((wide.logsumexp(dim=-1) ** 2).mean())
+    return {name: torch.stack(found).sum() for name, found in losses.items()}
 
 
 class DecoderLayer(nn.Module):
@@ -251,10 +270,13 @@ class Model(nn.Module):
         A label of -100 is not counted. Frequencies that depend on the length are those for `longest` positions, by default those in
         the call.
         """
-        logits = F.linear(self.model(tokens, positions, longest), self.head)
         if labels is None:
-            return logits
-        wide = logits[:, :-1].to(torch.promote_types(logits.dtype, torch.float32))
+            return F.linear(self.model(tokens, positions, longest), self.head)
+        if longest is None and self.config.rope.adaptive and tokens.numel():
+            longest = tokens.shape[1] if positions is None else int(positions.max()) + 1
+        tokens, positions = tokens[:, :-1], None if positions is None else positions[:, :-1]  # the last has no successor
+        logits = F.linear(self.model(tokens, positions, longest), self.head)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(wide.flatten(0, 1), labels[:, 1:].flatten())
 
 

@@ -30,15 +30,16 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastprimer import reference
 from fastprimer.backends import BACKENDS, VARIABLE, BackendError, use_backend
-from fastprimer.calculator import Calculator
+from fastprimer.calculator import Calculator, MixtureCalculator
 from fastprimer.checkpoint import CheckpointError, Tensors, load_checkpoint, save_checkpoint
 from fastprimer.config import ConfigError
+from fastprimer.feed_forward import auxiliary_losses, utilisation
 from fastprimer.generate import answer, natural, positive
 from fastprimer.memory import keep_freed_memory
 from fastprimer.model import Model
 from fastprimer.train_report import Report, is_simulated, prepare_backend, serving, write_loss_curve
 
-TASKS = {"calculator": Calculator}
+TASKS = {task.name: task for task in (Calculator, MixtureCalculator)}
 MODELS = {"fast": Model, "reference": reference.Model}
 CHECKPOINT_FILE = "checkpoint.safetensors"
 CHOICES = ("auto", *BACKENDS)
@@ -67,6 +68,8 @@ class Settings:
     beta2: float = 0.98
     clip: float = 1.0
     average: float = 0.99
+    balance: float = 0.01  # of the routers' losses, where there are experts: Switch, section 2.2, and ST-MoE, section 5
+    z: float = 0.001
 
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
@@ -98,7 +101,7 @@ class Trainer:
         tokens, labels = (t.to(self.device) for t in self.task.batch(self.step, self.settings.batch_size))
         loss = self.model(tokens, labels)
         self.optimizer.zero_grad()
-        loss.backward()
+        (loss + self._auxiliary() if self.task.config.is_moe else loss).backward()
         nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.rate(self.step)
@@ -110,6 +113,16 @@ class Trainer:
         self.seconds += time.perf_counter() - begin
         if not math.isfinite(self.losses[-1]):
             raise TrainingError(f"the loss of step {self.step} is {self.losses[-1]}: try a smaller --learning-rate")
+
+    def _auxiliary(self) -> Tensor:
+        """The routers' losses of the step, by their coefficients; `losses` are without them."""
+        losses_of = reference.auxiliary_losses if isinstance(self.model, reference.Model) else auxiliary_losses
+        found = losses_of(self.model)
+        return self.settings.balance * found["balance"] + self.settings.z * found["z"]
+
+    def utilisation(self) -> dict[str, dict]:
+        """How the experts were used in the last step, by layer: see layers.utilisation; empty for a dense or a plain model."""
+        return utilisation(self.model)
 
     @property
     def recent_loss(self) -> float:
@@ -233,7 +246,11 @@ def rate(text: str) -> float:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = Settings()
-    parser.add_argument("task", choices=sorted(TASKS), help="calculator: arithmetic in words, 'two plus three equals' -> 'five'")
+    parser.add_argument(
+        "task",
+        choices=sorted(TASKS),
+        help="calculator: arithmetic in words, 'two plus three equals' -> 'five'; calculator-moe: with experts",
+    )
     parser.add_argument("--out", metavar="DIR", help="where to write the model, checkpoint and loss curve (default: runs/TASK)")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint in --out; the same bits as a run in one go")
     parser.add_argument("--seed", type=natural, metavar="N", help=f"of the weights, the split and the batches (default: {defaults.seed})")

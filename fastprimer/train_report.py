@@ -103,9 +103,10 @@ class Report:
             return
         say = self.console.print
         say(f"[bold]{trainer.task.name}[/]: {parameters:,} weights, {len(trainer.task.tokens):,} examples, seed {settings.seed}")
+        experts = f" in each of {config.num_local_experts} experts, {config.num_experts_per_tok} a word" if config.is_moe else ""
         say(
             f"width {config.hidden_size}, {config.num_hidden_layers} layers, {config.num_attention_heads} query and "
-            f"{config.num_key_value_heads} key/value heads of {config.head_dim}, feed-forward {config.intermediate_size}, "
+            f"{config.num_key_value_heads} key/value heads of {config.head_dim}, feed-forward {config.intermediate_size}{experts}, "
             f"{config.vocab_size} words; batch {settings.batch_size}, AdamW at {settings.learning_rate}, "
             f"{torch.get_num_threads()} threads on {trainer.device}",
             soft_wrap=True,
@@ -155,6 +156,7 @@ class Report:
             due = trainer.step % self.every == 0 or trainer.step == steps
             if self.json and due:
                 fields = {"loss": trainer.recent_loss, "tokens_per_second": trainer.tokens_per_second}
+                fields |= {"experts": used} if (used := trainer.utilisation()) else {}
                 self._event("progress", step=trainer.step, seconds=trainer.seconds, **fields)
             elif not self.json and (due or trainer.step % 5 == 0):
                 bar.update(task, completed=trainer.step, loss=trainer.losses[-1], speed=trainer.tokens_per_second)
@@ -174,6 +176,7 @@ class Report:
         """The last words: the loss (a mean over the last steps), the task's own measures, time and speed."""
         if self.json:
             timing = {"seconds": trainer.seconds, "tokens_per_second": trainer.tokens_per_second}
+            timing |= {"experts": used} if (used := trainer.utilisation()) else {}
             described = {"backend": self.backend, "model": self.model, "out": str(out), "files": [str(path) for path in files]}
             self._event("result", loss=trainer.recent_loss, **measured, **timing, **described)
             return
@@ -182,6 +185,9 @@ class Report:
         say(f"loss {trainer.recent_loss:.4f} after {trainer.step} steps; {speed}")
         for line in trainer.task.describe(measured):
             say(f"  {line}")
+        for layer, used in trainer.utilisation().items():
+            shares = " ".join(f"{count / max(1, sum(used['counts'])):.0%}" for count in used["counts"])
+            say(f"  {layer}: experts used {shares} in the last step (entropy {used['entropy']:.2f} of 1)", soft_wrap=True)
         if not any(path.suffix == ".png" for path in files):
             say("no loss curve was drawn: the package matplotlib is not installed (pip install fastprimer[report])", markup=False)
         say(

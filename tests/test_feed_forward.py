@@ -1,6 +1,7 @@
 """The layer of a mixture of experts: against transformers, against loops over tokens, its losses, statistics and balance."""
 
 import copy
+import dataclasses
 import math
 import pickle
 
@@ -10,7 +11,9 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastprimer as fp
-from fastprimer import layers
+from fastprimer import layers, reference
+from fastprimer.calculator import Calculator, MixtureCalculator
+from fastprimer.model import Model
 from fastprimer.ops import _arguments, routing
 
 C, INNER, E, K, N = 24, 20, 8, 2, 40
@@ -261,3 +264,22 @@ def test_waiting_is_seen():
 def test_first_choices_have_precedence():
     experts = torch.tensor([[0, 1], [1, 0], [0, 1], [2, 0]])
     assert routing.within_capacity(experts, 3, 2).tolist() == [[True, True], [True, False], [True, False], [True, False]]
+
+
+def test_the_auxiliary_losses_of_a_model_are_the_references():
+    """With gradients, in float64: written twice, from the papers."""
+    config = dataclasses.replace(MixtureCalculator.config, vocab_size=19, initializer_range=0.4)
+    ours, plain = Model(config).double(), reference.Model(config).double()
+    plain.load_state_dict(ours.state_dict())
+    tokens = torch.randint(19, (3, 8), generator=torch.Generator().manual_seed(0))
+    losses, gradients = [], []
+    for model, auxiliary in ((ours, layers.auxiliary_losses), (plain, reference.auxiliary_losses)):
+        model(tokens, tokens)
+        found = auxiliary(model)
+        losses.append(torch.stack([found["balance"], found["z"]]))
+        gradients.append(
+            torch.autograd.grad(found["balance"] + 3 * found["z"], [p for n, p in model.named_parameters() if "gate.weight" in n])
+        )
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*gradients)
+    assert reference.auxiliary_losses(reference.Model(Calculator.config)) == {}

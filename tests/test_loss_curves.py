@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastprimer import layers, ops, reference, train
-from fastprimer.calculator import Calculator
+from fastprimer.calculator import Calculator, MixtureCalculator
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -38,12 +38,15 @@ class LargeVocabulary:
         return words, words
 
 
+TASKS = {"calculator": lambda: Calculator(0), "calculator-moe": lambda: MixtureCalculator(0), "large vocabulary": LargeVocabulary}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["calculator", "large vocabulary"])
+@pytest.mark.parametrize("name", TASKS)
 def test_the_loss_curves_of_reference_and_fast_model_coincide(name, monkeypatch):
     """Over 50 steps the curves differ by no more than rounding makes them differ: three times what noise of one unit in the
     last place of the initial weights does to the reference's own curve, plus a floor of eight units. A wrong eps does not pass."""
-    task, size = (Calculator(seed=0), 128) if name == "calculator" else (LargeVocabulary(), 16)
+    task, size = TASKS[name](), 16 if name == "large vocabulary" else 128
     slow, fast = (losses(model, 50, task, batch_size=size) for model in ("reference", "fast"))
     trainer = train.Trainer(task, reference.Model(task.config), train.Settings(steps=50, batch_size=size))
     noise = torch.Generator().manual_seed(1)

@@ -14,7 +14,7 @@ import torch
 
 from fastprimer import checkpoint, cli, generate, train
 from fastprimer.backends import emulator_reason, load_emulator
-from fastprimer.calculator import Calculator
+from fastprimer.calculator import Calculator, MixtureCalculator
 from fastprimer.checkpoint import load_checkpoint, save_checkpoint, write_atomically
 from fastprimer.model import Model
 
@@ -343,3 +343,29 @@ def test_the_calculator_learns(tmp_path, capsys):
     said = json.loads(capsys.readouterr().out)
     assert said["answer"] == "five" and said["probability"] > 0.9
     assert Model.from_pretrained(tmp_path / "x").config == Calculator.config
+
+
+@pytest.mark.slow
+def test_experts_are_balanced_logged_and_resumed(tmp_path, quick, capsys):
+    """The routers' losses are in the gradient: without them the same steps give other weights, and less even a use of experts."""
+
+    def trained(name, *more):
+        line = ["calculator-moe", "--threads", "1", "--json", "--steps", "60", "--out", str(tmp_path / name), *more]
+        assert train.run(parsed(train, line)) == 0
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    last = trained("straight")
+    assert set(last["experts"]) == {"model.layers.0.mlp", "model.layers.1.mlp"}
+    assert all(sum(used["counts"]) == 2 * 128 * 10 for used in last["experts"].values())
+    trained("parts", "--stop-at", "30")
+    trained("parts", "--resume")
+    assert all(torch.equal(t, tensors(tmp_path / "parts")[name]) for name, t in tensors(tmp_path / "straight").items())
+
+    def used(**settings):
+        task = MixtureCalculator(0)
+        trainer = train.Trainer(task, Model(task.config), train.Settings(steps=60, **settings))
+        for _ in range(60):
+            trainer.train_step()
+        return sum(layer["entropy"] for layer in trainer.utilisation().values())
+
+    assert used() > used(balance=0.0)
