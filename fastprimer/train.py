@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import gc
 import math
 import os
 import shlex
@@ -201,11 +202,22 @@ def stop_requested() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def few_collected() -> Iterator[None]:
+    """Within the block the garbage collector leaves alone what is there: looking through all of torch takes 3% of a small model's step."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def train(trainer: Trainer, path: Path, report: Report, stop_at: int | None = None) -> bool:
     """Train to the last step, or to stop_at, or until a stop is requested, and save; returns whether the last step was done."""
     steps = trainer.settings.steps
     last = min(steps, steps if stop_at is None else stop_at)
-    with stop_requested() as stopping, report.progress(steps, trainer.step) as advance:
+    with stop_requested() as stopping, report.progress(steps, trainer.step) as advance, few_collected():
         while trainer.step < last and not stopping():
             trainer.train_step()
             advance(trainer)

@@ -7,11 +7,13 @@ time the device.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import math
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -89,19 +91,33 @@ def prepared(function: Callable, arguments: dict, measured: str, seed: int = 0) 
 
 
 def interleaved(calls: dict, device: str, rounds: int, seed: int, warm_up: int = 2) -> dict[object, list[float]]:
-    """Milliseconds of each call, one of each in every round in random order."""
+    """Milliseconds of each call, one of each in every round in random order; Python's garbage is collected between rounds."""
     clock = _gpu_milliseconds if device == "cuda" else _cpu_milliseconds
     times: dict[object, list[float]] = {name: [] for name in calls}
     order = random.Random(seed)
     for i in range(rounds + warm_up):
-        for name in order.sample(list(calls), len(calls)):
-            if len(times[name]) >= FEWEST and sum(times[name]) > PATIENCE_MS:
-                continue
-            call = calls[name]
-            elapsed = clock(call.stage() if isinstance(call, Staged) else call)
-            if i >= warm_up:
-                times[name].append(elapsed)
+        with _no_garbage_collection():
+            for name in order.sample(list(calls), len(calls)):
+                if len(times[name]) >= FEWEST and sum(times[name]) > PATIENCE_MS:
+                    continue
+                call = calls[name]
+                elapsed = clock(call.stage() if isinstance(call, Staged) else call)
+                if i >= warm_up:
+                    times[name].append(elapsed)
     return times
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """As Python's timeit: a collection takes milliseconds, and meets whoever happens to allocate next."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+            gc.collect()
 
 
 def _cpu_milliseconds(call: Callable) -> float:
