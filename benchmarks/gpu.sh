@@ -2,6 +2,7 @@
 # `make gpu`: on a machine with a GPU and nvcc, with that machine's own python (torch >= 2.10, triton >= 3.6), no network.
 #   make gpu                                  everything
 #   make gpu WHAT=probe|test|bench|growth     one part; OP=attention measures only that operation (or OP=model)
+#   make gpu WHAT=tune OP=attention           the neighbours of each tile that Triton's kernels choose; CASE=causal only those cases
 # A part that fails does not keep the next from running; the exit status tells.
 set -u
 cd "$(dirname "$0")/.."
@@ -50,5 +51,8 @@ case $what in all | bench)
 esac
 case $what in all | growth)
   part "cost over size" $python -m fastprimer.cli bench --growth ${OP:+--op "$OP"} --out "benchmarks/results/growth-$name.json" ;;
+esac
+case $what in tune)
+  part "tiles" $python benchmarks/tune.py ${OP:+--op "$OP"} ${CASE:+--case "$CASE"} --out "benchmarks/results/tiles-$name${CASE:+-$CASE}.md" ;;
 esac
 exit $status
