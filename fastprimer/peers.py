@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 
@@ -146,6 +147,19 @@ def _plain_attention(q, k, v, *, causal=False, window=None, return_lse=False):
     return (torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype) @ v).transpose(1, 2)
 
 
+def _sdpa_by(backend: str) -> Callable[[], Callable]:
+    """scaled_dot_product_attention by one of torch's implementations, which it would choose among by itself."""
+
+    def make() -> Callable:
+        def attention(q, k, v, **options):
+            with sdpa_kernel(getattr(SDPBackend, backend)):
+                return _attention(q, k, v, **options)
+
+        return attention
+
+    return make
+
+
 def _transformers_rms_norm() -> Callable:
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -205,6 +219,9 @@ NAMES = {"attention": "sdpa", "attention_with_kv_cache": "sdpa", "moe": "grouped
 OTHERS: dict[tuple[str, str], Callable[[], Callable]] = {
     ("attention", "plain"): lambda: _plain_attention,
     ("attention", "flex"): _flex_attention,
+    ("attention", "cudnn"): _sdpa_by("CUDNN_ATTENTION"),
+    ("attention", "flash"): _sdpa_by("FLASH_ATTENTION"),
+    ("attention", "efficient"): _sdpa_by("EFFICIENT_ATTENTION"),
     ("rms_norm", "transformers"): _transformers_rms_norm,
     ("moe", "transformers"): _transformers_moe,
     ("rms_norm", "liger"): _liger_rms_norm,
@@ -212,21 +229,22 @@ OTHERS: dict[tuple[str, str], Callable[[], Callable]] = {
 }
 """By operation and name: makes the peer. Liger's other kernels write into their inputs, which the contestants share."""
 
+GPU_ONLY = ("cudnn", "flash", "efficient", "liger")
 PEERS = ("eager", "sdpa", "grouped_mm", "compiled", *dict.fromkeys(name for _, name in OTHERS))
 
 
 def peers(op: str, device: str, measured: str, wanted: list[str] | None = None) -> dict[str, Callable[[], Callable]]:
     """What makes each peer of an operation, by name; `wanted`: only these ("eager" is the usual way, whatever its name).
 
-    On a CPU flex_attention has no backward pass. Liger-Kernel is a peer on a GPU, where it is installed.
+    On a CPU flex_attention has no backward pass, and SDPA one implementation. Liger-Kernel is a peer on a GPU, where it is installed.
     """
     usual = NAMES.get(op, "eager")
     makers: dict[str, Callable[[], Callable]] = {usual: lambda: EAGER[op], "compiled": lambda: torch.compile(EAGER[op])}
     makers |= {name: maker for (of, name), maker in OTHERS.items() if of == op}
     if device != "cuda" and measured != "forward":
         makers.pop("flex", None)
-    if device != "cuda" or find_spec("liger_kernel") is None:
-        makers.pop("liger", None)
+    for name in GPU_ONLY if device != "cuda" else () if find_spec("liger_kernel") else ("liger",):
+        makers.pop(name, None)
     if find_spec("transformers") is None:
         makers.pop("transformers", None)
     chosen = None if wanted is None else {usual if name == "eager" else name for name in wanted}

@@ -221,6 +221,14 @@ def test_every_peer_computes_the_same(op):
     assert {n for of in EAGER for n in peers(of, "cpu", "forward")} <= set(PEERS)
 
 
+def test_implementations_of_sdpa_are_peers_on_a_gpu_and_compute_the_same():
+    names = {"cudnn", "flash", "efficient"}
+    assert names <= set(peers("attention", "cuda", "forward")) and not names & set(peers("attention", "cpu", "forward"))
+    q, k = torch.randn(1, 20, 4, 16), torch.randn(1, 20, 4, 16)
+    flash = peers("attention", "cuda", "forward")["flash"]()  # the one that a CPU has, too
+    assert not contest.difference(flash(q, k, k, causal=True), measure.fastprimer.attention(q, k, k, causal=True))
+
+
 def test_a_peer_that_fails_or_computes_something_else_is_left_out():
     x = torch.randn(4, 4)
     ours = (2 * x,)

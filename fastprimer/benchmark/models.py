@@ -3,7 +3,8 @@
 The contestants have the same weights. `eager` is fastprimer/reference.py, the model in plain torch, and `compiled` is that under
 torch.compile; `transformers` is Hugging Face's architecture of the same config with scaled_dot_product_attention (and grouped_mm for
 experts), which decodes with a DynamicCache, and `hf-compiled` the same under torch.compile, with a StaticCache; `liger` is the
-former with Liger-Kernel's layers, on a GPU. The plain model has no cache and does not decode.
+former with Liger-Kernel's layers, on a GPU. The plain model has no cache and does not decode. On a GPU our token is one CUDA graph, and
+`hf-compiled` decodes with torch.compile's (mode "reduce-overhead").
 
 A training step is the loss, its gradients, their norm clipped, and fused AdamW with a learning rate of 0: its full cost, but the weights,
 and with them what every contestant computes, stay what they are in every round.
@@ -124,7 +125,11 @@ def measure_model(case: ModelCase, dtype: torch.dtype, backend: str, passes: tup
                 tokens = case.tokens(*((case.batch, case.length) if measured == TRAINING else (case.streams, case.cached + 1)), settings)
                 prepare = _training_call if measured == TRAINING else _decoding_call
                 calls = {n: functools.partial(prepare, make, weights, tokens) for n, make in _contestants(case, measured, settings).items()}
-                contest(row, calls.pop("ours")(), calls, settings)
+                ours = calls.pop("ours")()
+                if measured == DECODING and settings.device == "cuda":
+                    ours, row.left_out["ours in a CUDA graph"] = _captured(ours)
+                    row.left_out = {name: reason for name, reason in row.left_out.items() if reason}
+                contest(row, ours, calls, settings)
             yield row
 
 
@@ -134,7 +139,8 @@ def _contestants(case: ModelCase, measured: str, settings: Settings) -> dict[str
         makers |= {"eager": lambda: reference.Model(case.config), "compiled": lambda: _compiled(reference.Model(case.config))}
     if find_spec("transformers"):
         theirs = functools.partial(_Transformers, case.config)
-        makers |= {"transformers": theirs, "hf-compiled": lambda: _compiled(theirs())}
+        mode = "reduce-overhead" if measured == DECODING and settings.device == "cuda" else "default"
+        makers |= {"transformers": theirs, "hf-compiled": lambda: _compiled(theirs(), mode)}
         if settings.device == "cuda" and find_spec("liger_kernel") and measured == TRAINING:
             makers["liger"] = lambda: _Transformers(case.config, liger=True)
     chosen = {name: make for name, make in makers.items() if settings.peers is None or name in settings.peers}
@@ -203,6 +209,27 @@ def _decoding_call(make: Callable[[], nn.Module], weights: dict[str, Tensor], to
     return token
 
 
+def _captured(call: Callable[[], Tensor]) -> tuple[Callable[[], Tensor], str]:
+    """(the call as one CUDA graph, "") or (the call, why it cannot be one). A token's kernels are shorter than their launches."""
+    try:
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = call()
+    except RuntimeError as error:
+        return call, f"failed: {str(error).splitlines()[0]}"
+
+    def replayed() -> Tensor:
+        graph.replay()
+        return result
+
+    return replayed, ""
+
+
 class _Ours:
     def __init__(self, model: Model):
         self.model = model
@@ -237,9 +264,9 @@ class _Transformers(nn.Module):
 
             _apply_liger_kernel_to_instance(self.inner)
 
-    def compile_inner(self) -> None:
+    def compile(self, *args, **options) -> None:
         self.static = True
-        self.inner.compile()
+        self.inner.compile(*args, **options)
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
         return self.inner(input_ids=tokens, labels=labels, use_cache=False).loss
@@ -264,10 +291,7 @@ class _Transformers(nn.Module):
         return logits[:, -1]
 
 
-def _compiled(model: nn.Module) -> nn.Module:
+def _compiled(model: nn.Module, mode: str = "default") -> nn.Module:
     """In place: the parameters keep their names."""
-    if isinstance(model, _Transformers):
-        model.compile_inner()
-    else:
-        model.compile()
+    model.compile(mode=mode)
     return model

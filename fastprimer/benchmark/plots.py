@@ -29,6 +29,9 @@ COLOURS = {
     "plain": "#8d6a9f",
     "hf-compiled": "#386641",
     "liger": "#3d405b",
+    "cudnn": "#76b900",
+    "flash": "#b5651d",
+    "efficient": "#999999",
 }
 MARKS = {"forward": "o", "backward": "^", "forward+backward": "s", "training": "s", "decoding": "o"}
 LEAST = {"ms": 1e-3, "MB": 0.1}
