@@ -41,8 +41,8 @@ PLANTED = {
         ),
         "a lane left out of the sum": (
             "simd.h",
-            "for (int i = 0; i < n; i++) lanes[i] += lanes[i + n];",
-            "for (int i = 1; i < n; i++) lanes[i] += lanes[i + n];",
+            "n > 0; n /= 2) v += exchanged(v, n);",
+            "n > 0; n /= 2) v += n == 1 ? Vec<T>{} : exchanged(v, n);",
         ),
     },
     "rope": {

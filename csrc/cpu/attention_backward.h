@@ -226,7 +226,6 @@ class Sweep {
   template <bool CAPPED, bool MASKED>
   void differentiate(const QueryTile& tile, Range keys) const {
     const float inner = CAPPED ? x_.scale.factor / x_.scale.cap : 0;
-    const Vec<float> numbers = lane_numbers();
     for (int64_t j = 0; j < keys.end - keys.begin; j += 2) {
       const Range seen[2] = {MASKED ? rows_seeing(tile, keys.begin + j) : Range{},
                              MASKED ? rows_seeing(tile, keys.begin + j + 1) : Range{}};
@@ -241,8 +240,7 @@ class Sweep {
           ds[u] = p_row * (load(dp_.data() + at) - load(delta_.data() + r));
           if (CAPPED) ds[u] *= 1 - t * t;
           if (MASKED) {
-            const Vec<float> row = numbers + static_cast<float>(r);
-            const auto is_seen = (row >= static_cast<float>(seen[u].begin)) & (row < static_cast<float>(seen[u].end));
+            const auto is_seen = lanes_within(seen[u], r);
             p_row = is_seen ? p_row : Vec<float>{};
             ds[u] = is_seen ? ds[u] : Vec<float>{};
           }
@@ -337,10 +335,11 @@ class AddSweeps {
 
  private:
   void add(const Buffer<float>& sums, const Width<Tile>& width, int64_t b, int64_t kv_head, int64_t j, float scale, T* to) const {
+    const int64_t sweeps = x_.sweeps_of(b), stride = x_.plan.padded_keys() * width.ld;
+    const float* from = sums.data() + x_.plan.padded_key(b, kv_head, j) * width.ld;
     for_columns<float>(0, width.C, [&](int64_t c, auto n, int) {
       Vec<float> total{};
-      for (int64_t sweep = 0; sweep < x_.sweeps_of(b); sweep++)
-        total += load(sums.data() + x_.padded_key(sweep, b, kv_head, j) * width.ld + c, n);
+      for (int64_t sweep = 0; sweep < sweeps; sweep++) total += load(from + sweep * stride + c, n);
       store(to + c, total * scale, n);
     });
   }

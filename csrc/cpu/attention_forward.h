@@ -143,8 +143,7 @@ class Attend {
     }
     if (seen.begin > 0 || seen.end < n) {
       if (seen.empty()) return __builtin_memset(p_row, 0, n * sizeof(Tile)), void();
-      for (int64_t c = 0; c < smaller(seen.begin, n); c++) score[c] = -__builtin_inff();
-      for (int64_t c = seen.end; c < n; c++) score[c] = -__builtin_inff();
+      for (int64_t c = 0; c < n; c += LANES) store(score + c, lanes_within(seen, c) ? load(score + c) : Vec<float>{} - __builtin_inff());
     }
     Vec<float> most[2] = {load(score), load(score + LANES)};
     for (int64_t c = 2 * LANES; c < n; c += 2 * LANES) {
@@ -166,11 +165,13 @@ class Attend {
   }
 
   void rescale(int64_t r, float top) const {
-    const float shrink = exp2_of<6>(Vec<float>{} + (top_[r] - top))[0];
+    const float before = top_[r];
+    top_[r] = top;
+    if (before == -__FLT_MAX__) return;  // the first keys that the row sees
+    const float shrink = exp2_of<6>(Vec<float>{} + (before - top))[0];
     float *sums = sums_.data() + r * LANES, *o = o_.data() + r * x_.width_v.ld;
     store(sums, load(sums) * shrink);
     for (int64_t c = 0; c < x_.width_v.used; c += LANES) store(o + c, load(o + c) * shrink);
-    top_[r] = top;
   }
 
   // o += p v row by row, of the keys that a row sees: 0 times what it does not see could be NaN.

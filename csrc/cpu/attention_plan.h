@@ -8,7 +8,12 @@ namespace fastprimer {
 inline namespace FASTPRIMER_ISA {
 
 constexpr int64_t KEY_BLOCK = 128;  // keys that meet a tile of queries at a time
-constexpr int64_t KEY_STEP = 32;    // or fewer, in steps of these, where a mask or the sequence ends: few sizes of products
+// Or fewer keys, in steps of these, where a mask or the sequence ends, and fewer queries: short sequences are not padded to long ones.
+#if defined(__AVX512F__)
+constexpr int64_t KEY_STEP = 32, ROW_STEP = 32;  // the library generates code for each size of a product: few of them
+#else
+constexpr int64_t KEY_STEP = 16, ROW_STEP = TRANSPOSED;
+#endif
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
 
 struct Range {
@@ -18,6 +23,12 @@ struct Range {
   // Of this range, what lies in `block`, counted from its begin.
   Range within(Range block) const { return {larger(begin, block.begin) - block.begin, smaller(end, block.end) - block.begin}; }
 };
+
+// Which of a register's lanes, the first one counted as `first`, are in the range.
+inline auto lanes_within(Range range, int64_t first) {
+  const Vec<float> number = lane_numbers() + static_cast<float>(first);
+  return (number >= static_cast<float>(range.begin)) & (number < static_cast<float>(range.end));
+}
 
 // One sequence: S queries, T keys. In packed tensors its tokens begin at q_begin and k_begin.
 struct Sequence {
@@ -81,7 +92,7 @@ struct QueryTile {
   Sequence sequence;
   int64_t b, kv_head, row0, rows, G;
 
-  int64_t padded() const { return round_up(rows, 32); }
+  int64_t padded() const { return round_up(rows, ROW_STEP); }
   int64_t position(int64_t r) const { return (row0 + r) / G; }
   int64_t head(int64_t r) const { return kv_head * G + (row0 + r) % G; }
   Range positions() const { return {position(0), position(rows - 1) + 1}; }

@@ -19,7 +19,7 @@ template <class T, class Tile>
 inline void gather_rows(const T* x, int64_t stride, int64_t n, int64_t padded, const Width<Tile>& width, Tile* tile) {
   for (int64_t r = 0; r < n; r++) {
     Tile* row = tile + r * width.ld;
-    if constexpr (sizeof(T) == sizeof(Tile)) {
+    if constexpr (is_bfloat16<Tile> && is_bfloat16<T>) {
       __builtin_memcpy(row, x + r * stride, width.C * sizeof(T));
     } else {
       for_columns<float>(0, width.C, [&](int64_t c, auto count, int) { store(row + c, load(x + r * stride + c, count), count); });
@@ -37,9 +37,10 @@ inline bool all_finite(const Tile* tile, int64_t n) {
 
 typedef uint32_t Word __attribute__((may_alias));
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if !defined(__AVX512F__)
 // An 8 x 8 block of 32 bits each.
 inline void transpose_quarter(const Word* x, int64_t stride_x, Word* y, int64_t stride_y) {
+#if defined(__AVX2__)
   __m256 r[8], t[8];
   for (int i = 0; i < 8; i++) r[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(x + i * stride_x));
   for (int i = 0; i < 4; i++) {  // pairs of rows by numbers, then by pairs of numbers, then by halves of a register
@@ -56,6 +57,10 @@ inline void transpose_quarter(const Word* x, int64_t stride_x, Word* y, int64_t 
     _mm256_storeu_ps(reinterpret_cast<float*>(y + i * stride_y), _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
     _mm256_storeu_ps(reinterpret_cast<float*>(y + (i + 4) * stride_y), _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
   }
+#else
+  for (int i = 0; i < 8; i++)
+    for (int j = 0; j < 8; j++) y[j * stride_y + i] = x[i * stride_x + j];
+#endif
 }
 #endif
 
@@ -84,12 +89,9 @@ inline void transpose_block(const Word* x, int64_t stride_x, Word* y, int64_t st
     _mm512_storeu_si512(y + i * stride_y, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
     _mm512_storeu_si512(y + (i + 8) * stride_y, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xDD));
   }
-#elif defined(__AVX2__)
+#else
   for (int i = 0; i < 16; i += 8)
     for (int j = 0; j < 16; j += 8) transpose_quarter(x + i * stride_x + j, stride_x, y + j * stride_y + i, stride_y);
-#else
-  for (int i = 0; i < 16; i++)
-    for (int j = 0; j < 16; j++) y[j * stride_y + i] = x[i * stride_x + j];
 #endif
 }
 
@@ -102,12 +104,26 @@ inline const Word* words(const Tile* tile) {
   return reinterpret_cast<const Word*>(tile);
 }
 
-// The transpose of n rows, a multiple of 16, as the right factor of a product: (width, ld). Of bfloat16, feature pairs stay together.
+#if defined(__AVX512F__)
+constexpr int64_t TRANSPOSED = 16;  // rows at a time
+#else
+constexpr int64_t TRANSPOSED = 8;
+#endif
+
+// The transpose of n rows, a multiple of TRANSPOSED, as the right factor of a product: (width, ld). Of bfloat16, feature pairs stay
+// together.
 template <class Tile>
 inline void transpose_right(const Tile* tile, int64_t n, const Width<Tile>& width, Tile* transposed, int64_t ld) {
   const int64_t stride = width.ld * sizeof(Tile) / 4;  // in words, as every distance below
-  for (int64_t w = 0; w < stride; w += 16)
-    for (int64_t r = 0; r < n; r += 16) transpose_block(words(tile) + r * stride + w, stride, words(transposed) + w * ld + r, ld);
+  for (int64_t w = 0; w < stride; w += TRANSPOSED) {
+    for (int64_t r = 0; r < n; r += TRANSPOSED) {
+#if defined(__AVX512F__)
+      transpose_block(words(tile) + r * stride + w, stride, words(transposed) + w * ld + r, ld);
+#else
+      transpose_quarter(words(tile) + r * stride + w, stride, words(transposed) + w * ld + r, ld);
+#endif
+    }
+  }
 }
 
 // The transpose of n rows, a multiple of 16, as the left factor of a product: (width, ld).

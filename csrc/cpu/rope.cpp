@@ -67,7 +67,7 @@ inline void rotate_neighbours(const T* x, T* y, int64_t n, const Factors<Wide<T>
   using A = Wide<T>;
   for_columns<A>(0, n, [&](int64_t i, auto count, int) {
     const Vec<A> v = load(x + i, count);
-    put(y + i, v * load(factors.c + i, count) + swap_neighbours(v) * load(factors.s + i, count), count);
+    put(y + i, v * load(factors.c + i, count) + exchanged(v, 1) * load(factors.s + i, count), count);
   });
 }
 

@@ -257,14 +257,21 @@ inline Vec<double> rounded<double>(Vec<double> v) {
   return v;
 }
 
+// Lane i: what lane i ^ n holds.
+template <class V>
+inline __attribute__((always_inline)) V exchanged(V v, int n) {
+  V other;
+  constexpr int size = sizeof(v) / sizeof(v[0]);
+  for (int i = 0; i < size; i++) other[i] = v[i ^ n];
+  return other;
+}
+
 // The sum of the lanes, by halves: a fixed order for a given instruction set.
 template <class T>
 inline T sum(Vec<T> v) {
-  T lanes[VecOf<T>::size];
-  store(lanes, v);
-  for (int n = VecOf<T>::size / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; i++) lanes[i] += lanes[i + n];
-  return lanes[0];
+#pragma GCC unroll 4
+  for (int n = VecOf<T>::size / 2; n > 0; n /= 2) v += exchanged(v, n);
+  return v[0];
 }
 
 // The largest lane.
@@ -272,11 +279,12 @@ inline float largest(Vec<float> v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_max_ps(reinterpret_cast<__m512>(v));
 #else
-  float lanes[LANES];
-  store(lanes, v);
-  for (int n = LANES / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; i++) lanes[i] = lanes[i] < lanes[i + n] ? lanes[i + n] : lanes[i];
-  return lanes[0];
+#pragma GCC unroll 4
+  for (int n = LANES / 2; n > 0; n /= 2) {
+    const Vec<float> other = exchanged(v, n);
+    v = v < other ? other : v;
+  }
+  return v[0];
 #endif
 }
 
@@ -305,15 +313,6 @@ inline __attribute__((always_inline)) T sum_columns(int64_t C, const Term& term)
     total += sum<T>((sums[0] + sums[1]) + (sums[2] + sums[3]));
   }
   return total;
-}
-
-// (1, 0, 3, 2, ...): every lane has its neighbour's number.
-template <class T>
-inline T swap_neighbours(T v) {
-  T swapped;
-  constexpr int size = sizeof(v) / sizeof(v[0]);
-  for (int i = 0; i < size; i++) swapped[i] = v[i ^ 1];
-  return swapped;
 }
 
 // The larger, the smaller of v and the bound; NaN stays NaN.
