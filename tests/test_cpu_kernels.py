@@ -119,13 +119,15 @@ PLANTED = {
         "the sum not brought to a new maximum": ("cross_entropy_row.h", "sum *= A(__builtin_exp(double(top - most)));", ""),
         "z-loss without its slope": ("cross_entropy_row.h", "1 + 2 * options.z_loss * lse", "1 + options.z_loss * lse"),
         "the gradient of lse dropped": ("cross_entropy_row.h", "* lse) + dlse)", "* lse) + 0 * dlse)"),
-        "softcap without its slope": ("cross_entropy_row.h", "reciprocal_ > 0 ? dz * slope(values) : dz", "dz"),
+        "softcap without its slope": ("cross_entropy_row.h", "CAPPED ? dz * slope(z) : dz", "dz"),
         "smoothed over another number of words": (
             "cross_entropy_row.h",
             "dloss * options.label_smoothing / V",
             "dloss * options.label_smoothing",
         ),
-        "argmax counted from its piece": ("cross_entropy_row.h", "argmax = first + v;", "argmax = v;"),
+        "argmax counted from its piece": ("cross_entropy_row.h", "first + find(z, n, most);", "find(z, n, most);"),
+        "argmax the first of its register": ("cross_entropy_row.h", "  while (to_wide(z[v]) != wanted) v++;\n", ""),
+        "the target looked for in every block": ("cross_entropy.cpp", "here = target - first;", "here = target;"),
         "an ignored token's gradient not cleared": ("cross_entropy.cpp", "    __builtin_memset(dlogits, 0, p.V * sizeof(T));\n", ""),
     },
     "linear_cross_entropy": {
@@ -184,7 +186,7 @@ PLANTED = {
 }
 """By operation: {bug: (file of csrc/cpu, text, what it becomes)}."""
 
-GROUPS = {op: (op,) for op in CASES} | {"all": tuple(CASES), "memory-bound": ("rms_norm", "rope", "swiglu")}
+GROUPS = {op: (op,) for op in CASES} | {"all": tuple(CASES), "memory-bound": ("rms_norm", "rope", "swiglu", "cross_entropy")}
 """Which operations a bug breaks."""
 
 LATER = {"linear_cross_entropy": [None] * len(PLANTED["cross_entropy"])}
@@ -213,7 +215,7 @@ large = {{
     "attention": attention_case("large", (1, 300, 2, 64), (1, 300, 1, 64), causal=True, scale=1.0),
     "attention_with_kv_cache": decoding_case("large", [700, 80], 5, 8, 2, 72, window=(300, None), scale=1.0),
     "route": route_case("large", 200, 70, 5, renormalize=False, scale=2.0),
-    "cross_entropy": loss_case("cross_entropy", "large", 70, 4200, reduction="none", softcap=3.0, return_lse=True),
+    "cross_entropy": loss_case("cross_entropy", "large", 512, 4224, reduction="none", softcap=3.0, return_lse=True),
     "linear_cross_entropy": loss_case("linear_cross_entropy", "large", 300, 4400, 280, ignored=range(9), bias=True, reduction="none"),
     "moe": moe_case("large", 300, 40, 130, 2, 2, skew=0.2),
 }}

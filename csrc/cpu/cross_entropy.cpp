@@ -1,7 +1,7 @@
 // Cross-entropy on the CPU. The mathematics: fastprimer/ops/cross_entropy.py; the arguments: csrc/cross_entropy.h.
 //
-// Of given logits it is memory-bound where many threads share the memory, else bound by the exponential: forward reads them once and
-// computes one for each, backward reads and writes them once and computes one again. A piece of a row at a time stays in the L1 cache.
+// Of given logits it is memory-bound: forward reads them once, backward reads and writes them once, and each computes an exponential for
+// every logit, which takes about as long as the memory does for one thread.
 #include "cross_entropy_backward.h"
 #include "cross_entropy_forward.h"
 
@@ -11,43 +11,66 @@ namespace {
 
 using namespace surprise;
 
-constexpr int64_t PIECE = 2048;  // numbers of a row
+constexpr int64_t PIECE = 2048;  // numbers of a row: two sweeps of them meet them in the L1 cache
+constexpr int64_t BLOCK = 256;   // the same, in backward
+constexpr int64_t AHEAD = 512;   // numbers further on are asked for there
 
-template <class A>
-struct Piece {
-  alignas(REGISTER_BYTES) A z[PIECE];
-};
-
-// body(first, n) for the pieces of a token's row of logits, whose z then lies in `piece`.
-template <class T, class Body>
-void for_pieces(const CrossEntropyProblem& p, int64_t token, Piece<Wide<T>>& piece, const Body& body) {
-  const T* row = static_cast<const T*>(p.logits) + token * p.stride_logits_row;
-  for (int64_t first = 0; first < p.V; first += PIECE) {
-    const int64_t n = smaller(PIECE, p.V - first);
-    cap(row + first, nullptr, n, p.options.softcap, piece.z);
-    body(first, n);
-  }
+template <class T>
+const T* row_of(const CrossEntropyProblem& p, int64_t token) {
+  return static_cast<const T*>(p.logits) + token * p.stride_logits_row;
 }
 
 template <class T>
 void forward_row(const CrossEntropyForward& args, int64_t token) {
   using A = Wide<T>;
   const CrossEntropyProblem& p = args.problem;
-  if (p.target[token] == p.options.ignore_index) return write(args.outputs, token, A(0), A(0), -1);
-  Piece<A> piece;
+  const int64_t target = p.target[token];
+  if (target == p.options.ignore_index) return write(args.outputs, token, A(0), A(0), -1);
+  const T* row = row_of<T>(p, token);
+  const bool capped = p.options.softcap > 0, smoothed = p.options.label_smoothing != 0;
+  alignas(REGISTER_BYTES) A z[PIECE];
   Statistics<A> statistics(0);
-  A z_target = 0;
-  for_pieces<T>(p, token, piece, [&](int64_t first, int64_t n) {
-    const int64_t target = p.target[token] - first;
-    statistics.add(piece.z, n, first);
-    if (0 <= target && target < n) z_target = piece.z[target];
-  });
+  for (int64_t first = 0; first < p.V; first += PIECE) {
+    const int64_t n = smaller(PIECE, p.V - first);
+    if (capped) {
+      cap(row + first, nullptr, n, p.options.softcap, z);
+      statistics.add(z, n, first, smoothed);
+    } else {
+      statistics.add(row + first, n, first, smoothed);
+    }
+  }
+  A z_target;
+  cap(row + target, nullptr, 1, p.options.softcap, &z_target);
   const A lse = statistics.lse();
   write(args.outputs, token, statistics.loss(lse, z_target, p.V, p.options), lse, statistics.argmax);
 }
 
-template <class T>
-void backward_row(const CrossEntropyBackward& args, int64_t token) {
+// In blocks, gradients first and then their rounding: together they are so long a chain of instructions that too few registers of logits
+// are under way at a time.
+template <class T, bool CAPPED, class Put>
+void differentiate(const T* logits, int64_t V, int64_t target, Gradient<Wide<T>, CAPPED> gradient, T* dlogits, Put put) {
+  using A = Wide<T>;
+  alignas(REGISTER_BYTES) A room[BLOCK];
+  A* const dz = room;
+  for (int64_t first = 0; first < V; first += BLOCK) {
+    const int64_t n = smaller(BLOCK, V - first), here = target - first;
+    const T* from = logits + first;
+    T* to = dlogits + first;
+    for_columns<A>(0, n, [=](int64_t v, auto count, int) {
+      __builtin_prefetch(from + AHEAD + v);
+      store(dz + v, gradient.template of<T>(gradient.z(load(from + v, count))), count);
+    });
+    if (0 <= here && here < n) {
+      A z;
+      cap(from + here, nullptr, 1, gradient.softcap(), &z);
+      dz[here] -= gradient.share(z);
+    }
+    for_columns<A>(0, n, [=](int64_t v, auto count, int) { put(to + v, Flushable<T>{load(dz + v, count)}, count); });
+  }
+}
+
+template <class T, class Put>
+void backward_row(const CrossEntropyBackward& args, int64_t token, Put put) {
   using A = Wide<T>;
   const CrossEntropyProblem& p = args.problem;
   T* dlogits = static_cast<T*>(args.dlogits) + token * p.V;
@@ -56,11 +79,10 @@ void backward_row(const CrossEntropyBackward& args, int64_t token) {
     return;
   }
   const auto value = [token](const void* numbers) { return numbers ? static_cast<const A*>(numbers)[token] : A(0); };
-  const Gradient<A> gradient(value(args.gradients.dloss), value(args.gradients.dlse), value(args.gradients.lse), p.V, p.options);
-  Piece<A> piece;
-  for_pieces<T>(p, token, piece, [&](int64_t first, int64_t n) {
-    gradient.template operator()<T>(piece.z, n, p.target[token] - first);
-    for_columns<A>(0, n, [&](int64_t v, auto count, int) { store(dlogits + first + v, load(piece.z + v, count), count); });
+  const A dloss = value(args.gradients.dloss), dlse = value(args.gradients.dlse), lse = value(args.gradients.lse);
+  by_cap(p.options.softcap, [&](auto capped) {
+    const Gradient<A, decltype(capped)::value> gradient(dloss, dlse, lse, p.V, p.options);
+    differentiate(row_of<T>(p, token), p.V, p.target[token], gradient, dlogits, put);
   });
 }
 
@@ -75,7 +97,11 @@ Error cross_entropy_forward(const CrossEntropyForward& args) {
 
 Error cross_entropy_backward(const CrossEntropyBackward& args) {
   return by_dtype(args.problem.dtype, [&](auto element) -> Error {
-    parallel_for(args.problem.N, GRAIN / args.problem.V + 1, [&](int64_t n) { backward_row<decltype(element)>(args, n); });
+    using T = decltype(element);
+    const CrossEntropyProblem& p = args.problem;
+    const int64_t row_bytes = p.V * sizeof(T);
+    with_stores(past_cache(args.dlogits, p.N, row_bytes, row_bytes),
+                [&](auto put) { parallel_for(p.N, GRAIN / p.V + 1, [&](int64_t n) { backward_row<T>(args, n, put); }); });
     return nullptr;
   });
 }

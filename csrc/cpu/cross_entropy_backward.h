@@ -97,6 +97,15 @@ class Slice {
     if (packed != to) __builtin_memcpy(to, packed, COLUMNS * x_.tokens.width.ld * sizeof(Tile));
   }
 
+  // From z of one token, in place; the target is the one at `target`, if that is among them.
+  template <bool CAPPED>
+  static void differentiate_row(float* z, int64_t n, int64_t target, Gradient<float, CAPPED> gradient) {
+    const bool here = 0 <= target && target < n;
+    const float share = here ? gradient.share(z[target]) : 0;
+    for_columns<float>(0, n, [=](int64_t v, auto count, int) { store(z + v, gradient.template of<float>(load(z + v, count)), count); });
+    if (here) z[target] -= share;
+  }
+
   // dlogits of n tokens from their z, as a tile with zeros around them, and their share of dbias.
   void differentiate(int64_t i, int64_t n, float* z, float* dbias) const {
     const int64_t columns = tiles_.columns();
@@ -104,9 +113,11 @@ class Slice {
     for (int64_t r = 0; r < n; r++, z += COLUMNS) {
       const int64_t token = x_.tokens[i + r];
       const float dlse = g.dlse ? static_cast<const float*>(g.dlse)[token] : 0;
-      const Gradient<float> gradient(static_cast<const float*>(g.dloss)[token], dlse, static_cast<const float*>(g.lse)[token], p_.V,
-                                     p_.options);
-      gradient.template operator()<float>(z, columns, p_.target[token] - tiles_.first());
+      by_cap(p_.options.softcap, [&](auto capped) {
+        const Gradient<float, decltype(capped)::value> gradient(static_cast<const float*>(g.dloss)[token], dlse,
+                                                                static_cast<const float*>(g.lse)[token], p_.V, p_.options);
+        differentiate_row(z, columns, p_.target[token] - tiles_.first(), gradient);
+      });
       Tile* row = dlogits_.data() + r * COLUMNS;
       for_columns<float>(0, columns, [&](int64_t v, auto count, int) {
         const Vec<float> d = load(z + v, count);

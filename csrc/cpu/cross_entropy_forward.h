@@ -53,7 +53,7 @@ class ForwardPart {
     const float* z = tiles_.project(i, n);
     for (int64_t r = 0; r < n; r++, z += COLUMNS) {
       const int64_t token = x_.tokens[i + r], target = p.target[token] - first;
-      statistics[r].add(z, columns, first);
+      statistics[r].add(z, columns, first, p.options.label_smoothing != 0);
       if (0 <= target && target < columns) x_.z_target[i + r] = z[target];
       if (first + columns <= p.columns) __builtin_memcpy(x_.args.kept + token * p.columns + first, z, columns * sizeof(float));
     }

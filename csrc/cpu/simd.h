@@ -76,7 +76,13 @@ inline void store(bfloat16* p, Vec<float> v) {
   const Bits u = reinterpret_cast<Bits>(v);
   Bits rounded = (u + 0x7FFFu + ((u >> 16) & 1u)) >> 16;
   rounded = v == v ? rounded : Bits{} + 0x7FC0u;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i wide = reinterpret_cast<__m256i>(rounded);
+  const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), packed);
+#else
   *reinterpret_cast<UnalignedHalf*>(p) = __builtin_convertvector(rounded, Half);
+#endif
 }
 inline void store(float16* p, Vec<float> v) {
 #if defined(__AVX512F__)
@@ -187,6 +193,7 @@ inline void stream(T* p, V v) {
   if constexpr (sizeof(stored) == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), *reinterpret_cast<__m512i*>(stored));
 #endif
   if constexpr (sizeof(stored) == 32) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), *reinterpret_cast<__m256i*>(stored));
+  if constexpr (sizeof(stored) == 16) return _mm_stream_si128(reinterpret_cast<__m128i*>(p), *reinterpret_cast<__m128i*>(stored));
 #endif
   store(p, v);
 }
@@ -288,6 +295,20 @@ inline float largest(Vec<float> v) {
 #endif
 }
 
+// Whether a comparison holds in any lane.
+template <class M>
+inline bool any(M mask) {
+#if defined(__AVX512F__)
+  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask)) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8(reinterpret_cast<__m256i>(mask)) != 0;
+#else
+  bool found = false;
+  for (int i = 0; i < int(sizeof(M) / sizeof(mask[0])); i++) found |= mask[i] != 0;
+  return found;
+#endif
+}
+
 inline double largest(Vec<double> v) {
   double most = v[0];
   for (int i = 1; i < VecOf<double>::size; i++) most = most < v[i] ? v[i] : most;
@@ -326,7 +347,8 @@ inline Vec<float> at_least(Vec<float> v, Vec<float> bound) {
 #endif
 }
 inline Vec<float> at_least(Vec<float> v, float bound) { return at_least(v, Vec<float>{} + bound); }
-inline Vec<double> at_least(Vec<double> v, double bound) { return v < bound ? Vec<double>{} + bound : v; }
+inline Vec<double> at_least(Vec<double> v, Vec<double> bound) { return v < bound ? bound : v; }
+inline Vec<double> at_least(Vec<double> v, double bound) { return at_least(v, Vec<double>{} + bound); }
 template <class V, class A>
 inline V at_most(V v, A bound) {
   return -at_least(-v, -bound);

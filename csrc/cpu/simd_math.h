@@ -47,7 +47,7 @@ inline Vec<double> exp_of_negative(Vec<double> x) {
 // 2^x for x < 127: a polynomial of DEGREE in the distance to the nearest integer, at most 1/2, with 2^0 = 1 exactly. Relative errors:
 // 1.0e-4, 2.8e-6, 9e-8, 2e-9 for degrees 3 to 6, to which float32 adds its own. What is smaller than 2^-126 is 0; NaN stays NaN.
 template <int DEGREE>
-inline Vec<float> exp2_of(Vec<float> x) {
+inline __attribute__((always_inline)) Vec<float> exp2_of(Vec<float> x) {
   static_assert(DEGREE >= 3 && DEGREE <= 6);
   constexpr float coefficients[][6] = {{0.69328290f, 0.24221097f, 0.055008929f, 0, 0, 0},
                                        {0.69312418f, 0.24024099f, 0.055906426f, 0.0095828529f, 0, 0},
