@@ -123,7 +123,7 @@ class DecodeChunk {
 
   static void prefetch(const T* rows, int64_t stride, int64_t n, int64_t features) {
     for (int64_t i = 0; i < n; i++)
-      for (int64_t c = 0; c < features; c += 64 / sizeof(T)) __builtin_prefetch(rows + i * stride + c);
+      for (int64_t c = 0; c < features; c += 64 / sizeof(T)) __builtin_prefetch(rows + i * stride + c, 0, 2);
   }
 
   void multiply_keys(const Chunk& chunk) const {

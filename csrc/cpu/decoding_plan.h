@@ -8,7 +8,7 @@ inline namespace FASTPRIMER_ISA {
 namespace decoding_pass {
 
 constexpr int64_t CHUNK = 256;        // keys whose softmax is computed together; chunks begin at its multiples
-constexpr int64_t ROW_BYTES = 2048;   // of a token that a task reads at a time, at most: memory is read best in order
+constexpr int64_t ROW_BYTES = 4096;   // of a token that a task reads at a time, at most: memory is read best in order
 constexpr int64_t ROWS_OF_TASK = 64;  // of queries
 
 // What a task computes: the keys of one chunk that any query of a sequence sees, for some of the key/value heads.
