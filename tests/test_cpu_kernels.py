@@ -299,13 +299,13 @@ def build(tmp_path_factory) -> Build:
     return Build(tmp_path_factory.mktemp("planted"))
 
 
-@pytest.mark.slow(minutes=2)
+@pytest.mark.slow(minutes=5)
 def test_the_copy_itself_is_right(build):
     found = build.judge(CASES)
     assert set(found) == set(CASES) and all(compared > 50 and wrong == 0 for compared, wrong in found.values())
 
 
-@pytest.mark.slow(minutes=2)
+@pytest.mark.slow(minutes=5)
 @pytest.mark.parametrize("bugs", ROUNDS, ids=lambda bugs: "; ".join(bug for _, bug in bugs))
 def test_planted_bugs_are_caught(build, bugs):
     before = {}
