@@ -40,7 +40,16 @@ def _check_overflow(original):
 
 
 def _unwrap(original):
-    return lambda value: value if type(value) is Tensor else original(value)
+    """Only a constexpr is wrapped, and what may hold one."""
+    plain = Tensor, int, float, bool, type(None), str
+
+    def unwrap(value):
+        kind = type(value)
+        if kind in plain:
+            return value
+        return value.value if kind is tl.constexpr else original(value)
+
+    return unwrap
 
 
 def _make_tensor(original):
