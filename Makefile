@@ -1,11 +1,12 @@
 # Everything a newcomer or CI needs; each target does its own set-up.
 #   make demo      the main job: what is installed, proof, a benchmark, the calculator trained and asked
-#   make test      the whole test suite          make check     its fast part (< 2 minutes)
+#   make test      the whole test suite, with short forms of sanitize and gate
+#   make check     its fast part (< 2 minutes)
 #   make lint      ruff and clang-format         make format    the same, mending
 #   make sanitize  the long form of the sanitizer and emulator-seed runs
 #   make bench     every benchmark of this machine's CPU, into benchmarks/results/ and README.md's table
 #   make report    those results as report.html
-#   make gate      what every kernel compiles to for every GPU, into benchmarks/results/kernels.md
+#   make gate      compiles every kernel for every GPU and inspects it, into benchmarks/results/kernels.md
 #   make gpu       on a machine with a GPU, with its own python: build, probe, test, benchmark
 
 PYTHON ?= python3

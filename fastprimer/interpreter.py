@@ -18,7 +18,7 @@ after another. What the stock interpreter (3.6 to 3.9) does, and what it does af
 Still more exact than a GPU: float32 dot ignores tf32, and a reduction of float16 or bfloat16 accumulates in float32.
 
 All this replaces private functions of triton.runtime.interpreter. Each patch takes the function it replaces as its first
-argument; one that is no longer there is an error that names it.
+argument; one that is no longer there is an error that names it. What only makes it faster is in interpreter_speed.py.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter as stock
 
+from fastprimer.interpreter_speed import FASTER
+
 Handle = stock.TensorHandle
 
 
@@ -40,7 +42,7 @@ Handle = stock.TensorHandle
 
 
 def _is_bfloat16(handle) -> bool:
-    return isinstance(handle, Handle) and handle.dtype.scalar == tl.bfloat16
+    return isinstance(handle, Handle) and handle.dtype.scalar.name == "bf16"
 
 
 def _widen(handle):
@@ -63,10 +65,11 @@ def _truncate(handle):
 
 def _compute(original, builder, *operands):
     """An arithmetic operation; its result is bfloat16 if all of its operands are."""
-    result = original(builder, *map(_widen, operands))
-    if result.data.dtype == np.bool_:
+    narrow = [_is_bfloat16(o) for o in operands if isinstance(o, Handle)]
+    result = original(builder, *(map(_widen, operands) if any(narrow) else operands))
+    if result.data.dtype.kind == "b":
         return Handle(result.data, tl.int1)
-    return _round(result) if all(_is_bfloat16(o) for o in operands if isinstance(o, Handle)) else result
+    return _round(result) if all(narrow) else result
 
 
 def _dot(original, builder, a, b, accumulator, *options):
@@ -286,9 +289,13 @@ def _set_program(original, builder, x, y, z):
 
 def _patch_language(original, function):
     """Replace the builtins once a launch, not again at every call of a device function, which took two thirds of a test's time."""
-    languages = [value for value in function.__globals__.values() if value is tl or value is tl.core]
-    if any(tl.core.is_builtin(language.load) for language in languages):
+    if any(tl.core.is_builtin(language.load) for language in _languages(function)):
         return original(function)
+
+
+@functools.cache
+def _languages(function):
+    return [value for value in function.__globals__.values() if value is tl or value is tl.core]
 
 
 def _patch_tensor(original, tensor, scope):
@@ -322,19 +329,26 @@ PATCHES = {
 def install() -> None:
     """Patch Triton's interpreter for the rest of the process."""
     for path, patch in PATCHES.items():
-        _replace(path, patch)
+        _replace(path, functools.partial(_calling, patch))
+    for path, faster in FASTER.items():
+        _replace(path, faster)
     stock.InterpreterBuilder.get_bf16 = _bfloat16_constant  # Triton 3.6 has none.
 
 
-def _replace(path: str, patch) -> None:
-    owner_name, _, name = path.rpartition(".")
-    owner = getattr(stock, owner_name, None) if owner_name else stock
-    original = getattr(owner, name, None)
-    if original is None:
-        raise RuntimeError(f"fastprimer.interpreter does not fit Triton {triton.__version__}: triton.runtime.interpreter.{path} has gone")
-
+def _calling(patch, original):
     @functools.wraps(original)
     def patched(*args, **kwargs):
         return patch(original, *args, **kwargs)
 
-    setattr(owner, name, patched)
+    return patched
+
+
+def _replace(path: str, replacement) -> None:
+    """Put what `replacement` makes of the original, a private function of Triton's, in its place."""
+    owner, (*names, name) = stock, path.split(".")
+    for part in names:
+        owner = getattr(owner, part, None)
+    original = getattr(owner, name, None)
+    if original is None:
+        raise RuntimeError(f"fastprimer.interpreter does not fit Triton {triton.__version__}: triton.runtime.interpreter.{path} has gone")
+    setattr(owner, name, replacement(original))

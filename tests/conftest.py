@@ -28,11 +28,11 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_modifyitems(items):
-    """The longest tests begin first, so that no worker is left with one at the end."""
+    """The longest tests begin first, so that no worker is left with one at the end; what several share takes the first of them long."""
 
     def minutes(item) -> float:
         slow = item.get_closest_marker("slow")
-        return slow.kwargs.get("minutes", 0.5) if slow else 0
+        return slow.kwargs.get("minutes", 0.5) if slow else float("@" in item.name)
 
     items.sort(key=minutes, reverse=True)
 

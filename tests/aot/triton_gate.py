@@ -85,6 +85,11 @@ class Launch:
     arguments: dict[str, object]
     options: dict[str, int]
 
+    @property
+    def width(self) -> int:
+        """Bytes of an element of the first tensor."""
+        return next(value.element_size() for value in self.arguments.values() if hasattr(value, "element_size"))
+
 
 @dataclass(frozen=True)
 class Row:
@@ -122,14 +127,6 @@ def _recorded(launches: list[Launch]):
         JITFunction.run = original
 
 
-def launches(case: Case) -> list[Launch]:
-    """What the case's call would launch."""
-    recorded: list[Launch] = []
-    with _recorded(recorded):
-        case.call()
-    return recorded
-
-
 def _source(launch: Launch) -> ASTSource:
     """The launch as Triton's run time would specialise it."""
     signature, constants, attributes = {}, {}, {}
@@ -147,15 +144,30 @@ def _source(launch: Launch) -> ASTSource:
 
 def inspect(case: Case, targets: dict[str, Target] = TARGETS) -> list[Row]:
     """Compile every launch of a case for every target, with the tile that the target would be given."""
-    return [_inspect(case, launch, name, target) for name, target in targets.items() for launch in _launches_on(name, case)]
+    return [_inspect(case, launch, name, target) for name, target in targets.items() for launch in launches_on(name, case)]
 
 
-def _launches_on(name: str, case: Case) -> list[Launch]:
+def short_form(cases: list[Case]) -> dict[str, tuple[str, ...]]:
+    """{case: targets} so that every case is compiled for one target, in turn, and every kernel in every width of dtype for all of them."""
+    chosen, seen = {}, set()
+    for number, case in enumerate(cases):
+        needs = {name: {(launch.kernel.__name__, launch.width, name) for launch in launches_on(name, case)} for name in TARGETS}
+        new = tuple(name for name in TARGETS if not needs[name] <= seen)
+        chosen[case.name] = new or (list(TARGETS)[number % len(TARGETS)],)
+        seen.update(*(needs[name] for name in new))
+    return chosen
+
+
+def launches_on(name: str, case: Case) -> list[Launch]:
+    """What the case's call would launch on a target."""
+    recorded: list[Launch] = []
     before, _launch.WITHOUT_GPU = _launch.WITHOUT_GPU, name
     try:
-        return launches(case)
+        with _recorded(recorded):
+            case.call()
     finally:
         _launch.WITHOUT_GPU = before
+    return recorded
 
 
 def _inspect(case: Case, launch: Launch, name: str, target: Target) -> Row:

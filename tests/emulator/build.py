@@ -125,9 +125,11 @@ def compile_check(name: str, kind: str, folder: Path, patch: Patch | None = None
     return compile_program(folder / f"{name}_{kind}", CHECKS[name], kind, tree, objects)
 
 
-def run_check(program: Path, seeds: int, *, quick: bool = True) -> subprocess.CompletedProcess:
-    """Runs a check with seeds 0 .. seeds - 1; return code 0 if all pass, output in stdout."""
+def run_check(program: Path, seeds: int, *, quick: bool = True, until: str | None = None) -> subprocess.CompletedProcess:
+    """Runs a check with seeds 0 .. seeds - 1, no further than a failure with the words `until`; return code 0: all pass."""
     options = {"ASAN_OPTIONS": "detect_stack_use_after_return=0", "TSAN_OPTIONS": "halt_on_error=1"}
+    if until:
+        options["FASTPRIMER_UNTIL"] = until
     command = [program, str(seeds), *(["quick"] if quick else [])]
     return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | options)
 

@@ -21,9 +21,16 @@ using fastprimer::widen;
 inline int failures = 0;
 inline uint64_t digest = 0;  // of all outputs under the seed in force
 
+// Of a planted bug the report that was looked for, $FASTPRIMER_UNTIL, is enough.
 inline void fail(const std::string& what) {
-  std::printf("FAILED %s\n", what.c_str());
+  const std::string line = "FAILED " + what;
+  const char* until = std::getenv("FASTPRIMER_UNTIL");
+  std::puts(line.c_str());
   failures++;
+  if (until && line.find(until) != std::string::npos) {
+    std::fflush(stdout);
+    std::_Exit(1);
+  }
 }
 
 // Half a unit in the last place of 1.
