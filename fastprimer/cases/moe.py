@@ -54,8 +54,9 @@ ROUTE = [
 def _moe_work(a: dict) -> Work:
     N, K = a["experts"].shape
     flops = 2 * N * K * (a["gate_up"][0].numel() + a["down"][0].numel())
-    moved = 2 * size(a["x"]) + size(a["gate_up"], a["down"])
-    return Work(moved, 2 * moved, flops, 2 * flops)
+    weights, tokens = size(a["gate_up"], a["down"]), 2 * size(a["x"])
+    read = weights * len(a["experts"].unique()) // len(a["gate_up"])  # of the experts that anybody chose; all get a gradient
+    return Work(tokens + read, 2 * tokens + read + weights, flops, 2 * flops)
 
 
 def moe_case(
