@@ -120,9 +120,8 @@ def _page(results: list[Results], args: argparse.Namespace) -> str:
             if mine := [row for row in _single(r) if row.op == op]:
                 figures = {f"{name}-{i + 1}" if i else name: figure for name, figure in plots.of_operation(op, mine).items()}
                 sections.append(_operation(op, mine, where, page.Section, [shown(n, f, _caption(n)) for n, f in figures.items()]))
-    for i, r in enumerate(results):
-        if any(row.series for row in r.rows):
-            sections.append(_growth(r, i, page.Section, lambda name, curves, caption: shown(name, plots.of_series(curves), caption)))
+    for i, r in enumerate(r for r in results if any(row.series for row in r.rows)):
+        sections.append(_growth(r, i, page.Section, lambda name, curves, caption: shown(name, plots.of_series(curves), caption)))
     gate = args.folder / "kernels.md"
     if gate.is_file():
         sections.append(page.Section("The compile gate", gate.read_text(), gate.name))

@@ -141,7 +141,8 @@ def _against_peers(rows: list[Row]) -> Figure:
     axes.set_yticks(range(len(rows)), labels, fontsize=7.5)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     left, right = axes.get_xlim()
-    _plain_ticks(axes.xaxis, "%gx", subs=(1,) if right > 50 * left else (1, 2, 5))
+    subs = (1,) if right > 50 * left else (1, 2, 5) if right > 4 * left else (1, 1.2, 1.5, 2, 3, 5, 6, 8)
+    _plain_ticks(axes.xaxis, "%gx", subs=subs)
     _legend(axes, figure)
     return figure
 

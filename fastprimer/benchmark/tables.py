@@ -76,8 +76,12 @@ def shares(rows: list[Row]) -> float | None:
 
 
 def left_out(rows: list[Row]) -> list[str]:
-    """Why a peer was not timed, said once."""
-    return list(dict.fromkeys(f"{r.name} {r.dtype} {r.measured}: {peer} {why}" for r in rows for peer, why in r.left_out.items()))
+    """Why a peer was not timed, said once for all rows of an operation that say the same."""
+    found: dict[tuple, list[str]] = {}
+    for row in rows:
+        for peer, why in row.left_out.items():
+            found.setdefault((row.op, row.dtype, peer, why), []).append(f"{row.name.partition(' ')[2]} {SHORT[row.measured]}".strip())
+    return [f"{op} {dtype}: {peer} {why} ({', '.join(where)})" for (op, dtype, peer, why), where in found.items()]
 
 
 def everything(rows: list[Row]) -> str:
