@@ -16,9 +16,9 @@ import fastprimer
 from fastprimer.backends import PREFERENCE, unavailable, use_backend
 from fastprimer.benchmark.contest import Settings, checked
 from fastprimer.benchmark.jobs import usual_dtypes
-from fastprimer.benchmark.measure import prove
+from fastprimer.benchmark.measure import prove, shared_arguments
 from fastprimer.benchmark.timing import FORWARD, PASSES, Staged, prepared
-from fastprimer.cases import CASES, Inputs
+from fastprimer.cases import CASES
 from fastprimer.memory import keep_freed_memory
 from fastprimer.peers import peers
 
@@ -38,8 +38,7 @@ def parameters():
 
 @functools.lru_cache(maxsize=1)
 def arguments_of(case, dtype):
-    made = case.arguments(Inputs(dtype, DEVICE, SETTINGS.seed))
-    return made | ({"return_lse": False} if "return_lse" in made else {})
+    return shared_arguments(case, dtype, SETTINGS)
 
 
 @functools.lru_cache(maxsize=1)

@@ -3,8 +3,8 @@
     python benchmarks/tune.py --op attention [--dtype bfloat16] [--case causal] [--out FILE]        (make gpu WHAT=tune OP=attention)
 
 Kernels choose by small functions of the shape, and nothing is tuned while they run (kernels/*.py). This program calls the operation on its
-benchmark cases, sees which of these functions answers what, and puts a neighbour in the answer's place: half and twice each block, 4 and 8
-warps, a stage less and more. What does not compile, or computes something else, is left out with the reason; the others are timed
+benchmark cases, sees which of these functions answers what, and puts a neighbour in the answer's place: half and twice each block and
+as many warps, a stage less and more. What does not compile, or computes something else, is left out with the reason; the others are timed
 in the same rounds. It changes no file: what wins by more than the noise, in every case that it serves, is worth a line in the table.
 """
 

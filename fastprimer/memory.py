@@ -7,8 +7,10 @@ itself, in plain torch as in fastprimer (benchmarks/NOTES.md). Deep-learning fra
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
@@ -53,6 +55,17 @@ def extra_resident_bytes(call: Callable[[], object]) -> int | None:
         return None
     del result
     return max(0, peak - before)
+
+
+@contextlib.contextmanager
+def few_collected() -> Iterator[None]:
+    """Within the block Python's garbage collector leaves alone what is there: to look through all of torch takes it a tenth of a second."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _status(key: str) -> int:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import gc
 import math
 import os
 import shlex
@@ -36,7 +35,7 @@ from fastprimer.checkpoint import CheckpointError, Tensors, load_checkpoint, sav
 from fastprimer.config import ConfigError
 from fastprimer.feed_forward import auxiliary_losses, utilisation
 from fastprimer.generate import answer, natural, positive
-from fastprimer.memory import keep_freed_memory
+from fastprimer.memory import few_collected, keep_freed_memory
 from fastprimer.model import Model
 from fastprimer.train_report import Report, is_simulated, prepare_backend, serving, write_loss_curve
 
@@ -102,7 +101,7 @@ class Trainer:
         tokens, labels = (t.to(self.device) for t in self.task.batch(self.step, self.settings.batch_size))
         loss = self.model(tokens, labels)
         self.optimizer.zero_grad()
-        (loss + self._auxiliary() if self.task.config.is_moe else loss).backward()
+        sum(self._auxiliary(), loss).backward()
         nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.rate(self.step)
@@ -115,11 +114,10 @@ class Trainer:
         if not math.isfinite(self.losses[-1]):
             raise TrainingError(f"the loss of step {self.step} is {self.losses[-1]}: try a smaller --learning-rate")
 
-    def _auxiliary(self) -> Tensor:
-        """The routers' losses of the step, by their coefficients; `losses` are without them."""
+    def _auxiliary(self) -> list[Tensor]:
+        """The routers' losses of the step, times their coefficients, none of a dense model; `losses` are without them."""
         losses_of = reference.auxiliary_losses if isinstance(self.model, reference.Model) else auxiliary_losses
-        found = losses_of(self.model)
-        return self.settings.balance * found["balance"] + self.settings.z * found["z"]
+        return [getattr(self.settings, name) * value for name, value in losses_of(self.model).items()]
 
     def utilisation(self) -> dict[str, dict]:
         """How the experts were used in the last step, by layer: see layers.utilisation; empty for a dense or a plain model."""
@@ -200,17 +198,6 @@ def stop_requested() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def few_collected() -> Iterator[None]:
-    """Within the block the garbage collector leaves alone what is there: looking through all of torch takes 3% of a small model's step."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def train(trainer: Trainer, path: Path, report: Report, stop_at: int | None = None) -> bool:

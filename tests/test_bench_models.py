@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastprimer import cli, layers, ops, reference
-from fastprimer.backends import unavailable
+from fastprimer.backends import explain, unavailable
 from fastprimer.benchmark import contest, growth, jobs, models, roofs, tables, timing
 from fastprimer.benchmark.models import DECODING, TRAINING, ModelCase
 from fastprimer.benchmark.rows import Results, Row
@@ -126,9 +126,17 @@ def point(size: int, ours: float, eager: float, **more) -> Row:
 
 
 def test_exponents():
-    assert growth.exponent([(n, 7 * n**2) for n in (4, 8, 16)]) == pytest.approx(2)
-    assert growth.exponent([(1, 99.0), *((n, n**1.5) for n in (4, 8, 16))]) == pytest.approx(1.5)  # through the last three
-    assert growth.exponent([(4, 1.0), (8, 2.0)]) is None and growth.exponent([(n, 0.0) for n in (4, 8, 16)]) is None
+    def exponent(points):
+        return tables.Curve("a series", "S", "float32", "forward", "cpu", "ours", "ms", tuple(points)).exponent
+
+    assert exponent((n, 7 * n**2) for n in (4, 8, 16)) == pytest.approx(2)
+    assert exponent([(1, 99.0), *((n, n**1.5) for n in (4, 8, 16))]) == pytest.approx(1.5)  # through the last three
+    assert exponent([(4, 1.0), (8, 2.0)]) is None and exponent((n, 0.0) for n in (4, 8, 16)) is None
+
+
+def test_no_backend_is_left_in_force_while_a_row_is_shown(small):
+    for _ in models.measure_model(case("dense"), torch.float32, "reference", (TRAINING,), settings()):
+        assert explain("rms_norm", torch.randn(2, 8)).backend == "cpu"
 
 
 def test_the_table_and_the_page_of_a_series(tmp_path):

@@ -78,6 +78,21 @@ def test_a_position_without_a_row_is_nan_in_compiled_code(backend):
     assert torch.equal(rotated[..., 6:], q[..., 6:])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["cross_entropy", "linear_cross_entropy"])
+def test_a_target_that_is_no_word_raises_in_compiled_code_too(op):
+    """Nothing looks at numbers while tracing, and the kernel reads at the target's place: its binding has to look."""
+    device_or_skip(op, "cpu")
+    inputs = (torch.randn(3, 7),) if op == "cross_entropy" else (torch.randn(3, 5), torch.randn(7, 5))
+    torch.compiler.reset()
+    compiled = torch.compile(lambda t: getattr(fp, op)(*inputs, t, reduction="none"), fullgraph=True, backend="aot_eager")
+    with use_backend("cpu"):
+        assert compiled(torch.tensor([2, 0, 6])).isfinite().all()
+        for target in (-1, 7, 1 << 40):
+            with pytest.raises(RuntimeError, match="target: expected numbers in 0..6"):
+                compiled(torch.tensor([2, target, 6]))
+
+
 @pytest.mark.skipif(bool(native_reason()), reason=native_reason())
 def test_tracing_looks_at_no_numbers():
     with torch._subclasses.FakeTensorMode():

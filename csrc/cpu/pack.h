@@ -104,10 +104,13 @@ inline const Word* words(const Tile* tile) {
   return reinterpret_cast<const Word*>(tile);
 }
 
+// The largest block that is transposed in registers.
 #if defined(__AVX512F__)
-constexpr int64_t TRANSPOSED = 16;  // rows at a time
+constexpr int64_t TRANSPOSED = 16;
+inline void transpose_step(const Word* x, int64_t stride_x, Word* y, int64_t stride_y) { transpose_block(x, stride_x, y, stride_y); }
 #else
 constexpr int64_t TRANSPOSED = 8;
+inline void transpose_step(const Word* x, int64_t stride_x, Word* y, int64_t stride_y) { transpose_quarter(x, stride_x, y, stride_y); }
 #endif
 
 // The transpose of n rows, a multiple of TRANSPOSED, as the right factor of a product: (width, ld). Of bfloat16, feature pairs stay
@@ -115,15 +118,8 @@ constexpr int64_t TRANSPOSED = 8;
 template <class Tile>
 inline void transpose_right(const Tile* tile, int64_t n, const Width<Tile>& width, Tile* transposed, int64_t ld) {
   const int64_t stride = width.ld * sizeof(Tile) / 4;  // in words, as every distance below
-  for (int64_t w = 0; w < stride; w += TRANSPOSED) {
-    for (int64_t r = 0; r < n; r += TRANSPOSED) {
-#if defined(__AVX512F__)
-      transpose_block(words(tile) + r * stride + w, stride, words(transposed) + w * ld + r, ld);
-#else
-      transpose_quarter(words(tile) + r * stride + w, stride, words(transposed) + w * ld + r, ld);
-#endif
-    }
-  }
+  for (int64_t w = 0; w < stride; w += TRANSPOSED)
+    for (int64_t r = 0; r < n; r += TRANSPOSED) transpose_step(words(tile) + r * stride + w, stride, words(transposed) + w * ld + r, ld);
 }
 
 // The transpose of n rows, a multiple of 16, as the left factor of a product: (width, ld).

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from fastprimer.benchmark import roofs
-from fastprimer.benchmark.rows import MATRIX, Row
+from fastprimer.benchmark.rows import MATRIX, OURS, Row
 from fastprimer.benchmark.timing import PATIENCE_MS, Timing, host_microseconds, interleaved, peak_megabytes
 
 
@@ -26,7 +26,7 @@ class Settings:
 
 def contest(row: Row, ours: Callable, makers: dict[str, Callable[[], Callable]], settings: Settings) -> None:
     """Fill a row in, whose bytes and flops are known. `makers`: what prepares each peer's call."""
-    calls, expected = {"ours": ours}, ours()
+    calls, expected = {OURS: ours}, ours()
     for name, make in makers.items():
         call, reason = checked(make, expected)
         if reason:
@@ -36,8 +36,8 @@ def contest(row: Row, ours: Callable, makers: dict[str, Callable[[], Callable]],
     del expected
     roof = roofs.roofs(settings.device, getattr(torch, row.dtype), torch.get_num_threads(), row.flops > 0)
     times = interleaved(calls | roof.calls, settings.device, settings.rounds, settings.seed)
-    row.ours = Timing.of(times["ours"])
-    row.peers = {name: Timing.of(times[name]) for name in calls if name != "ours"}
+    row.ours = Timing.of(times[OURS])
+    row.peers = {name: Timing.of(times[name]) for name in calls if name != OURS}
     judge(row, roof, times)
     peaks = {name: peak_megabytes(call, settings.device) for name, call in calls.items()}
     row.peak_mb = {name: peak for name, peak in peaks.items() if peak is not None}

@@ -2,8 +2,6 @@
 
 Attention must grow with S^2 where it is causal and with S in a window, memory with S in both; decoding with T, norms with C, losses with
 V; experts with nothing but the weights that they read as E grows, for the products are the same; and with threads the time must fall.
-The exponent is the slope of log(cost) over log(size) by least squares through the last three sizes: before them the cost of a
-call is in it.
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 
 from fastprimer.benchmark.contest import Settings
@@ -25,7 +22,6 @@ from fastprimer.cases import Case, attention_case, decoding_case, loss_case, moe
 from fastprimer.peers import PEERS
 
 THREADS = "threads"
-FITTED = 3
 
 
 @dataclass(frozen=True)
@@ -100,11 +96,3 @@ def _over_threads() -> list[Series]:
     ]
     numbers = tuple(n for n in _powers(1, 1024) if n <= (os.cpu_count() or 1))
     return [Series(case.op, "", THREADS, numbers, lambda _, case=case: case) for case in cases]
-
-
-def exponent(points: list[tuple[float, float]]) -> float | None:
-    """Of (size, cost): the slope through the last three; None below three, or where something costs nothing."""
-    last = sorted(points)[-FITTED:]
-    if len(last) < FITTED or min(cost for _, cost in last) <= 0:
-        return None
-    return float(np.polyfit(*np.log(last).T, 1)[0])

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from fastprimer.backends import PREFERENCE, BackendError, declared, unavailable
 from fastprimer.benchmark.contest import Settings
-from fastprimer.benchmark.growth import series
+from fastprimer.benchmark.growth import THREADS, Series, series
 from fastprimer.benchmark.measure import measure
 from fastprimer.benchmark.models import MODEL, MODEL_CASES, MODEL_PASSES, measure_model
 from fastprimer.benchmark.rows import Row
@@ -70,7 +70,7 @@ def usual_dtypes(op: str, device: str) -> tuple[str, ...]:
 
 def _backends(op: str, device: str, choice: Choice) -> list[str]:
     """Of a model, those that have every operation."""
-    ops = [name for name in EAGER] if op == MODEL else [op]
+    ops = list(EAGER) if op == MODEL else [op]
     offered = [b for b in choice.backends or PREFERENCE[device] if all(b in declared(name) for name in ops)]
     reasons = {b: next(filter(None, (unavailable(name, b, device) for name in ops)), "") for b in offered}
     if choice.backends and (missing := [f"{b}: {reason}" for b, reason in reasons.items() if reason]):
@@ -82,36 +82,32 @@ def _cases(op: str, device: str, backend: str, dtype: str, choice: Choice) -> li
     cases = [case for case in CASES if case.op == op and case.bench]
     passes = _passes(PASSES, choice, [p for p in PASSES if p != BACKWARD])
     if op == "attention_with_kv_cache":  # it has no gradients
-        passes = [FORWARD] if FORWARD in passes else []
-    kind = getattr(torch, dtype)
-
-    def job(case) -> Job:
-        return Job(str(case), dtype, backend, len(passes), lambda settings: measure(case, kind, backend, tuple(passes), settings))
-
-    return [job(case) for case in (cases[:1] if choice.quick else cases) if passes]
+        passes = [p for p in passes if p == FORWARD]
+    return _jobs(measure, cases, passes, backend, dtype, choice)
 
 
 def _models(op: str, device: str, backend: str, dtype: str, choice: Choice) -> list[Job]:
-    cases = MODEL_CASES[device]
-    passes = _passes(MODEL_PASSES, choice, list(MODEL_PASSES))
-    kind = getattr(torch, dtype)
+    return _jobs(measure_model, MODEL_CASES[device], _passes(MODEL_PASSES, choice, list(MODEL_PASSES)), backend, dtype, choice)
 
+
+def _jobs(measure: Callable, cases: Sequence, passes: list[str], backend: str, dtype: str, choice: Choice) -> list[Job]:
     def job(case) -> Job:
-        return Job(str(case), dtype, backend, len(passes), lambda settings: measure_model(case, kind, backend, tuple(passes), settings))
+        kind = getattr(torch, dtype)
+        return Job(str(case), dtype, backend, len(passes), lambda settings: measure(case, kind, backend, tuple(passes), settings))
 
     return [job(case) for case in (cases[:1] if choice.quick else cases) if passes]
 
 
 def _growth(op: str, device: str, backend: str, dtype: str, choice: Choice) -> list[Job]:
     """Threads are a CPU's."""
-    kind = getattr(torch, dtype)
     found = [s for s in series() if s.op == op and s.measured in (choice.passes or ALL_PASSES)]
-    found = [s for s in found if device == "cpu" or s.letter != "threads"]
 
-    def job(one, size: int) -> Job:
+    def job(one: Series, size: int) -> Job:
+        kind = getattr(torch, dtype)
         return Job(f"{one} {one.letter} {size}", dtype, backend, 1, lambda settings: one.measure(size, kind, backend, settings))
 
-    return [job(one, size) for one in found for size in (one.sizes[:3] if choice.quick else one.sizes)]
+    fitting = [one for one in found if device == "cpu" or one.letter != THREADS]
+    return [job(one, size) for one in fitting for size in (one.sizes[:3] if choice.quick else one.sizes)]
 
 
 def _passes(every: tuple[str, ...], choice: Choice, quick: list[str]) -> list[str]:

@@ -23,15 +23,19 @@ def measure(
     """A row for each pass; without times where the case is beyond its error budget."""
     wrong = prove(case, dtype, backend, settings) if proven else []
     torch.compiler.reset()
-    arguments = case.arguments(Inputs(dtype, settings.device, settings.seed))
-    if "return_lse" in arguments:  # the peers do not return it
-        arguments["return_lse"] = False
+    arguments = shared_arguments(case, dtype, settings)
     for measured in passes:
         row = Row(case.op, case.name, str(dtype).removeprefix("torch."), measured, backend, wrong)
         if not wrong:
             with use_backend(backend):
                 _time(row, case, arguments, settings)
         yield row
+
+
+def shared_arguments(case: Case, dtype: torch.dtype, settings: Settings) -> dict:
+    """A case's, but for what the peers do not return."""
+    arguments = case.arguments(Inputs(dtype, settings.device, settings.seed))
+    return arguments | ({"return_lse": False} if "return_lse" in arguments else {})
 
 
 def prove(case: Case, dtype: torch.dtype, backend: str, settings: Settings) -> list[str]:

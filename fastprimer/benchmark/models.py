@@ -117,23 +117,29 @@ def measure_model(case: ModelCase, dtype: torch.dtype, backend: str, passes: tup
     weights = Model(case.config).to(settings.device, dtype).state_dict()
     with use_backend(backend):
         wrong = _proof(case, weights, dtype, backend, settings)
-        for measured in passes:
+    for measured in passes:
+        row = Row(MODEL, case.name, str(dtype).removeprefix("torch."), measured, backend, wrong)
+        if not wrong:
             torch.compiler.reset()
-            row = Row(MODEL, case.name, str(dtype).removeprefix("torch."), measured, backend, wrong)
-            if not wrong:
-                row.bytes, row.flops = case.work(measured, dtype.itemsize)
-                tokens = case.tokens(*((case.batch, case.length) if measured == TRAINING else (case.streams, case.cached + 1)), settings)
-                prepare = _training_call if measured == TRAINING else _decoding_call
-                calls = {n: functools.partial(prepare, make, weights, tokens) for n, make in _contestants(case, measured, settings).items()}
-                ours = calls.pop("ours")()
-                if measured == DECODING and settings.device == "cuda":
-                    ours, row.left_out["ours in a CUDA graph"] = _captured(ours)
-                    row.left_out = {name: reason for name, reason in row.left_out.items() if reason}
-                contest(row, ours, calls, settings)
-            yield row
+            row.bytes, row.flops = case.work(measured, dtype.itemsize)
+            with use_backend(backend):
+                _time(row, case, weights, settings)
+        yield row
 
 
-def _contestants(case: ModelCase, measured: str, settings: Settings) -> dict[str, Callable[[], nn.Module]]:
+def _time(row: Row, case: ModelCase, weights: dict[str, Tensor], settings: Settings) -> None:
+    training = row.measured == TRAINING
+    tokens = case.tokens(*((case.batch, case.length) if training else (case.streams, case.cached + 1)), settings)
+    prepare = _training_call if training else _decoding_call
+    ours = prepare(lambda: Model(case.config), weights, tokens)
+    if not training and settings.device == "cuda":
+        ours, reason = _captured(ours)
+        row.left_out |= {"ours in a CUDA graph": reason} if reason else {}
+    makers = _peers(case, row.measured, settings)
+    contest(row, ours, {name: functools.partial(prepare, make, weights, tokens) for name, make in makers.items()}, settings)
+
+
+def _peers(case: ModelCase, measured: str, settings: Settings) -> dict[str, Callable[[], nn.Module]]:
     makers: dict[str, Callable[[], nn.Module]] = {}
     if measured == TRAINING:
         makers |= {"eager": lambda: reference.Model(case.config), "compiled": lambda: _compiled(reference.Model(case.config))}
@@ -143,8 +149,7 @@ def _contestants(case: ModelCase, measured: str, settings: Settings) -> dict[str
         makers |= {"transformers": theirs, "hf-compiled": lambda: _compiled(theirs(), mode)}
         if settings.device == "cuda" and find_spec("liger_kernel") and measured == TRAINING:
             makers["liger"] = lambda: _Transformers(case.config, liger=True)
-    chosen = {name: make for name, make in makers.items() if settings.peers is None or name in settings.peers}
-    return {"ours": lambda: Model(case.config)} | chosen
+    return {name: make for name, make in makers.items() if settings.peers is None or name in settings.peers}
 
 
 def _proof(case: ModelCase, weights: dict[str, Tensor], dtype: torch.dtype, backend: str, settings: Settings) -> list[str]:

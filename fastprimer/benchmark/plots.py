@@ -13,7 +13,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, NullLocator
 
-from fastprimer.benchmark import tables
+from fastprimer.benchmark.rows import OURS as OUR_CONTESTANT
 from fastprimer.benchmark.rows import Row
 from fastprimer.benchmark.tables import SHORT, Curve
 
@@ -156,7 +156,7 @@ def of_series(curves: list[Curve]) -> Figure:
             axes = figure.add_subplot(1, len(units), place + 1, xscale="log", yscale="log", xlabel=curves[0].letter, ylabel=unit)
             mine = [curve for curve in curves if curve.unit == unit]
             for curve in mine:
-                name = OURS if curve.contestant == tables.OURS else curve.contestant
+                name = OURS if curve.contestant == OUR_CONTESTANT else curve.contestant
                 points = [(size, max(cost, LEAST[unit])) for size, cost in curve.points]
                 axes.plot(*zip(*points, strict=True), "o-", color=COLOURS[name], markersize=3, label=name)
             sizes = sorted({size for curve in mine for size, _ in curve.points})

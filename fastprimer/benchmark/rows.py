@@ -16,6 +16,8 @@ from fastprimer.benchmark.timing import Timing
 
 SCHEMA = 2
 MEMORY, MATRIX = "memory", "matrix"
+OURS = "ours"
+"""The contestant that is no peer."""
 
 
 class ResultsError(ValueError):

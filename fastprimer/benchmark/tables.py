@@ -5,14 +5,14 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 
+import numpy as np
 from rich.text import Text
 
-from fastprimer.benchmark.growth import exponent
-from fastprimer.benchmark.rows import MATRIX, Row
+from fastprimer.benchmark.rows import MATRIX, OURS, Row
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "forward": "fwd", "backward": "bwd", "forward+backward": "both"}
 SHORT |= {"training": "step", "decoding": "tok"}
-OURS = "ours"
+FITTED = 3
 COLUMNS = (("case", -24), ("type", -4), ("pass", -4), ("ms", 8), ("±", 4), ("best peer", -12), ("ours is", 8), ("of roof", 8))
 """Heading and width, negative: flush left. Together 79 columns."""
 
@@ -132,7 +132,12 @@ class Curve:
 
     @property
     def exponent(self) -> float | None:
-        return exponent(self.points)
+        """The slope of log(cost) over log(size) by least squares through the last three sizes: before them the cost of a call is in it.
+        None below three, or where something costs nothing."""
+        last = self.points[-FITTED:]
+        if len(last) < FITTED or min(cost for _, cost in last) <= 0:
+            return None
+        return float(np.polyfit(*np.log(last).T, 1)[0])
 
 
 def curves(rows: list[Row]) -> list[Curve]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastprimer.memory import extra_resident_bytes
+from fastprimer.memory import extra_resident_bytes, few_collected
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
 PASSES = (FORWARD, BACKWARD, BOTH)
@@ -95,21 +95,25 @@ def interleaved(calls: dict, device: str, rounds: int, seed: int, warm_up: int =
     clock = _gpu_milliseconds if device == "cuda" else _cpu_milliseconds
     times: dict[object, list[float]] = {name: [] for name in calls}
     order = random.Random(seed)
-    for i in range(rounds + warm_up):
-        with _no_garbage_collection():
-            for name in order.sample(list(calls), len(calls)):
-                if len(times[name]) >= FEWEST and sum(times[name]) > PATIENCE_MS:
-                    continue
-                call = calls[name]
-                elapsed = clock(call.stage() if isinstance(call, Staged) else call)
-                if i >= warm_up:
-                    times[name].append(elapsed)
+    with few_collected():
+        for i in range(rounds + warm_up):
+            with _no_garbage_collection():
+                for name in order.sample(list(calls), len(calls)):
+                    if len(times[name]) >= FEWEST and sum(times[name]) > PATIENCE_MS:
+                        continue
+                    elapsed = clock(_ready(calls[name]))
+                    if i >= warm_up:
+                        times[name].append(elapsed)
     return times
+
+
+def _ready(call: Callable) -> Callable:
+    return call.stage() if isinstance(call, Staged) else call
 
 
 @contextlib.contextmanager
 def _no_garbage_collection() -> Iterator[None]:
-    """As Python's timeit: a collection takes milliseconds, and meets whoever happens to allocate next."""
+    """As Python's timeit: a collection meets whoever happens to allocate next."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -141,7 +145,7 @@ def host_microseconds(call: Callable, times: int = 20) -> float:
     """Of the host, to issue one call on an idle GPU: the median."""
     spent = []
     for _ in range(times):
-        ready = call.stage() if isinstance(call, Staged) else call
+        ready = _ready(call)
         torch.cuda.synchronize()
         begin = time.perf_counter()
         ready()
@@ -155,7 +159,7 @@ def peak_megabytes(call: Callable, device: str) -> float | None:
 
     On a GPU it is what torch allocates, on the CPU the resident set (fastprimer/memory.py).
     """
-    ready = call.stage() if isinstance(call, Staged) else call
+    ready = _ready(call)
     if device == "cpu":
         extra = extra_resident_bytes(ready)
         return None if extra is None else extra / 1e6
