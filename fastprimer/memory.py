@@ -8,13 +8,17 @@ itself, in plain torch as in fastprimer (benchmarks/NOTES.md). Deep-learning fra
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import ctypes
 import gc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h
 NEVER = -1
+MMAP_MAX = 65536  # glibc's own
+MMAP_THRESHOLD_MAX = 32 << 20  # where glibc's own threshold ends after the first large tensors; it trims from twice that on
 
 
 def keep_freed_memory() -> bool:
@@ -26,35 +30,58 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether the C library agreed: True with glibc, False with any other (macOS, musl), where nothing changes.
     """
+    global _kept
     libc = _glibc()
-    return libc is not None and bool(libc.mallopt(M_MMAP_MAX, 0)) and bool(libc.mallopt(M_TRIM_THRESHOLD, NEVER))
+    _kept = libc is not None and bool(libc.mallopt(M_MMAP_MAX, 0)) and bool(libc.mallopt(M_TRIM_THRESHOLD, NEVER))
+    return _kept
 
 
-def return_freed_memory() -> bool:
-    """Give what is freed now back to the system, once; whether the C library could."""
-    libc = _glibc()
-    if libc is not None:
-        libc.malloc_trim(0)
-    return libc is not None
+_kept = False
+"""Whether the process keeps its freed memory: malloc cannot be asked."""
 
 
 def extra_resident_bytes(call: Callable[[], object]) -> int | None:
     """What one call needs at most beyond what is there before it, its results included; None where that cannot be told.
 
-    Freed memory is returned to the system first, so that all that the call touches is mapped anew and shows in the highest resident set
-    (VmHWM of Linux, begun anew for the call). Memory of threads is counted, that of libraries loaded by the call too: call once before.
+    The highest resident set (VmHWM of Linux, begun anew for the call) less what is resident before. Freed memory is returned to the system
+    first, so that all that the call touches shows. The call runs in a new thread, whose heap has no holes yet, and every block from 64 KiB
+    on is a mapping of its own, so that what is freed is gone at once: between the holes of a used heap the same call takes half as much
+    more or less. Memory of threads is counted, that of libraries loaded by the call too: call once before.
     """
-    if not return_freed_memory():
+    libc = _glibc()
+    if libc is None:
         return None
-    try:
+
+    def measured() -> int:
+        libc.malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
         before = _status("VmRSS:")
         result = call()
         peak = _status("VmHWM:")
+        del result
+        return max(0, peak - before)
+
+    try:
+        with _own_mappings(libc, 1 << 16), ThreadPoolExecutor(1) as thread:
+            return thread.submit(contextvars.copy_context().run, measured).result()
     except OSError:
         return None
-    del result
-    return max(0, peak - before)
+
+
+@contextlib.contextmanager
+def _own_mappings(libc: ctypes.CDLL, size: int) -> Iterator[None]:
+    """Within the block malloc maps every block of `size` bytes and more by itself; afterwards it does as before."""
+    libc.mallopt(M_MMAP_MAX, 1 << 30)
+    libc.mallopt(M_MMAP_THRESHOLD, size)
+    try:
+        yield
+    finally:
+        libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD_MAX)
+        if _kept:
+            keep_freed_memory()
+        else:
+            libc.mallopt(M_MMAP_MAX, MMAP_MAX)
+            libc.mallopt(M_TRIM_THRESHOLD, 2 * MMAP_THRESHOLD_MAX)
 
 
 @contextlib.contextmanager

@@ -150,7 +150,7 @@ PLANTED = {
             "next_[e] = begin_[e];",
             "next_[e] = begin_[e] + (e > 0 && begin_[e + 1] > begin_[e] + 1);",
         ),
-        "the weight forgotten": ("moe_plan.h", "total += w ? part * w[i] : part;", "total += part;"),
+        "the weight forgotten": ("moe_plan.h", "load(z + i * p.C + c, count) * p.weights[i]", "load(z + i * p.C + c, count)"),
         "a token's last expert left out": ("moe_plan.h", "i < (n + 1) * p.K; i++) {", "i < (n + 1) * p.K - (p.K > 1); i++) {"),
         "u of unrounded numbers": (
             "moe_few.h",
@@ -174,6 +174,12 @@ PLANTED = {
             "const int64_t written = r < n ? width.C : 0;",
             "const int64_t written = width.C;",
         ),
+        "a group's last rows of dx left out": (
+            "moe_backward.h",
+            "if (r < 0 || r >= rows) continue;",
+            "if (r < 0 || r >= rows - STEP) continue;",
+        ),
+        "gradients in place where they do not fill it": ("moe_backward.h", "p_.C % STEP == 0 && p_.F % STEP == 0", "p_.C % STEP == 0"),
         "dx from gate alone": ("moe_backward.h", "gate_up<T>(e, i * p_.F)", "gate_up<T>(e, 0)"),
     },
     "all": {

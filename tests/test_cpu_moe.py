@@ -156,8 +156,11 @@ def test_rows_of_nan_and_infinities_still_choose_valid_experts(score):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", ["bench-mixtral", "bench-deepseek"])
-def test_extra_memory_is_at_most_60_percent_of_that_of_transformers(shape):
-    """Of one forward and backward, gradients included: the highest resident set beyond what is there before, measured."""
+def test_extra_memory_is_at_most_60_percent_of_that_of_transformers(shape, one_thread):
+    """Of one forward and backward, gradients included: the highest resident set beyond what is there before, measured.
+
+    With one thread: with two the other's depends on whether both threads of its matrix products hold their scratch memory at once.
+    """
     pytest.importorskip("transformers")
     device_or_skip("moe", "cpu")
     arguments = next(case for case in CASES if case.op == "moe" and case.name == shape).arguments(Inputs(torch.float32, "cpu", 0))
@@ -165,9 +168,9 @@ def test_extra_memory_is_at_most_60_percent_of_that_of_transformers(shape):
     def extra(function):
         call = prepared(function, arguments, BOTH)
         call()  # what is loaded and started once
-        return extra_resident_bytes(call)
+        return [extra_resident_bytes(call) for _ in range(3)]
 
     ours, theirs = (extra(function) for function in (fp.moe, peers("moe", "cpu", BOTH)["transformers"]()))
-    if ours is None:
+    if None in ours:
         pytest.skip("needs glibc and Linux's /proc")
-    assert 0 < ours <= 0.6 * theirs
+    assert 0 < min(ours) <= 0.6 * min(theirs)

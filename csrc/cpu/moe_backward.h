@@ -4,13 +4,13 @@
 //   features   for some hidden features of an expert and all of its tokens: d = dy down, from it and hidden dweights, dhidden and w u, and
 //              with them these features' part of dgate_up = dhidden^T x and ddown = dy^T (w u)
 //   columns    for some columns of an expert's gate_up: their part of dx = dhidden gate_up
-//   combine    adds up dx over a token's experts, and dweights over the features
+//   add        adds these to the tokens' dx
 //
-// the first three for a group of experts at a time, so that what is sorted takes little memory.
+// for a group of experts at a time, so that what is sorted by expert takes little memory. dweights are added up over the features at last.
 //
 // So every weight is packed once, every gradient of a weight written once and by one thread, and y is never needed. Compute-bound: 12 C F
 // FLOPs for each pair, 2 C F each for d and ddown, twice that for dgate_up and dx. Moved: weights, their gradients and hidden once;
-// scratch memory for sorted x and dy, for dhidden and, in float32, for each pair's dx.
+// scratch memory for sorted x and dy, for dhidden and, in float32, for dx.
 #pragma once
 #include "moe_plan.h"
 
@@ -47,12 +47,13 @@ struct BackwardContext {
   const Width<Tile> width, width_f;
   const int64_t slices, stride_dhidden, rows;
   const Pieces blocks;
-  const Buffer<Tile> dy, dy_transposed, x;  // padded rows by expert: as left factors, and x as a right one
-  const Buffer<Tile> dhidden;               // padded rows by expert, a's features then b's
-  const Buffer<float>& dx;                  // (N, K, C)
-  const Buffer<float>& dweights;            // (slices, N, K)
+  const Buffer<Tile> both_dy, x;  // padded rows by expert: dy as left factors, and x as a right one
+  Tile *const dy, *const dy_transposed;
+  const Buffer<Tile> dhidden;     // padded rows by expert, a's features then b's
+  float* const dx;                // padded rows by expert: where dy was, which no column needs any more
+  const Buffer<float>& dweights;  // (slices, N, K)
 
-  BackwardContext(const MoeBackward& a, const Plan& p, Group g, const Buffer<float>& dx_, const Buffer<float>& dweights_)
+  BackwardContext(const MoeBackward& a, const Plan& p, Group g, const Buffer<float>& dweights_)
       : args(a),
         plan(p),
         group(g),
@@ -63,15 +64,17 @@ struct BackwardContext {
         stride_dhidden(2 * width_f.ld),
         rows(p.padded_begin(g.e1) - p.padded_begin(g.e0)),
         blocks(g.e1 - g.e0, [&](int64_t i) { return (p.rows(g.e0 + i) + ROWS - 1) / ROWS; }),
-        dy(rows * width.ld),
-        dy_transposed(rows * width.ld),
+        both_dy(2 * rows * width.ld),
         x(rows * width.ld),
+        dy(both_dy.data()),
+        dy_transposed(dy + rows * width.ld),
         dhidden(rows * stride_dhidden),
-        dx(dx_),
+        dx(reinterpret_cast<float*>(dy)),
         dweights(dweights_) {}
-  bool ready() const { return blocks.ready() && dy.data() && dy_transposed.data() && x.data() && dhidden.data(); }
+  bool ready() const { return blocks.ready() && both_dy.data() && x.data() && dhidden.data(); }
 
   static int64_t bytes_of_row(const MoeProblem& p) { return (3 * Width<Tile>(p.C).ld + 2 * Width<Tile>(p.F).ld) * sizeof(Tile); }
+  int64_t width_dx() const { return Width<float>(plan.p.C).ld; }
 
   // Where an expert's rows begin in the scratch memory of its group.
   int64_t begin(int64_t e) const { return plan.padded_begin(e) - plan.padded_begin(group.e0); }
@@ -88,9 +91,9 @@ class SortTokens {
     const Plan& plan = x_.plan;
     const int64_t e = x_.group.e0 + place, i0 = i * ROWS, n = smaller(ROWS, plan.rows(e) - i0), padded = round_up(n, STEP),
                   begin = x_.begin(e);
-    Tile* dy = x_.dy.data() + (begin + i0) * x_.width.ld;
+    Tile* dy = x_.dy + (begin + i0) * x_.width.ld;
     gather_tokens<T>(x_.args.dy, x_.args.stride_dy_row, plan, e, i0, n, padded, x_.width, dy);
-    transpose_left(dy, padded, x_.width, x_.dy_transposed.data() + begin * x_.width.ld + i0, plan.padded_rows(e));
+    transpose_left(dy, padded, x_.width, x_.dy_transposed + begin * x_.width.ld + i0, plan.padded_rows(e));
     Tile* x = x_.x.data() + (begin + i0) * x_.width.ld;
     Tile* rows = is_bfloat16<Tile> ? tokens_.data() : x;
     gather_tokens<T>(plan.p.x, plan.p.stride_x_row, plan, e, i0, n, padded, x_.width, rows);
@@ -110,6 +113,7 @@ class FeatureSlice {
         p_(context.plan.p),
         columns_(SLICE),
         chunk_(smaller(CHUNK, larger(context.rows, STEP))),
+        in_place_(sizeof(T) == sizeof(float) && p_.C % STEP == 0 && p_.F % STEP == 0),
         rows_(round_up(p_.C, STEP) * columns_.ld),
         down_(is_bfloat16<Tile> ? round_up(p_.C, STEP) * columns_.ld : 0),
         d_(ROWS * columns_.ld),
@@ -118,8 +122,8 @@ class FeatureSlice {
         u_(is_bfloat16<Tile> ? ROWS * columns_.ld : 0),
         dhidden_transposed_(2 * columns_.ld * chunk_),
         wu_(chunk_ * columns_.ld),
-        dgate_up_(2 * columns_.ld * x_.width.ld),
-        ddown_(round_up(p_.C, STEP) * columns_.ld) {}
+        dgate_up_(in_place_ ? 0 : 2 * columns_.ld * x_.width.ld),
+        ddown_(in_place_ ? 0 : round_up(p_.C, STEP) * columns_.ld) {}
   ~FeatureSlice() { x_.multiply.release(); }
   bool ready() const {
     return rows_.data() && down_.data() && d_.data() && da_.data() && db_.data() && u_.data() && dhidden_transposed_.data() && wu_.data() &&
@@ -136,13 +140,16 @@ class FeatureSlice {
       for (int64_t j = 0; j < rows; j += ROWS) differentiate(e, f, i0, j, smaller(ROWS, rows - j), width, down);
       const int64_t begin = x_.begin(e);
       const Tile* x = x_.x.data() + (begin + i0) * x_.width.ld;
-      const Tile* dy = x_.dy_transposed.data() + begin * x_.width.ld + i0;
-      x_.multiply(2 * width.ld, x_.width.used, padded, dhidden_transposed_.data(), chunk_, x, x_.width.ld, dgate_up_.data(), x_.width.ld,
-                  i0 > 0);
-      x_.multiply(round_up(p_.C, STEP), width.used, padded, dy, x_.plan.padded_rows(e), wu_.data(), width.ld, ddown_.data(), columns_.ld,
-                  i0 > 0);
+      const Tile* dy = x_.dy_transposed + begin * x_.width.ld + i0;
+      for (int64_t half = 0; half < 2; half++) {
+        const Sums sums = sums_of_gate_up(e, half, f, width);
+        x_.multiply(width.ld, x_.width.used, padded, dhidden_transposed_.data() + half * width.ld * chunk_, chunk_, x, x_.width.ld,
+                    sums.data, sums.ld, i0 > 0);
+      }
+      const Sums sums = sums_of_down(e, f);
+      x_.multiply(round_up(p_.C, STEP), width.used, padded, dy, x_.plan.padded_rows(e), wu_.data(), width.ld, sums.data, sums.ld, i0 > 0);
     }
-    write_gradients(e, f, features, width, n > 0);
+    if (!in_place_ || n == 0) write_gradients(e, f, features, width, n > 0);
   }
 
  private:
@@ -156,7 +163,7 @@ class FeatureSlice {
   // For n rows from row j of a chunk: d, and all that follows from it.
   void differentiate(int64_t e, int64_t f, int64_t i0, int64_t j, int64_t n, const Width<Tile>& width, const Tile* down) const {
     const int64_t padded = round_up(n, STEP), at = x_.begin(e) + i0 + j;
-    x_.multiply(padded, width.used, x_.width.used, x_.dy.data() + at * x_.width.ld, x_.width.ld, down, width.ld, d_.data(), width.ld,
+    x_.multiply(padded, width.used, x_.width.used, x_.dy + at * x_.width.ld, x_.width.ld, down, width.ld, d_.data(), width.ld,
                 false);
     Tile* wu_right = wu_.data() + j * width.ld;
     Tile* wu_rows = is_bfloat16<Tile> ? u_.data() : wu_right;
@@ -193,6 +200,20 @@ class FeatureSlice {
     });
   }
 
+  // Where products add up a gradient of weights: in the gradient itself if it is of float and they fill it exactly, else in a tile.
+  struct Sums {
+    float* data;
+    int64_t ld;
+  };
+  Sums sums_of_gate_up(int64_t e, int64_t half, int64_t f, const Width<Tile>& width) const {
+    if (in_place_) return {static_cast<float*>(x_.args.dgate_up) + ((2 * e + half) * p_.F + f) * p_.C, p_.C};
+    return {dgate_up_.data() + half * width.ld * x_.width.ld, x_.width.ld};
+  }
+  Sums sums_of_down(int64_t e, int64_t f) const {
+    if (in_place_) return {static_cast<float*>(x_.args.ddown) + e * p_.C * p_.F + f, p_.F};
+    return {ddown_.data(), columns_.ld};
+  }
+
   void write_gradients(int64_t e, int64_t f, int64_t features, const Width<Tile>& width, bool any) const {
     for (int64_t half = 0; half < 2; half++) {
       for (int64_t i = 0; i < features; i++) {
@@ -212,6 +233,7 @@ class FeatureSlice {
   const MoeProblem& p_;
   const Width<Tile> columns_;
   const int64_t chunk_;
+  const bool in_place_;
   Buffer<Tile> rows_, down_;
   Buffer<float> d_;
   Buffer<Tile> da_, db_, u_;
@@ -227,10 +249,9 @@ class ColumnSlice {
         p_(context.plan.p),
         columns_(SLICE),
         rows_(x_.stride_dhidden * columns_.ld),
-        gate_up_(is_bfloat16<Tile> ? x_.stride_dhidden * columns_.ld : 0),
-        dx_(ROWS * columns_.ld) {}
+        gate_up_(is_bfloat16<Tile> ? x_.stride_dhidden * columns_.ld : 0) {}
   ~ColumnSlice() { x_.multiply.release(); }
-  bool ready() const { return rows_.data() && gate_up_.data() && dx_.data(); }
+  bool ready() const { return rows_.data() && gate_up_.data(); }
 
   void operator()(int64_t task) const {
     const int64_t slices = (p_.C + SLICE - 1) / SLICE, e = x_.group.e0 + task / slices, c = task % slices * SLICE, n = x_.plan.rows(e);
@@ -241,13 +262,11 @@ class ColumnSlice {
       gather_rows(x_.plan.template gate_up<T>(e, i * p_.F) + c, p_.stride_gate_up_row, p_.F, half, width,
                   rows_.data() + i * half * width.ld);
     const Tile* gate_up = right_factor(rows_.data(), 2 * half, width, gate_up_.data());
+    const int64_t ld = x_.width_dx();
     for (int64_t i0 = 0; i0 < n; i0 += ROWS) {
-      const int64_t rows = smaller(ROWS, n - i0);
-      const Tile* dhidden = x_.dhidden.data() + (x_.begin(e) + i0) * x_.stride_dhidden;
-      x_.multiply(round_up(rows, STEP), width.used, x_.stride_dhidden, dhidden, x_.stride_dhidden, gate_up, width.ld, dx_.data(), width.ld,
-                  false);
-      for (int64_t r = 0; r < rows; r++)
-        __builtin_memcpy(x_.dx.data() + x_.plan.pair(e, i0 + r) * p_.C + c, dx_.data() + r * width.ld, width.C * sizeof(float));
+      const int64_t row = x_.begin(e) + i0;
+      x_.multiply(round_up(smaller(ROWS, n - i0), STEP), width.used, x_.stride_dhidden, x_.dhidden.data() + row * x_.stride_dhidden,
+                  x_.stride_dhidden, gate_up, width.ld, x_.dx + row * ld + c, ld, false);
     }
   }
 
@@ -256,26 +275,47 @@ class ColumnSlice {
   const MoeProblem& p_;
   const Width<Tile> columns_;
   Buffer<Tile> rows_, gate_up_;
-  Buffer<float> dx_;
 };
+
+// sums (N, C) of the tokens, plus what the experts of a group give, in the order of each token's choices.
+template <class Tile>
+void add_dx(const BackwardContext<Tile>& context, float* sums) {
+  const MoeProblem& p = context.plan.p;
+  const int64_t rows = context.rows, first = context.plan.padded_begin(context.group.e0), ld = context.width_dx();
+  parallel_for(p.N, GRAIN / (p.K * p.C) + 1, [&](int64_t n) {
+    for (int64_t i = n * p.K; i < (n + 1) * p.K; i++) {
+      const int64_t r = context.plan.padded_row(i) - first;
+      if (r < 0 || r >= rows) continue;
+      for_columns<float>(0, p.C, [&](int64_t c, auto count, int) {
+        float* sum = sums + n * p.C + c;
+        store(sum, load(sum, count) + load(context.dx + r * ld + c, count), count);
+      });
+    }
+  });
+}
 
 template <class T, class Tile>
 Error backward(const MoeBackward& args, const Plan& plan) {
   const MoeProblem& p = args.problem;
   const int64_t slices = (p.F + SLICE - 1) / SLICE, columns = (p.C + SLICE - 1) / SLICE, pairs = p.N * p.K;
-  const Buffer<float> dx(pairs * p.C), dweights(slices * pairs);
-  if (!dx.data() || !dweights.data()) return OUT_OF_MEMORY;
+  constexpr bool in_place = sizeof(T) == sizeof(float);
+  const Buffer<float> dweights(slices * pairs), other(in_place ? 0 : p.N * p.C);
+  float* dx = in_place ? static_cast<float*>(args.dx) : other.data();
+  if (!dx || !dweights.data()) return OUT_OF_MEMORY;
+  __builtin_memset(dx, 0, p.N * p.C * sizeof(float));
   for (int64_t e = 0; e < p.E;) {
     const Group group = Group::from(plan, e, BackwardContext<Tile>::bytes_of_row(p));
-    const BackwardContext<Tile> context(args, plan, group, dx, dweights);
+    const BackwardContext<Tile> context(args, plan, group, dweights);
     if (!context.ready()) return OUT_OF_MEMORY;
     const int64_t experts = group.e1 - group.e0;
     if (const Error error = run_tasks<SortTokens<T, Tile>>(context.blocks.size(), context)) return error;
     if (const Error error = run_tasks<FeatureSlice<T, Tile>>(experts * slices, context)) return error;
     if (const Error error = run_tasks<ColumnSlice<T, Tile>>(experts * columns, context)) return error;
+    add_dx(context, dx);
     e = group.e1;
   }
-  combine<T>(p, dx.data(), nullptr, args.dx);
+  if (!in_place)
+    for_columns<float>(0, p.N * p.C, [&](int64_t i, auto count, int) { store(static_cast<T*>(args.dx) + i, load(dx + i, count), count); });
   for (int64_t i = 0; i < pairs; i++) {
     args.dweights[i] = 0;
     for (int64_t s = 0; s < slices; s++) args.dweights[i] += dweights[s * pairs + i];

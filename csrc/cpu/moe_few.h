@@ -168,7 +168,7 @@ Error forward_of_few(const MoeForward& args, const Plan& plan) {
   if (!context.ready()) return OUT_OF_MEMORY;
   if (const Error error = run_tasks<FewFeatures<T>>(context.features.size(), context)) return error;
   if (const Error error = run_tasks<FewColumns<T>>(context.columns.size(), context)) return error;
-  combine<T>(args.problem, context.z.data(), args.problem.weights, args.y);
+  combine<T>(args.problem, context.z.data(), args.y);
   return nullptr;
 }
 

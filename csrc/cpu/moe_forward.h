@@ -116,7 +116,7 @@ Error forward(const MoeForward& args, const Plan& plan) {
   const ForwardContext<Tile> context(args, plan);
   if (!context.ready()) return OUT_OF_MEMORY;
   if (const Error error = run_tasks<ForwardBlock<T, Tile>>(context.blocks.size(), context)) return error;
-  combine<T>(args.problem, context.z.data(), args.problem.weights, args.y);
+  combine<T>(args.problem, context.z.data(), args.y);
   return nullptr;
 }
 

@@ -19,7 +19,7 @@ class Plan {
  public:
   const MoeProblem& p;
 
-  explicit Plan(const MoeProblem& problem) : p(problem), begin_(p.E + 1), padded_(p.E + 1), next_(p.E), pairs_(p.N * p.K) {
+  explicit Plan(const MoeProblem& problem) : p(problem), begin_(p.E + 1), padded_(p.E + 1), next_(p.E), pairs_(p.N * p.K), padded_rows_(p.N * p.K) {
     if (!ready()) return;
     __builtin_memset(next_.data(), 0, p.E * sizeof(int64_t));
     for (int64_t i = 0; i < p.N * p.K; i++) next_[p.experts[i]]++;
@@ -30,9 +30,13 @@ class Plan {
       active_ += next_[e] > 0;
       next_[e] = begin_[e];
     }
-    for (int64_t i = 0; i < p.N * p.K; i++) pairs_[next_[p.experts[i]]++] = i;
+    for (int64_t i = 0; i < p.N * p.K; i++) {
+      const int64_t e = p.experts[i], row = next_[e]++;
+      pairs_[row] = i;
+      padded_rows_[i] = padded_[e] + row - begin_[e];
+    }
   }
-  bool ready() const { return begin_.data() && padded_.data() && next_.data() && pairs_.data(); }
+  bool ready() const { return begin_.data() && padded_.data() && next_.data() && pairs_.data() && padded_rows_.data(); }
 
   int64_t rows(int64_t e) const { return begin_[e + 1] - begin_[e]; }
   int64_t padded_rows(int64_t e) const { return padded_[e + 1] - padded_[e]; }
@@ -41,6 +45,8 @@ class Plan {
   int64_t active_experts() const { return active_; }
   // Row i of an expert.
   int64_t pair(int64_t e, int64_t i) const { return pairs_[begin_[e] + i]; }
+  // Where a pair lies among the padded rows.
+  int64_t padded_row(int64_t pair) const { return padded_rows_[pair]; }
   int64_t token(int64_t e, int64_t i) const { return pair(e, i) / p.K; }
 
   template <class T>
@@ -53,7 +59,7 @@ class Plan {
   }
 
  private:
-  Buffer<int64_t> begin_, padded_, next_, pairs_;
+  Buffer<int64_t> begin_, padded_, next_, pairs_, padded_rows_;
   int64_t active_ = 0;
 };
 
@@ -109,16 +115,15 @@ struct Silu {
   Silu(Vec<float> a, const Sigmoid<T>& sigma) : value(a * sigma.value), slope(sigma.value + a * sigma.e * sigma.r * sigma.r) {}
 };
 
-// y[n] = sum over a token's K pairs of w[pair] z[pair], or of z[pair] where there is no w.
+// y[n] = sum over a token's K pairs of w[pair] z[pair].
 template <class T>
-void combine(const MoeProblem& p, const float* z, const float* w, void* y) {
+void combine(const MoeProblem& p, const float* z, void* y) {
   parallel_for(p.N, GRAIN / (p.K * p.C) + 1, [&](int64_t n) {
     T* row = static_cast<T*>(y) + n * p.C;
     for_columns<float>(0, p.C, [&](int64_t c, auto count, int) {
       Vec<float> total{};
       for (int64_t i = n * p.K; i < (n + 1) * p.K; i++) {
-        const Vec<float> part = load(z + i * p.C + c, count);
-        total += w ? part * w[i] : part;
+        total += load(z + i * p.C + c, count) * p.weights[i];
       }
       store(row + c, total, count);
     });
