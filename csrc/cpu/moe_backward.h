@@ -163,8 +163,7 @@ class FeatureSlice {
   // For n rows from row j of a chunk: d, and all that follows from it.
   void differentiate(int64_t e, int64_t f, int64_t i0, int64_t j, int64_t n, const Width<Tile>& width, const Tile* down) const {
     const int64_t padded = round_up(n, STEP), at = x_.begin(e) + i0 + j;
-    x_.multiply(padded, width.used, x_.width.used, x_.dy + at * x_.width.ld, x_.width.ld, down, width.ld, d_.data(), width.ld,
-                false);
+    x_.multiply(padded, width.used, x_.width.used, x_.dy + at * x_.width.ld, x_.width.ld, down, width.ld, d_.data(), width.ld, false);
     Tile* wu_right = wu_.data() + j * width.ld;
     Tile* wu_rows = is_bfloat16<Tile> ? u_.data() : wu_right;
     for (int64_t r = 0; r < padded; r++) {

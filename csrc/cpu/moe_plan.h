@@ -19,7 +19,8 @@ class Plan {
  public:
   const MoeProblem& p;
 
-  explicit Plan(const MoeProblem& problem) : p(problem), begin_(p.E + 1), padded_(p.E + 1), next_(p.E), pairs_(p.N * p.K), padded_rows_(p.N * p.K) {
+  explicit Plan(const MoeProblem& problem)
+      : p(problem), begin_(p.E + 1), padded_(p.E + 1), next_(p.E), pairs_(p.N * p.K), padded_rows_(p.N * p.K) {
     if (!ready()) return;
     __builtin_memset(next_.data(), 0, p.E * sizeof(int64_t));
     for (int64_t i = 0; i < p.N * p.K; i++) next_[p.experts[i]]++;
