@@ -85,7 +85,7 @@ struct Statistics {
   void add(const T* z, int64_t n, int64_t first, bool smoothed) {
     Vec<A> tops[4];
     for (Vec<A>& v : tops) v = Vec<A>{} - A(INFINITE);
-    for_columns<A>(0, n, [&](int64_t v, auto count, int i) { tops[i] = at_least(tops[i], load_or(z + v, count, -A(INFINITE))); });
+    for_columns<A, 4>(0, n, [&](int64_t v, auto count, int i) { tops[i] = at_least(tops[i], load_or(z + v, count, -A(INFINITE))); });
     for (int i = 1; i < 4; i++) tops[0] = at_least(tops[0], tops[i]);
     const A most = largest(tops[0]);
     if (most > top) {

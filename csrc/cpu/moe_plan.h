@@ -110,10 +110,10 @@ template <class T>
 struct Silu {
   Vec<float> value, slope;
 
-  explicit Silu(Vec<float> a) : Silu(a, Sigmoid<T>(a)) {}
+  ALWAYS explicit Silu(Vec<float> a) : Silu(a, Sigmoid<T>(a)) {}
 
  private:
-  Silu(Vec<float> a, const Sigmoid<T>& sigma) : value(a * sigma.value), slope(sigma.value + a * sigma.e * sigma.r * sigma.r) {}
+  ALWAYS Silu(Vec<float> a, const Sigmoid<T>& sigma) : value(a * sigma.value), slope(sigma.value + a * sigma.e * sigma.r * sigma.r) {}
 };
 
 // y[n] = sum over a token's K pairs of w[pair] z[pair].

@@ -137,8 +137,8 @@ inline void store(T* p, Vec<Wide<T>> v, int64_t n) {
   store_first(p, v, n);
 }
 
-// The columns begin..end-1 in steps of one register: body(c, n, i), where n is All or the length of the tail, and i = 0..3
-// counts round, so that four sums can run side by side.
+// The columns begin..end-1 in steps of one register: body(c, n, i), where n is All or the length of the tail, and i = 0..SIDES - 1
+// counts round, so that several sums can run side by side.
 struct All {};
 template <class T>
 inline Vec<Wide<T>> load(const T* p, All) {
@@ -148,15 +148,14 @@ template <class T>
 inline void store(T* p, Vec<Wide<T>> v, All) {
   store(p, v);
 }
-template <class T, class Body>
+template <class T, int SIDES = 1, class Body>
 inline __attribute__((always_inline)) void for_columns(int64_t begin, int64_t end, const Body& body) {
   constexpr int64_t size = VecOf<T>::size;
   int64_t c = begin;
-  for (; c + 4 * size <= end; c += 4 * size) {
-    body(c, All{}, 0);
-    body(c + size, All{}, 1);
-    body(c + 2 * size, All{}, 2);
-    body(c + 3 * size, All{}, 3);
+  if constexpr (SIDES > 1) {
+    for (; c + SIDES * size <= end; c += SIDES * size)
+#pragma GCC unroll 4
+      for (int i = 0; i < SIDES; i++) body(c + i * size, All{}, i);
   }
   for (; c + size <= end; c += size) body(c, All{}, 0);
   if (c < end) body(c, end - c, 0);
@@ -330,7 +329,7 @@ inline __attribute__((always_inline)) T sum_columns(int64_t C, const Term& term)
   T total = 0;
   for (int64_t begin = 0; begin < C; begin += block) {
     Vec<T> sums[4] = {};
-    for_columns<T>(begin, C - begin < block ? C : begin + block, [&](int64_t c, auto n, int i) { sums[i] += term(c, n); });
+    for_columns<T, 4>(begin, C - begin < block ? C : begin + block, [&](int64_t c, auto n, int i) { sums[i] += term(c, n); });
     total += sum<T>((sums[0] + sums[1]) + (sums[2] + sums[3]));
   }
   return total;
@@ -349,10 +348,16 @@ inline Vec<float> at_least(Vec<float> v, Vec<float> bound) {
 inline Vec<float> at_least(Vec<float> v, float bound) { return at_least(v, Vec<float>{} + bound); }
 inline Vec<double> at_least(Vec<double> v, Vec<double> bound) { return v < bound ? bound : v; }
 inline Vec<double> at_least(Vec<double> v, double bound) { return at_least(v, Vec<double>{} + bound); }
-template <class V, class A>
-inline V at_most(V v, A bound) {
-  return -at_least(-v, -bound);
+inline Vec<float> at_most(Vec<float> v, float bound) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec<float>>(_mm512_min_ps(_mm512_set1_ps(bound), reinterpret_cast<__m512>(v)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vec<float>>(_mm256_min_ps(_mm256_set1_ps(bound), reinterpret_cast<__m256>(v)));
+#else
+  return v > bound ? Vec<float>{} + bound : v;
+#endif
 }
+inline Vec<double> at_most(Vec<double> v, double bound) { return v > bound ? Vec<double>{} + bound : v; }
 
 }  // namespace FASTPRIMER_ISA
 }  // namespace fastprimer

@@ -63,7 +63,7 @@ Error forward(const SwiGluForward& args) {
     const T* up = row_of<const T>(args.up, row, args.stride_up_row);
     T* y = row_of<T>(args.y, row, args.F);
     with_stores(past, [&](auto put) {
-      for_columns<A>(begin, end, [&](int64_t c, auto n, int) {
+      for_columns<A>(begin, end, [&](int64_t c, auto n, int) __attribute__((always_inline)) {
         const Vec<A> a = parameters.clamped_gate(load(gate + c, n)), b = parameters.clamped_up(load(up + c, n));
         const Sigmoid<T> sigma(parameters.exponent(a));
         put(y + c, Flushable<T>{a * sigma.value * parameters.factor(b)}, n);
@@ -89,7 +89,7 @@ Error backward(const SwiGluBackward& args) {
     T* dgate = row_of<T>(args.dgate, row, args.stride_dgate_row);
     T* dup = row_of<T>(args.dup, row, args.stride_dup_row);
     with_stores(past, [&](auto put) {
-      for_columns<A>(begin, end, [&](int64_t c, auto n, int) {
+      for_columns<A>(begin, end, [&](int64_t c, auto n, int) __attribute__((always_inline)) {
         const Vec<A> dy_c = load(dy + c, n), gate_c = load(gate + c, n), up_c = load(up + c, n);
         const Vec<A> a = parameters.clamped_gate(gate_c), b = parameters.clamped_up(up_c);
         const Sigmoid<T> sigma(parameters.exponent(a));
