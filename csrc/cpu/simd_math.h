@@ -61,10 +61,11 @@ ALWAYS Vec<float> exp2_of(Vec<float> x) {
   const Vec<float> shifted = x + magic;
   const Vec<float> f = x - (shifted - magic);
 #endif
-  Vec<float> p = Vec<float>{} + coefficients[DEGREE - 3][DEGREE - 1];
-#pragma GCC unroll 6
-  for (int i = DEGREE - 2; i >= 0; i--) p = p * f + coefficients[DEGREE - 3][i];
-  p = p * f + 1.0f;
+  const auto& a = coefficients[DEGREE - 3];
+  const Vec<float> square = f * f;
+  Vec<float> p = DEGREE == 3 ? Vec<float>{} + a[2] : f * a[3] + a[2];  // by pairs of terms, as in exp_of_negative
+  if (DEGREE > 4) p += square * (DEGREE == 5 ? Vec<float>{} + a[4] : f * a[5] + a[4]);
+  p = f * (square * p + (f * a[1] + a[0])) + 1.0f;
 #if defined(__AVX512F__)
   return reinterpret_cast<Vec<float>>(_mm512_scalef_ps(reinterpret_cast<__m512>(p), n));  // of -infinity: f is NaN, and the result 0
 #else
