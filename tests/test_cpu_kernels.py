@@ -57,7 +57,7 @@ PLANTED = {
         "dropped offset": ("swiglu.cpp", "PLAIN ? b : b + offset", "b"),
         "the cubic term forgotten": ("swiglu.cpp", "return a * (alpha + beta * square);", "return a * alpha;"),
         "pieces of a row overlap": ("swiglu.cpp", "begin = i % pieces * BLOCK;", "begin = i % pieces * (BLOCK - 1);"),
-        "a term of the exponential": ("simd_math.h", "p = p * r + (1 / 6.0f);", "p = p * r + (1 / 6.1f);"),
+        "a term of the exponential": ("simd_math.h", "r * 0.16666521f + 0.49999993f", "r * 0.16666521f + 0.499f"),
     },
     "attention": {
         "a key too many": ("attention_plan.h", "smaller(diagonal + right + 1, T)", "smaller(diagonal + right + 2, T)"),
@@ -168,7 +168,7 @@ PLANTED = {
             "for (int64_t s = 0; s < slices; s++)",
             "for (int64_t s = 1; s < slices; s++)",
         ),
-        "an empty expert's gradient not cleared": ("moe_backward.h", "any ? load(sums + c, count) : Vec<float>{}", "load(sums + c, count)"),
+        "an empty expert's gradient not cleared": ("moe_backward.h", "return clear_gradients(e, f, features);", "return;"),
         "rows behind an expert's last not cleared": (
             "moe_backward.h",
             "const int64_t written = r < n ? width.C : 0;",
@@ -177,7 +177,7 @@ PLANTED = {
         "a group's last rows of dx left out": (
             "moe_backward.h",
             "if (r < 0 || r >= rows) continue;",
-            "if (r < 0 || r >= rows - STEP) continue;",
+            "if (r < 0 || r >= rows - TRANSPOSED) continue;",
         ),
         "gradients in place where they do not fill it": ("moe_backward.h", "p_.C % STEP == 0 && p_.F % STEP == 0", "p_.C % STEP == 0"),
         "dx from gate alone": ("moe_backward.h", "gate_up<T>(e, i * p_.F)", "gate_up<T>(e, 0)"),

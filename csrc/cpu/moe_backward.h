@@ -89,7 +89,7 @@ class SortTokens {
   void operator()(int64_t task) const {
     const auto [place, i] = x_.blocks[task];
     const Plan& plan = x_.plan;
-    const int64_t e = x_.group.e0 + place, i0 = i * ROWS, n = smaller(ROWS, plan.rows(e) - i0), padded = round_up(n, STEP),
+    const int64_t e = x_.group.e0 + place, i0 = i * ROWS, n = smaller(ROWS, plan.rows(e) - i0), padded = round_up(n, TOKEN_STEP<Tile>),
                   begin = x_.begin(e);
     Tile* dy = x_.dy + (begin + i0) * x_.width.ld;
     gather_tokens<T>(x_.args.dy, x_.args.stride_dy_row, plan, e, i0, n, padded, x_.width, dy);
@@ -112,7 +112,7 @@ class FeatureSlice {
       : x_(context),
         p_(context.plan.p),
         columns_(SLICE),
-        chunk_(smaller(CHUNK, larger(context.rows, STEP))),
+        chunk_(smaller(CHUNK, larger(context.rows, TOKEN_STEP<Tile>))),
         in_place_(sizeof(T) == sizeof(float) && p_.C % STEP == 0 && p_.F % STEP == 0),
         rows_(round_up(p_.C, STEP) * columns_.ld),
         down_(is_bfloat16<Tile> ? round_up(p_.C, STEP) * columns_.ld : 0),
@@ -133,10 +133,11 @@ class FeatureSlice {
   void operator()(int64_t task) const {
     const int64_t e = x_.group.e0 + task / x_.slices, f = task % x_.slices * SLICE, features = smaller(SLICE, p_.F - f),
                   n = x_.plan.rows(e);
+    if (n == 0) return clear_gradients(e, f, features);
     const Width<Tile> width(features);
-    const Tile* down = n > 0 ? pack_down(e, f, width) : nullptr;
+    const Tile* down = pack_down(e, f, width);
     for (int64_t i0 = 0; i0 < n; i0 += CHUNK) {
-      const int64_t rows = smaller(CHUNK, n - i0), padded = round_up(rows, STEP);
+      const int64_t rows = smaller(CHUNK, n - i0), padded = round_up(rows, TOKEN_STEP<Tile>);
       for (int64_t j = 0; j < rows; j += ROWS) differentiate(e, f, i0, j, smaller(ROWS, rows - j), width, down);
       const int64_t begin = x_.begin(e);
       const Tile* x = x_.x.data() + (begin + i0) * x_.width.ld;
@@ -149,7 +150,7 @@ class FeatureSlice {
       const Sums sums = sums_of_down(e, f);
       x_.multiply(round_up(p_.C, STEP), width.used, padded, dy, x_.plan.padded_rows(e), wu_.data(), width.ld, sums.data, sums.ld, i0 > 0);
     }
-    if (!in_place_ || n == 0) write_gradients(e, f, features, width, n > 0);
+    if (!in_place_) write_gradients(e, f, features, width);
   }
 
  private:
@@ -162,7 +163,7 @@ class FeatureSlice {
 
   // For n rows from row j of a chunk: d, and all that follows from it.
   void differentiate(int64_t e, int64_t f, int64_t i0, int64_t j, int64_t n, const Width<Tile>& width, const Tile* down) const {
-    const int64_t padded = round_up(n, STEP), at = x_.begin(e) + i0 + j;
+    const int64_t padded = round_up(n, TOKEN_STEP<Tile>), at = x_.begin(e) + i0 + j;
     x_.multiply(padded, width.used, x_.width.used, x_.dy + at * x_.width.ld, x_.width.ld, down, width.ld, d_.data(), width.ld, false);
     Tile* wu_right = wu_.data() + j * width.ld;
     Tile* wu_rows = is_bfloat16<Tile> ? u_.data() : wu_right;
@@ -205,28 +206,35 @@ class FeatureSlice {
     int64_t ld;
   };
   Sums sums_of_gate_up(int64_t e, int64_t half, int64_t f, const Width<Tile>& width) const {
-    if (in_place_) return {static_cast<float*>(x_.args.dgate_up) + ((2 * e + half) * p_.F + f) * p_.C, p_.C};
+    if constexpr (sizeof(T) == sizeof(float))
+      if (in_place_) return {dgate_up(e, half, f), p_.C};
     return {dgate_up_.data() + half * width.ld * x_.width.ld, x_.width.ld};
   }
   Sums sums_of_down(int64_t e, int64_t f) const {
-    if (in_place_) return {static_cast<float*>(x_.args.ddown) + e * p_.C * p_.F + f, p_.F};
+    if constexpr (sizeof(T) == sizeof(float))
+      if (in_place_) return {ddown(e, 0) + f, p_.F};
     return {ddown_.data(), columns_.ld};
   }
 
-  void write_gradients(int64_t e, int64_t f, int64_t features, const Width<Tile>& width, bool any) const {
-    for (int64_t half = 0; half < 2; half++) {
-      for (int64_t i = 0; i < features; i++) {
-        T* row = static_cast<T*>(x_.args.dgate_up) + ((2 * e + half) * p_.F + f + i) * p_.C;
-        write_row(row, dgate_up_.data() + (half * width.ld + i) * x_.width.ld, p_.C, any);
-      }
-    }
-    for (int64_t c = 0; c < p_.C; c++)
-      write_row(static_cast<T*>(x_.args.ddown) + (e * p_.C + c) * p_.F + f, ddown_.data() + c * columns_.ld, features, any);
+  void write_gradients(int64_t e, int64_t f, int64_t features, const Width<Tile>& width) const {
+    for (int64_t half = 0; half < 2; half++)
+      for (int64_t i = 0; i < features; i++)
+        write_row(dgate_up(e, half, f + i), dgate_up_.data() + (half * width.ld + i) * x_.width.ld, p_.C);
+    for (int64_t c = 0; c < p_.C; c++) write_row(ddown(e, c) + f, ddown_.data() + c * columns_.ld, features);
   }
 
-  static void write_row(T* row, const float* sums, int64_t n, bool any) {
-    for_columns<float>(0, n, [&](int64_t c, auto count, int) { store(row + c, any ? load(sums + c, count) : Vec<float>{}, count); });
+  static void write_row(T* row, const float* sums, int64_t n) {
+    for_columns<float>(0, n, [&](int64_t c, auto count, int) { store(row + c, load(sums + c, count), count); });
   }
+
+  // Of an expert without tokens: this task's part, of ddown as much as these features are of all, but in one piece.
+  void clear_gradients(int64_t e, int64_t f, int64_t features) const {
+    for (int64_t half = 0; half < 2; half++) __builtin_memset(dgate_up(e, half, f), 0, features * p_.C * sizeof(T));
+    __builtin_memset(ddown(e, 0) + f * p_.C, 0, features * p_.C * sizeof(T));
+  }
+
+  T* dgate_up(int64_t e, int64_t half, int64_t f) const { return static_cast<T*>(x_.args.dgate_up) + ((2 * e + half) * p_.F + f) * p_.C; }
+  T* ddown(int64_t e, int64_t c) const { return static_cast<T*>(x_.args.ddown) + (e * p_.C + c) * p_.F; }
 
   const BackwardContext<Tile>& x_;
   const MoeProblem& p_;
@@ -264,8 +272,8 @@ class ColumnSlice {
     const int64_t ld = x_.width_dx();
     for (int64_t i0 = 0; i0 < n; i0 += ROWS) {
       const int64_t row = x_.begin(e) + i0;
-      x_.multiply(round_up(smaller(ROWS, n - i0), STEP), width.used, x_.stride_dhidden, x_.dhidden.data() + row * x_.stride_dhidden,
-                  x_.stride_dhidden, gate_up, width.ld, x_.dx + row * ld + c, ld, false);
+      x_.multiply(round_up(smaller(ROWS, n - i0), TOKEN_STEP<Tile>), width.used, x_.stride_dhidden,
+                  x_.dhidden.data() + row * x_.stride_dhidden, x_.stride_dhidden, gate_up, width.ld, x_.dx + row * ld + c, ld, false);
     }
   }
 

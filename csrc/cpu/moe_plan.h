@@ -11,15 +11,19 @@ namespace fastprimer {
 inline namespace FASTPRIMER_ISA {
 namespace moe_pass {
 
-constexpr int64_t STEP = 16;  // Sizes of products are multiples of it.
+constexpr int64_t STEP = 16;  // Sizes of products are multiples of it,
+
+// but for the numbers of tokens in the backward pass: those are multiples of this.
+template <class Tile>
+constexpr int64_t TOKEN_STEP = is_bfloat16<Tile> ? STEP : TRANSPOSED;
 
 // Pairs sorted by expert, in the order of tokens within each: a histogram, its running sum, and a stable scatter. In scratch memory
-// every expert's rows begin at a multiple of STEP, and zeros follow them up to the next.
+// every expert's rows begin at a multiple of `step`, and zeros follow them up to the next.
 class Plan {
  public:
   const MoeProblem& p;
 
-  explicit Plan(const MoeProblem& problem)
+  Plan(const MoeProblem& problem, int64_t step)
       : p(problem), begin_(p.E + 1), padded_(p.E + 1), next_(p.E), pairs_(p.N * p.K), padded_rows_(p.N * p.K) {
     if (!ready()) return;
     __builtin_memset(next_.data(), 0, p.E * sizeof(int64_t));
@@ -27,7 +31,7 @@ class Plan {
     begin_[0] = padded_[0] = 0;
     for (int64_t e = 0; e < p.E; e++) {
       begin_[e + 1] = begin_[e] + next_[e];
-      padded_[e + 1] = padded_[e] + round_up(next_[e], STEP);
+      padded_[e + 1] = padded_[e] + round_up(next_[e], step);
       active_ += next_[e] > 0;
       next_[e] = begin_[e];
     }
