@@ -70,7 +70,7 @@ def extra_resident_bytes(call: Callable[[], object]) -> int | None:
 
 @contextlib.contextmanager
 def _own_mappings(libc: ctypes.CDLL, size: int) -> Iterator[None]:
-    """Within the block malloc maps every block of `size` bytes and more by itself; afterwards it does as before."""
+    """Within the block malloc maps each block from `size` bytes on by itself; afterwards it does as after large tensors."""
     libc.mallopt(M_MMAP_MAX, 1 << 30)
     libc.mallopt(M_MMAP_THRESHOLD, size)
     try:

@@ -24,7 +24,7 @@ inline Vec<Wide<T>> load_or(const T* p, int64_t n, Wide<T> other) {
 // e^x for x <= 0, as good as T needs it: in base 2, with nine multiplications where exp_of_negative has twelve. An exponential is most of
 // what a pass over logits computes.
 template <class T>
-inline __attribute__((always_inline)) Vec<float> exponential(Vec<float> x) {
+ALWAYS_INLINE Vec<float> exponential(Vec<float> x) {
   return exp2_of<sizeof(T) == 4 ? 6 : is_bfloat16<T> ? 3 : 4>(x * 1.44269504f);
 }
 template <class T>

@@ -321,8 +321,12 @@ Error backward(const MoeBackward& args, const Plan& plan) {
     add_dx(context, dx);
     e = group.e1;
   }
-  if (!in_place)
-    for_columns<float>(0, p.N * p.C, [&](int64_t i, auto count, int) { store(static_cast<T*>(args.dx) + i, load(dx + i, count), count); });
+  if (!in_place) {
+    parallel_for(p.N, GRAIN / p.C + 1, [&](int64_t n) {
+      T* row = static_cast<T*>(args.dx) + n * p.C;
+      for_columns<float>(0, p.C, [&](int64_t c, auto count, int) { store(row + c, load(dx + n * p.C + c, count), count); });
+    });
+  }
   for (int64_t i = 0; i < pairs; i++) {
     args.dweights[i] = 0;
     for (int64_t s = 0; s < slices; s++) args.dweights[i] += dweights[s * pairs + i];

@@ -114,10 +114,11 @@ template <class T>
 struct Silu {
   Vec<float> value, slope;
 
-  ALWAYS explicit Silu(Vec<float> a) : Silu(a, Sigmoid<T>(a)) {}
+  ALWAYS_INLINE explicit Silu(Vec<float> a) : Silu(a, Sigmoid<T>(a)) {}
 
  private:
-  ALWAYS Silu(Vec<float> a, const Sigmoid<T>& sigma) : value(a * sigma.value), slope(sigma.value + a * sigma.e * sigma.r * sigma.r) {}
+  ALWAYS_INLINE Silu(Vec<float> a, const Sigmoid<T>& sigma)
+      : value(a * sigma.value), slope(sigma.value + a * sigma.e * sigma.r * sigma.r) {}
 };
 
 // y[n] = sum over a token's K pairs of w[pair] z[pair].

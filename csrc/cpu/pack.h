@@ -122,7 +122,7 @@ inline void transpose_right(const Tile* tile, int64_t n, const Width<Tile>& widt
     for (int64_t r = 0; r < n; r += TRANSPOSED) transpose_step(words(tile) + r * stride + w, stride, words(transposed) + w * ld + r, ld);
 }
 
-// The transpose of n rows, a multiple of 16, as the left factor of a product: (width, ld).
+// The transpose of n rows, a multiple of 16 or, of float32, of TRANSPOSED, as the left factor of a product: (width, ld).
 inline void transpose_left(const float* tile, int64_t n, const Width<float>& width, float* transposed, int64_t ld) {
   transpose_right(tile, n, width, transposed, ld);
 }

@@ -10,6 +10,9 @@
 namespace fastprimer {
 inline namespace FASTPRIMER_ISA {
 
+// For functions of registers, which a call would pass through memory, and for loops over their bodies.
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
 #if defined(__AVX512F__)
 constexpr int REGISTER_BYTES = 64;
 #elif defined(__AVX2__)
@@ -149,7 +152,7 @@ inline void store(T* p, Vec<Wide<T>> v, All) {
   store(p, v);
 }
 template <class T, int SIDES = 1, class Body>
-inline __attribute__((always_inline)) void for_columns(int64_t begin, int64_t end, const Body& body) {
+ALWAYS_INLINE void for_columns(int64_t begin, int64_t end, const Body& body) {
   constexpr int64_t size = VecOf<T>::size;
   int64_t c = begin;
   if constexpr (SIDES > 1) {
@@ -217,7 +220,7 @@ struct PastCache {
 };
 
 template <class Body>
-inline __attribute__((always_inline)) void with_stores(bool past_cache, const Body& body) {
+ALWAYS_INLINE void with_stores(bool past_cache, const Body& body) {
   if (past_cache)
     body(PastCache{});
   else
@@ -265,7 +268,7 @@ inline Vec<double> rounded<double>(Vec<double> v) {
 
 // Lane i: what lane i ^ n holds.
 template <class V>
-inline __attribute__((always_inline)) V exchanged(V v, int n) {
+ALWAYS_INLINE V exchanged(V v, int n) {
   V other;
   constexpr int size = sizeof(v) / sizeof(v[0]);
   for (int i = 0; i < size; i++) other[i] = v[i ^ n];
@@ -324,7 +327,7 @@ inline Vec<float> lane_numbers() {
 // The sum over columns 0..C-1 of term(c, n), a register of terms: four running sums, flushed every block so that the
 // rounding error of a wide row grows with the square root of its blocks and not of its columns.
 template <class T, class Term>
-inline __attribute__((always_inline)) T sum_columns(int64_t C, const Term& term) {
+ALWAYS_INLINE T sum_columns(int64_t C, const Term& term) {
   constexpr int64_t block = 4096;
   T total = 0;
   for (int64_t begin = 0; begin < C; begin += block) {

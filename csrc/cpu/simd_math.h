@@ -6,20 +6,17 @@
 namespace fastprimer {
 inline namespace FASTPRIMER_ISA {
 
-// A call would pass registers through memory.
-#define ALWAYS inline __attribute__((always_inline))
+ALWAYS_INLINE Vec<float> minus_magnitude(Vec<float> v) { return reinterpret_cast<Vec<float>>(reinterpret_cast<Bits>(v) | 0x80000000u); }
+ALWAYS_INLINE Vec<double> minus_magnitude(Vec<double> v) { return v > 0 ? -v : v; }
 
-ALWAYS Vec<float> minus_magnitude(Vec<float> v) { return reinterpret_cast<Vec<float>>(reinterpret_cast<Bits>(v) | 0x80000000u); }
-ALWAYS Vec<double> minus_magnitude(Vec<double> v) { return v > 0 ? -v : v; }
-
-// e^x for x <= 0, to about one unit in the last place of float32, to 5e-6 of the value for float16 and to 1.2e-4 for bfloat16; what is
-// smaller than the smallest normal number is 0. NaN stays NaN.
+// e^x for x <= 0, to about one unit in the last place of float32; for float16 to 5e-6 of the value and for bfloat16 to 1.2e-4, to which
+// ln 2 in one part adds 2e-6 |x|. What is smaller than the smallest normal number is 0. NaN stays NaN.
 //
 // e^x = 2^n e^r with n = round(x / ln 2) and |r| <= ln(2) / 2, where e^r is a polynomial 1 + r + r^2 (c0 + c1 r + ...) of the least
 // largest relative error, evaluated by pairs of terms, because the processor waits for each sum that the next one needs. Adding
 // 1.5 * 2^23 rounds to an integer, which then stands in the low bits of the sum; adding 127 more makes it the exponent field of 2^n.
 template <class T>
-ALWAYS Vec<float> exp_of_negative(Vec<float> x) {
+ALWAYS_INLINE Vec<float> exp_of_negative(Vec<float> x) {
   constexpr float magic = 0x1.8p23f + 127;
   x = at_least(x, -88.0f);  // there n = -127, and the exponent field of 2^n is that of zero
   const Vec<float> shifted = x * 0x1.715476p0f + magic;
@@ -38,7 +35,7 @@ ALWAYS Vec<float> exp_of_negative(Vec<float> x) {
   return (p * square + (r + 1.0f)) * scale;
 }
 template <class T>
-ALWAYS Vec<double> exp_of_negative(Vec<double> x) {
+ALWAYS_INLINE Vec<double> exp_of_negative(Vec<double> x) {
   for (int i = 0; i < VecOf<double>::size; i++) x[i] = __builtin_exp(x[i]);
   return x;
 }
@@ -46,7 +43,7 @@ ALWAYS Vec<double> exp_of_negative(Vec<double> x) {
 // 2^x for x < 127: a polynomial of DEGREE in the distance to the nearest integer, at most 1/2, with 2^0 = 1 exactly. Relative errors:
 // 1.0e-4, 2.8e-6, 9e-8, 2e-9 for degrees 3 to 6, to which float32 adds its own. What is smaller than 2^-126 is 0; NaN stays NaN.
 template <int DEGREE>
-ALWAYS Vec<float> exp2_of(Vec<float> x) {
+ALWAYS_INLINE Vec<float> exp2_of(Vec<float> x) {
   static_assert(DEGREE >= 3 && DEGREE <= 6);
   constexpr float coefficients[][6] = {{0.69328290f, 0.24221097f, 0.055008929f, 0, 0, 0},
                                        {0.69312418f, 0.24024099f, 0.055906426f, 0.0095828529f, 0, 0},
@@ -74,7 +71,7 @@ ALWAYS Vec<float> exp2_of(Vec<float> x) {
 }
 
 // tanh(x) to a few units in the last place.
-ALWAYS Vec<float> tanh_of(Vec<float> x) {
+ALWAYS_INLINE Vec<float> tanh_of(Vec<float> x) {
   const Vec<float> square = x * x;
   Vec<float> p = square * -5.70498872745e-3f + 2.06390887954e-2f;  // of Cephes, for |x| <= 0.625
   p = p * square - 5.37397155531e-2f;
@@ -87,14 +84,14 @@ ALWAYS Vec<float> tanh_of(Vec<float> x) {
   return square <= 0.625f * 0.625f ? small : large;
 }
 
-ALWAYS Vec<double> tanh_of(Vec<double> x) {
+ALWAYS_INLINE Vec<double> tanh_of(Vec<double> x) {
   for (int i = 0; i < VecOf<double>::size; i++) x[i] = __builtin_tanh(x[i]);
   return x;
 }
 
 // 1 / v for 1 <= v <= 2.
 template <class T>
-ALWAYS Vec<float> reciprocal(Vec<float> v) {
+ALWAYS_INLINE Vec<float> reciprocal(Vec<float> v) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 2) {  // an estimate to 14 bits, for float16 improved by a step of Newton's method
     const Vec<float> estimate = reinterpret_cast<Vec<float>>(_mm512_rcp14_ps(reinterpret_cast<__m512>(v)));
@@ -104,7 +101,7 @@ ALWAYS Vec<float> reciprocal(Vec<float> v) {
   return 1.0f / v;
 }
 template <class T>
-ALWAYS Vec<double> reciprocal(Vec<double> v) {
+ALWAYS_INLINE Vec<double> reciprocal(Vec<double> v) {
   return 1.0 / v;
 }
 
@@ -113,7 +110,8 @@ template <class T>
 struct Sigmoid {
   Vec<Wide<T>> e, r, value;
 
-  ALWAYS explicit Sigmoid(Vec<Wide<T>> t) : e(exp_of_negative<T>(minus_magnitude(t))), r(reciprocal<T>(1 + e)), value(t > 0 ? r : e * r) {}
+  ALWAYS_INLINE explicit Sigmoid(Vec<Wide<T>> t)
+      : e(exp_of_negative<T>(minus_magnitude(t))), r(reciprocal<T>(1 + e)), value(t > 0 ? r : e * r) {}
 };
 
 }  // namespace FASTPRIMER_ISA
