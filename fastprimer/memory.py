@@ -46,13 +46,14 @@ def extra_resident_bytes(call: Callable[[], object]) -> int | None:
     The highest resident set (VmHWM of Linux, begun anew for the call) less what is resident before. Freed memory is returned to the system
     first, so that all that the call touches shows. The call runs in a new thread, whose heap has no holes yet, and every block from 64 KiB
     on is a mapping of its own, so that what is freed is gone at once: between the holes of a used heap the same call takes half as much
-    more or less. Memory of threads is counted, that of libraries loaded by the call too: call once before.
+    more or less. It runs twice there, and the second run is measured: libraries generate code and keep scratch memory for each thread.
     """
     libc = _glibc()
     if libc is None:
         return None
 
     def measured() -> int:
+        call()
         libc.malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
         before = _status("VmRSS:")

@@ -19,8 +19,11 @@ LARGE = [
     moe_case("blocks-of-64", 300, 40, 130, 2, 2, skew=0.2),
     moe_case("several-chunks", 1300, 24, 70, 2, 1, skew=0.4),
     moe_case("several-columns", 150, 150, 33, 2, 1),
+    moe_case("several-ranges", 400, 48, 1104, 2, 1, skew=1.0),
+    moe_case("several-ranges-and-ends", 400, 40, 1100, 2, 2),
+    moe_case("several-groups", 450, 60, 500, 12, 2, skew=0.05),
 ]
-"""Beyond a block of tokens, a chunk of an expert's rows, a slice of hidden features or of columns."""
+"""Beyond a block of tokens, a chunk of an expert's rows, a slice or range of hidden features, a slice of columns, a group of experts."""
 
 SMALL = [c for c in CASES if c.op == "moe" and not c.bench]
 

@@ -1,16 +1,16 @@
-// The experts' backward pass on the CPU, in four sweeps:
+// The experts' backward pass on the CPU, in three sweeps:
 //
 //   tokens     sorts x and dy by expert, as factors of the products below
 //   features   for some hidden features of an expert and all of its tokens: d = dy down, from it and hidden dweights, dhidden and w u, and
 //              with them these features' part of dgate_up = dhidden^T x and ddown = dy^T (w u)
-//   columns    for some columns of an expert's gate_up: their part of dx = dhidden gate_up
-//   add        adds these to the tokens' dx
+//   columns    for some columns of x and every expert: adds their part of dx = dhidden gate_up to the tokens' dx
 //
-// for a group of experts at a time, so that what is sorted by expert takes little memory. dweights are added up over the features at last.
+// for a group of experts at a time, and the last two for a range of the hidden features at a time where one expert has many tokens, so
+// that what is sorted by expert takes little memory. dweights are added up over the features at last.
 //
 // So every weight is packed once, every gradient of a weight written once and by one thread, and y is never needed. Compute-bound: 12 C F
 // FLOPs for each pair, 2 C F each for d and ddown, twice that for dgate_up and dx. Moved: weights, their gradients and hidden once;
-// scratch memory for sorted x and dy, for dhidden and, in float32, for dx.
+// scratch memory for sorted x and dy and for dhidden.
 #pragma once
 #include "moe_plan.h"
 
@@ -22,19 +22,25 @@ constexpr int64_t SLICE = 64;   // hidden features, or columns of gate_up, that 
 constexpr int64_t ROWS = 128;   // tokens of a product
 constexpr int64_t CHUNK = 512;  // tokens whose dhidden and w u are kept for the gradients of the weights: a multiple of ROWS
 
-// Experts e0 .. e1 - 1 pass through the sweeps together: as many as share some scratch memory, so that it stays a small part of what the
-// gradients take. A matter of shapes and of the routing alone.
+// Experts e0 .. e1 - 1 pass through the sweeps together, `features` of their F hidden ones at a time: as many as share some scratch memory,
+// so that it stays a small part of what the gradients take. A matter of shapes and of the routing alone.
 struct Group {
-  int64_t e0, e1;
+  int64_t e0, e1, features;
 
-  static constexpr int64_t LEAST_BYTES = 4 << 20, SHARE = 8;  // of scratch memory at least, or the SHARE-th part of what all would need
+  static constexpr int64_t LEAST_BYTES = 3 << 20, SHARE = 16;  // of scratch memory at least, or the SHARE-th part of what all would need
+  static constexpr int64_t LEAST_FEATURES = 512;               // that are worth a sweep: their slices occupy several threads
 
   // The group that begins with expert e0.
-  static Group from(const Plan& plan, int64_t e0, int64_t bytes_of_row) {
-    const int64_t all = plan.all_padded_rows() * bytes_of_row, room = larger(LEAST_BYTES, all / SHARE) / bytes_of_row;
+  template <class Tile>
+  static Group from(const Plan& plan, int64_t e0) {
+    const int64_t F = plan.p.F, sorted = 3 * Width<Tile>(plan.p.C).ld, of_row = sorted + 2 * Width<Tile>(F).ld;  // numbers
+    const int64_t room = larger(LEAST_BYTES / sizeof(Tile), plan.all_padded_rows() * of_row / SHARE);
+    const auto rows = [&](int64_t e1) { return plan.padded_begin(e1) - plan.padded_begin(e0); };
     int64_t e1 = e0 + 1;
-    while (e1 < plan.p.E && plan.padded_begin(e1 + 1) - plan.padded_begin(e0) <= room) e1++;
-    return {e0, e1};
+    while (e1 < plan.p.E && rows(e1 + 1) * of_row <= room) e1++;
+    if (rows(e1) * of_row <= room) return {e0, e1, F};
+    const int64_t most = larger(LEAST_FEATURES, (room / rows(e1) - sorted) / 2), ranges = (F + most - 1) / most;
+    return {e0, e1, round_up((F + ranges - 1) / ranges, SLICE)};
   }
 };
 
@@ -44,40 +50,47 @@ struct BackwardContext {
   const Plan& plan;
   const Group group;
   const Products<Tile> multiply;
-  const Width<Tile> width, width_f;
-  const int64_t slices, stride_dhidden, rows;
+  const Width<Tile> width, width_f;  // width_f: of the most hidden features of a range
+  const int64_t stride_dhidden, rows;
   const Pieces blocks;
-  const Buffer<Tile> both_dy, x;  // padded rows by expert: dy as left factors, and x as a right one
-  Tile *const dy, *const dy_transposed;
-  const Buffer<Tile> dhidden;     // padded rows by expert, a's features then b's
-  float* const dx;                // padded rows by expert: where dy was, which no column needs any more
-  const Buffer<float>& dweights;  // (slices, N, K)
+  const Buffer<Tile> dy, dy_transposed, x;  // padded rows by expert: dy as left factors, and x as a right one
+  const Buffer<Tile> dhidden;               // padded rows by expert, a's features of the range then b's
+  float* const dx;                          // (N, C): sums
+  const Buffer<float>& dweights;            // (slices of all features, N, K)
 
-  BackwardContext(const MoeBackward& a, const Plan& p, Group g, const Buffer<float>& dweights_)
+  BackwardContext(const MoeBackward& a, const Plan& p, Group g, float* dx_, const Buffer<float>& dweights_)
       : args(a),
         plan(p),
         group(g),
         multiply(library_products()),
         width(p.p.C),
-        width_f(p.p.F),
-        slices((p.p.F + SLICE - 1) / SLICE),
+        width_f(smaller(g.features, p.p.F)),
         stride_dhidden(2 * width_f.ld),
         rows(p.padded_begin(g.e1) - p.padded_begin(g.e0)),
         blocks(g.e1 - g.e0, [&](int64_t i) { return (p.rows(g.e0 + i) + ROWS - 1) / ROWS; }),
-        both_dy(2 * rows * width.ld),
+        dy(rows * width.ld),
+        dy_transposed(rows * width.ld),
         x(rows * width.ld),
-        dy(both_dy.data()),
-        dy_transposed(dy + rows * width.ld),
         dhidden(rows * stride_dhidden),
-        dx(reinterpret_cast<float*>(dy)),
+        dx(dx_),
         dweights(dweights_) {}
-  bool ready() const { return blocks.ready() && both_dy.data() && x.data() && dhidden.data(); }
-
-  static int64_t bytes_of_row(const MoeProblem& p) { return (3 * Width<Tile>(p.C).ld + 2 * Width<Tile>(p.F).ld) * sizeof(Tile); }
-  int64_t width_dx() const { return Width<float>(plan.p.C).ld; }
+  bool ready() const { return blocks.ready() && dy.data() && dy_transposed.data() && x.data() && dhidden.data(); }
 
   // Where an expert's rows begin in the scratch memory of its group.
   int64_t begin(int64_t e) const { return plan.padded_begin(e) - plan.padded_begin(group.e0); }
+};
+
+// A range of the hidden features, of all experts of a group.
+template <class Tile>
+struct Features {
+  const BackwardContext<Tile>& group;
+  const int64_t begin, end, slices;
+
+  Features(const BackwardContext<Tile>& context, int64_t first)
+      : group(context),
+        begin(first),
+        end(smaller(first + context.group.features, context.plan.p.F)),
+        slices((end - begin + SLICE - 1) / SLICE) {}
 };
 
 template <class T, class Tile>
@@ -91,9 +104,9 @@ class SortTokens {
     const Plan& plan = x_.plan;
     const int64_t e = x_.group.e0 + place, i0 = i * ROWS, n = smaller(ROWS, plan.rows(e) - i0), padded = round_up(n, TOKEN_STEP<Tile>),
                   begin = x_.begin(e);
-    Tile* dy = x_.dy + (begin + i0) * x_.width.ld;
+    Tile* dy = x_.dy.data() + (begin + i0) * x_.width.ld;
     gather_tokens<T>(x_.args.dy, x_.args.stride_dy_row, plan, e, i0, n, padded, x_.width, dy);
-    transpose_left(dy, padded, x_.width, x_.dy_transposed + begin * x_.width.ld + i0, plan.padded_rows(e));
+    transpose_left(dy, padded, x_.width, x_.dy_transposed.data() + begin * x_.width.ld + i0, plan.padded_rows(e));
     Tile* x = x_.x.data() + (begin + i0) * x_.width.ld;
     Tile* rows = is_bfloat16<Tile> ? tokens_.data() : x;
     gather_tokens<T>(plan.p.x, plan.p.stride_x_row, plan, e, i0, n, padded, x_.width, rows);
@@ -108,11 +121,12 @@ class SortTokens {
 template <class T, class Tile>
 class FeatureSlice {
  public:
-  explicit FeatureSlice(const BackwardContext<Tile>& context)
-      : x_(context),
-        p_(context.plan.p),
+  explicit FeatureSlice(const Features<Tile>& range)
+      : x_(range.group),
+        p_(x_.plan.p),
+        range_(range),
         columns_(SLICE),
-        chunk_(smaller(CHUNK, larger(context.rows, TOKEN_STEP<Tile>))),
+        chunk_(smaller(CHUNK, larger(x_.rows, TOKEN_STEP<Tile>))),
         in_place_(sizeof(T) == sizeof(float) && p_.C % STEP == 0 && p_.F % STEP == 0),
         rows_(round_up(p_.C, STEP) * columns_.ld),
         down_(is_bfloat16<Tile> ? round_up(p_.C, STEP) * columns_.ld : 0),
@@ -131,8 +145,8 @@ class FeatureSlice {
   }
 
   void operator()(int64_t task) const {
-    const int64_t e = x_.group.e0 + task / x_.slices, f = task % x_.slices * SLICE, features = smaller(SLICE, p_.F - f),
-                  n = x_.plan.rows(e);
+    const int64_t e = x_.group.e0 + task / range_.slices, f = range_.begin + task % range_.slices * SLICE,
+                  features = smaller(SLICE, range_.end - f), n = x_.plan.rows(e);
     if (n == 0) return clear_gradients(e, f, features);
     const Width<Tile> width(features);
     const Tile* down = pack_down(e, f, width);
@@ -141,7 +155,7 @@ class FeatureSlice {
       for (int64_t j = 0; j < rows; j += ROWS) differentiate(e, f, i0, j, smaller(ROWS, rows - j), width, down);
       const int64_t begin = x_.begin(e);
       const Tile* x = x_.x.data() + (begin + i0) * x_.width.ld;
-      const Tile* dy = x_.dy_transposed + begin * x_.width.ld + i0;
+      const Tile* dy = x_.dy_transposed.data() + begin * x_.width.ld + i0;
       for (int64_t half = 0; half < 2; half++) {
         const Sums sums = sums_of_gate_up(e, half, f, width);
         x_.multiply(width.ld, x_.width.used, padded, dhidden_transposed_.data() + half * width.ld * chunk_, chunk_, x, x_.width.ld,
@@ -164,7 +178,8 @@ class FeatureSlice {
   // For n rows from row j of a chunk: d, and all that follows from it.
   void differentiate(int64_t e, int64_t f, int64_t i0, int64_t j, int64_t n, const Width<Tile>& width, const Tile* down) const {
     const int64_t padded = round_up(n, TOKEN_STEP<Tile>), at = x_.begin(e) + i0 + j;
-    x_.multiply(padded, width.used, x_.width.used, x_.dy + at * x_.width.ld, x_.width.ld, down, width.ld, d_.data(), width.ld, false);
+    x_.multiply(padded, width.used, x_.width.used, x_.dy.data() + at * x_.width.ld, x_.width.ld, down, width.ld, d_.data(), width.ld,
+                false);
     Tile* wu_right = wu_.data() + j * width.ld;
     Tile* wu_rows = is_bfloat16<Tile> ? u_.data() : wu_right;
     for (int64_t r = 0; r < padded; r++) {
@@ -176,7 +191,7 @@ class FeatureSlice {
       const int64_t written = r < n ? width.C : 0;
       Tile* const all[] = {da, db, wu};
       for (Tile* row : all) __builtin_memset(row + written, 0, (width.ld - written) * sizeof(Tile));
-      Tile* dhidden = x_.dhidden.data() + (at + r) * x_.stride_dhidden + f;
+      Tile* dhidden = x_.dhidden.data() + (at + r) * x_.stride_dhidden + f - range_.begin;
       __builtin_memcpy(dhidden, da, width.ld * sizeof(Tile));
       __builtin_memcpy(dhidden + x_.width_f.ld, db, width.ld * sizeof(Tile));
     }
@@ -238,6 +253,7 @@ class FeatureSlice {
 
   const BackwardContext<Tile>& x_;
   const MoeProblem& p_;
+  const Features<Tile>& range_;
   const Width<Tile> columns_;
   const int64_t chunk_;
   const bool in_place_;
@@ -251,55 +267,55 @@ class FeatureSlice {
 template <class T, class Tile>
 class ColumnSlice {
  public:
-  explicit ColumnSlice(const BackwardContext<Tile>& context)
-      : x_(context),
-        p_(context.plan.p),
+  explicit ColumnSlice(const Features<Tile>& range)
+      : x_(range.group),
+        p_(x_.plan.p),
+        range_(range),
         columns_(SLICE),
         rows_(x_.stride_dhidden * columns_.ld),
-        gate_up_(is_bfloat16<Tile> ? x_.stride_dhidden * columns_.ld : 0) {}
+        gate_up_(is_bfloat16<Tile> ? x_.stride_dhidden * columns_.ld : 0),
+        dx_(ROWS * columns_.ld) {}
   ~ColumnSlice() { x_.multiply.release(); }
-  bool ready() const { return rows_.data() && gate_up_.data(); }
+  bool ready() const { return rows_.data() && gate_up_.data() && dx_.data(); }
 
   void operator()(int64_t task) const {
-    const int64_t slices = (p_.C + SLICE - 1) / SLICE, e = x_.group.e0 + task / slices, c = task % slices * SLICE, n = x_.plan.rows(e);
-    if (n == 0) return;
+    const int64_t c = task * SLICE;
     const Width<Tile> width(smaller(SLICE, p_.C - c));
-    const int64_t half = x_.width_f.ld;  // a's features, zeros behind them, then b's
-    for (int64_t i = 0; i < 2; i++)
-      gather_rows(x_.plan.template gate_up<T>(e, i * p_.F) + c, p_.stride_gate_up_row, p_.F, half, width,
-                  rows_.data() + i * half * width.ld);
-    const Tile* gate_up = right_factor(rows_.data(), 2 * half, width, gate_up_.data());
-    const int64_t ld = x_.width_dx();
-    for (int64_t i0 = 0; i0 < n; i0 += ROWS) {
-      const int64_t row = x_.begin(e) + i0;
-      x_.multiply(round_up(smaller(ROWS, n - i0), TOKEN_STEP<Tile>), width.used, x_.stride_dhidden,
-                  x_.dhidden.data() + row * x_.stride_dhidden, x_.stride_dhidden, gate_up, width.ld, x_.dx + row * ld + c, ld, false);
+    for (int64_t e = x_.group.e0; e < x_.group.e1; e++) {
+      const int64_t n = x_.plan.rows(e);
+      if (n == 0) continue;
+      const Tile* gate_up = pack_gate_up(e, c, width);
+      for (int64_t i0 = 0; i0 < n; i0 += ROWS) {
+        const int64_t rows = smaller(ROWS, n - i0);
+        x_.multiply(round_up(rows, TOKEN_STEP<Tile>), width.used, x_.stride_dhidden,
+                    x_.dhidden.data() + (x_.begin(e) + i0) * x_.stride_dhidden, x_.stride_dhidden, gate_up, width.ld, dx_.data(), width.ld,
+                    false);
+        for (int64_t r = 0; r < rows; r++) add(dx_.data() + r * width.ld, width.C, x_.dx + x_.plan.token(e, i0 + r) * p_.C + c);
+      }
     }
   }
 
  private:
+  // These columns of gate_up as a right factor: a's features of the range and zeros behind them, then b's.
+  const Tile* pack_gate_up(int64_t e, int64_t c, const Width<Tile>& width) const {
+    const int64_t half = x_.width_f.ld;
+    for (int64_t i = 0; i < 2; i++)
+      gather_rows(x_.plan.template gate_up<T>(e, i * p_.F + range_.begin) + c, p_.stride_gate_up_row, range_.end - range_.begin, half,
+                  width, rows_.data() + i * half * width.ld);
+    return right_factor(rows_.data(), 2 * half, width, gate_up_.data());
+  }
+
+  static void add(const float* row, int64_t n, float* sums) {
+    for_columns<float>(0, n, [&](int64_t c, auto count, int) { store(sums + c, load(sums + c, count) + load(row + c, count), count); });
+  }
+
   const BackwardContext<Tile>& x_;
   const MoeProblem& p_;
+  const Features<Tile>& range_;
   const Width<Tile> columns_;
   Buffer<Tile> rows_, gate_up_;
+  Buffer<float> dx_;
 };
-
-// sums (N, C) of the tokens, plus what the experts of a group give, in the order of each token's choices.
-template <class Tile>
-void add_dx(const BackwardContext<Tile>& context, float* sums) {
-  const MoeProblem& p = context.plan.p;
-  const int64_t rows = context.rows, first = context.plan.padded_begin(context.group.e0), ld = context.width_dx();
-  parallel_for(p.N, GRAIN / (p.K * p.C) + 1, [&](int64_t n) {
-    for (int64_t i = n * p.K; i < (n + 1) * p.K; i++) {
-      const int64_t r = context.plan.padded_row(i) - first;
-      if (r < 0 || r >= rows) continue;
-      for_columns<float>(0, p.C, [&](int64_t c, auto count, int) {
-        float* sum = sums + n * p.C + c;
-        store(sum, load(sum, count) + load(context.dx + r * ld + c, count), count);
-      });
-    }
-  });
-}
 
 template <class T, class Tile>
 Error backward(const MoeBackward& args, const Plan& plan) {
@@ -311,14 +327,15 @@ Error backward(const MoeBackward& args, const Plan& plan) {
   if (!dx || !dweights.data()) return OUT_OF_MEMORY;
   __builtin_memset(dx, 0, p.N * p.C * sizeof(float));
   for (int64_t e = 0; e < p.E;) {
-    const Group group = Group::from(plan, e, BackwardContext<Tile>::bytes_of_row(p));
-    const BackwardContext<Tile> context(args, plan, group, dweights);
+    const Group group = Group::from<Tile>(plan, e);
+    const BackwardContext<Tile> context(args, plan, group, dx, dweights);
     if (!context.ready()) return OUT_OF_MEMORY;
-    const int64_t experts = group.e1 - group.e0;
     if (const Error error = run_tasks<SortTokens<T, Tile>>(context.blocks.size(), context)) return error;
-    if (const Error error = run_tasks<FeatureSlice<T, Tile>>(experts * slices, context)) return error;
-    if (const Error error = run_tasks<ColumnSlice<T, Tile>>(experts * columns, context)) return error;
-    add_dx(context, dx);
+    for (int64_t f = 0; f < p.F; f += group.features) {
+      const Features<Tile> range(context, f);
+      if (const Error error = run_tasks<FeatureSlice<T, Tile>>((group.e1 - group.e0) * range.slices, range)) return error;
+      if (const Error error = run_tasks<ColumnSlice<T, Tile>>(columns, range)) return error;
+    }
     e = group.e1;
   }
   if (!in_place) {

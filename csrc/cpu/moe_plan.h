@@ -23,8 +23,7 @@ class Plan {
  public:
   const MoeProblem& p;
 
-  Plan(const MoeProblem& problem, int64_t step)
-      : p(problem), begin_(p.E + 1), padded_(p.E + 1), next_(p.E), pairs_(p.N * p.K), padded_rows_(p.N * p.K) {
+  Plan(const MoeProblem& problem, int64_t step) : p(problem), begin_(p.E + 1), padded_(p.E + 1), next_(p.E), pairs_(p.N * p.K) {
     if (!ready()) return;
     __builtin_memset(next_.data(), 0, p.E * sizeof(int64_t));
     for (int64_t i = 0; i < p.N * p.K; i++) next_[p.experts[i]]++;
@@ -36,12 +35,10 @@ class Plan {
       next_[e] = begin_[e];
     }
     for (int64_t i = 0; i < p.N * p.K; i++) {
-      const int64_t e = p.experts[i], row = next_[e]++;
-      pairs_[row] = i;
-      padded_rows_[i] = padded_[e] + row - begin_[e];
+      pairs_[next_[p.experts[i]]++] = i;
     }
   }
-  bool ready() const { return begin_.data() && padded_.data() && next_.data() && pairs_.data() && padded_rows_.data(); }
+  bool ready() const { return begin_.data() && padded_.data() && next_.data() && pairs_.data(); }
 
   int64_t rows(int64_t e) const { return begin_[e + 1] - begin_[e]; }
   int64_t padded_rows(int64_t e) const { return padded_[e + 1] - padded_[e]; }
@@ -50,8 +47,6 @@ class Plan {
   int64_t active_experts() const { return active_; }
   // Row i of an expert.
   int64_t pair(int64_t e, int64_t i) const { return pairs_[begin_[e] + i]; }
-  // Where a pair lies among the padded rows.
-  int64_t padded_row(int64_t pair) const { return padded_rows_[pair]; }
   int64_t token(int64_t e, int64_t i) const { return pair(e, i) / p.K; }
 
   template <class T>
@@ -64,7 +59,7 @@ class Plan {
   }
 
  private:
-  Buffer<int64_t> begin_, padded_, next_, pairs_, padded_rows_;
+  Buffer<int64_t> begin_, padded_, next_, pairs_;
   int64_t active_ = 0;
 };
 
