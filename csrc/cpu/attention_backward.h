@@ -142,7 +142,7 @@ class Sweep {
     __builtin_memset(x_.dv.data() + at * x_.width_v.ld, 0, padded * x_.width_v.ld * sizeof(float));
     for (int64_t i = sweep; i < x_.tiles_of(b); i += x_.sweeps_of(b)) {
       const int64_t row0 = i * ROWS<Tile>;
-      const QueryTile tile = {s, b, kv_head, row0, smaller(ROWS<Tile>, s.S * plan.G - row0), plan.G};
+      const QueryTile tile(s, b, kv_head, row0, smaller(ROWS<Tile>, s.S * plan.G - row0), plan.G);
       prepare(tile);
       for_key_blocks(tile, [&](int64_t block, Range keys) { meet(tile, sweep, block, keys); });
       write_dq(tile);
@@ -162,8 +162,8 @@ class Sweep {
     for (int64_t r = 0; r < padded; r++) {
       lse_[r] = __builtin_inff();  // so p is 0: behind the tile's rows, and for a row that sees nothing, which has no gradient
       delta_[r] = 0;
-      if (r >= tile.rows) continue;
-      const int64_t position = tile.position(r), head = tile.head(r);
+    }
+    tile.for_rows([&](int64_t r, int64_t position, int64_t head) {
       const int64_t at = x_.plan.lse_offset(tile.sequence, head, a.stride_lse_batch, a.stride_lse_head) + position;
       if (a.lse[at] != -__builtin_inff()) {
         const T* o = static_cast<const T*>(a.o) + (x_.plan.query_token(tile.sequence, position) * a.problem.H + head) * a.problem.Dv;
@@ -173,7 +173,7 @@ class Sweep {
         delta_[r] = product - (a.dlse ? a.dlse[at] : 0.0f);
       }
       a.delta[at] = delta_[r];
-    }
+    });
   }
 
   void meet(const QueryTile& tile, int64_t sweep, int64_t block, Range keys) const {
@@ -294,15 +294,13 @@ class Sweep {
   void write_dq(const QueryTile& tile) const {
     const AttentionProblem& p = x_.plan.p;
     const float scale = static_cast<float>(p.scale);
-    for (int64_t r0 = 0; r0 < tile.rows; r0 += 16) {
-      for (int64_t c = 0; c < x_.width.used; c += 16)
-        transpose_block(words(dq_.data() + c * ROWS<Tile> + r0), ROWS<Tile>, words(dq_rows_.data() + c), x_.width.ld);
-      for (int64_t r = r0; r < smaller(r0 + 16, tile.rows); r++) {
-        const float* row = dq_rows_.data() + (r - r0) * x_.width.ld;
-        T* dq = static_cast<T*>(x_.args.dq) + (x_.plan.query_token(tile.sequence, tile.position(r)) * p.H + tile.head(r)) * p.D;
-        for_columns<float>(0, p.D, [&](int64_t c, auto n, int) { store(dq + c, load(row + c, n) * scale, n); });
-      }
-    }
+    tile.for_rows([&](int64_t r, int64_t position, int64_t head) {
+      for (int64_t c = 0; r % 16 == 0 && c < x_.width.used; c += 16)
+        transpose_block(words(dq_.data() + c * ROWS<Tile> + r), ROWS<Tile>, words(dq_rows_.data() + c), x_.width.ld);
+      const float* row = dq_rows_.data() + r % 16 * x_.width.ld;
+      T* dq = static_cast<T*>(x_.args.dq) + (x_.plan.query_token(tile.sequence, position) * p.H + head) * p.D;
+      for_columns<float>(0, p.D, [&](int64_t c, auto n, int) { store(dq + c, load(row + c, n) * scale, n); });
+    });
   }
 
   const Context<Tile>& x_;

@@ -92,14 +92,14 @@ class Attend {
     const Plan& plan = x_.plan;
     const auto [b, i] = x_.tiles[task / plan.p.Hk];
     const Sequence s = plan.sequence(b);
-    const QueryTile tile = {s, b, task % plan.p.Hk, i * ROWS, smaller(ROWS, s.S * plan.G - i * ROWS), plan.G};
+    const QueryTile tile(s, b, task % plan.p.Hk, i * ROWS, smaller(ROWS, s.S * plan.G - i * ROWS), plan.G);
     gather_queries<T>(plan.p.q, tile, x_.width, q_.data());
     x_.scale.apply_sign(q_.data(), tile.rows * x_.width.ld);
     __builtin_memset(o_.data(), 0, tile.padded() * x_.width_v.ld * sizeof(float));
     __builtin_memset(sums_.data(), 0, tile.rows * LANES * sizeof(float));
     for (int64_t r = 0; r < tile.rows; r++) top_[r] = -__FLT_MAX__;
     for_key_blocks(tile, [&](int64_t block, Range keys) { meet(tile, block, keys); });
-    for (int64_t r = 0; r < tile.rows; r++) finish(tile, r);
+    tile.for_rows([&](int64_t r, int64_t position, int64_t head) { finish(s, r, position, head); });
   }
 
  private:
@@ -111,13 +111,13 @@ class Attend {
     const Tile* v = x_.v.data() + (at + keys.begin - block) * x_.width_v.ld;
     x_.multiply(tile.padded(), n, x_.width.used, q_.data(), x_.width.ld, k, ld, scores_.data(), KEY_BLOCK, false);
     const bool all = tile.sees_all_of(keys);
-    for (int64_t r = 0; r < tile.rows; r++) {
-      const Range seen = all ? Range{0, n} : tile.sequence.keys_of(tile.position(r)).within(keys);
+    tile.for_rows([&](int64_t r, int64_t position, int64_t) {
+      const Range seen = all ? Range{0, n} : tile.sequence.keys_of(position).within(keys);
       if (x_.scale.cap > 0)
         softmax<true>(r, n, seen);
       else
         softmax<false>(r, n, seen);
-    }
+    });
     if (all || x_.finite[at / KEY_STEP]) {
       x_.multiply(tile.padded(), x_.width_v.used, n, p(), KEY_BLOCK, v, x_.width_v.ld, o_.data(), x_.width_v.ld, true);
     } else {
@@ -178,21 +178,20 @@ class Attend {
   void add_seen_values(const QueryTile& tile, Range keys) const {
     const AttentionProblem& problem = x_.plan.p;
     const Sequence& s = tile.sequence;
-    for (int64_t r = 0; r < tile.rows; r++) {
-      const Range seen = s.keys_of(tile.position(r)).within(keys);
+    tile.for_rows([&](int64_t r, int64_t position, int64_t) {
+      const Range seen = s.keys_of(position).within(keys);
       float* o = o_.data() + r * x_.width_v.ld;
       for (int64_t j = seen.begin; j < seen.end; j++) {
         const T* v = token<T>(problem.v, s, s.k_begin, keys.begin + j, tile.kv_head);
         const float weight = to_wide(p()[r * KEY_BLOCK + j]);
         for_columns<float>(0, problem.Dv, [&](int64_t c, auto n, int) { store(o + c, load(o + c, n) + weight * load(v + c, n), n); });
       }
-    }
+    });
   }
 
   // o and lse of a row, with the sink.
-  void finish(const QueryTile& tile, int64_t r) const {
+  void finish(const Sequence& s, int64_t r, int64_t position, int64_t head) const {
     const AttentionForward& a = x_.args;
-    const int64_t head = tile.head(r), position = tile.position(r);
     double top = top_[r], total = sum<float>(load(sums_.data() + r * LANES)), scale = 1;
     if (a.problem.sinks) {
       const double sink = a.problem.sinks[head] * 1.4426950408889634;
@@ -202,11 +201,11 @@ class Attend {
       top = higher;
     }
     const bool sees_nothing = total == 0;
-    a.lse[x_.plan.lse_offset(tile.sequence, head, a.stride_lse_batch, a.stride_lse_head) + position] =
+    a.lse[x_.plan.lse_offset(s, head, a.stride_lse_batch, a.stride_lse_head) + position] =
         sees_nothing ? -__builtin_inff() : static_cast<float>((top + __builtin_log2(total)) * 0.6931471805599453);
     const float share = sees_nothing ? 0.0f : static_cast<float>(scale / total);
     const float* row = o_.data() + r * x_.width_v.ld;
-    T* o = static_cast<T*>(a.o) + (x_.plan.query_token(tile.sequence, position) * a.problem.H + head) * a.problem.Dv;
+    T* o = static_cast<T*>(a.o) + (x_.plan.query_token(s, position) * a.problem.H + head) * a.problem.Dv;
     for_columns<float>(0, a.problem.Dv, [&](int64_t c, auto n, int) { store(o + c, load(row + c, n) * share, n); });
   }
 

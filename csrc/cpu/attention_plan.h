@@ -89,18 +89,30 @@ class Plan {
 
 // Rows of a tile of queries: the query heads of one key/value head, position by position, so that a block of keys serves them all.
 struct QueryTile {
-  Sequence sequence;
-  int64_t b, kv_head, row0, rows, G;
+  const Sequence sequence;
+  const int64_t b, kv_head, row0, rows, G;
+  const Range positions;
+
+  QueryTile(const Sequence& s, int64_t batch, int64_t head, int64_t first, int64_t n, int64_t group)
+      : sequence(s), b(batch), kv_head(head), row0(first), rows(n), G(group), positions{first / group, (first + n - 1) / group + 1} {}
 
   int64_t padded() const { return round_up(rows, ROW_STEP); }
-  int64_t position(int64_t r) const { return (row0 + r) / G; }
-  int64_t head(int64_t r) const { return kv_head * G + (row0 + r) % G; }
-  Range positions() const { return {position(0), position(rows - 1) + 1}; }
+  // body(r, position, query head) for every row, by counting: a division takes as long as all else about a row of a short sequence.
+  template <class Body>
+  void for_rows(const Body& body) const {
+    int64_t position = positions.begin, of_group = row0 - position * G;
+    for (int64_t r = 0; r < rows; r++) {
+      body(r, position, kv_head * G + of_group);
+      if (++of_group < G) continue;
+      of_group = 0;
+      position++;
+    }
+  }
   // The rows of these queries, counted from row0.
   Range rows_of(Range queries) const { return Range{queries.begin * G, queries.end * G}.within({row0, row0 + rows}); }
   // Whether every row sees every key of the block.
   bool sees_all_of(Range keys) const {
-    return sequence.keys_of(positions().end - 1).begin <= keys.begin && sequence.keys_of(positions().begin).end >= keys.end;
+    return sequence.keys_of(positions.end - 1).begin <= keys.begin && sequence.keys_of(positions.begin).end >= keys.end;
   }
 };
 
@@ -108,7 +120,7 @@ struct QueryTile {
 // KEY_STEP within the block that begins at key `block`.
 template <class Body>
 void for_key_blocks(const QueryTile& tile, const Body& body) {
-  const Range seen = tile.sequence.keys_of(tile.positions());
+  const Range seen = tile.sequence.keys_of(tile.positions);
   if (seen.empty()) return;
   const int64_t end = round_up(seen.end, KEY_STEP);
   for (int64_t begin = seen.begin / KEY_STEP * KEY_STEP; begin < end;) {
@@ -121,12 +133,10 @@ void for_key_blocks(const QueryTile& tile, const Body& body) {
 // The rows of a tile from a tensor like q.
 template <class T, class Tile>
 void gather_queries(const Heads& x, const QueryTile& tile, const Width<Tile>& width, Tile* to) {
-  for (int64_t r = 0; r < tile.rows;) {  // the heads of a position
-    const int64_t n = smaller(tile.G - (tile.row0 + r) % tile.G, tile.rows - r);
-    const T* from = token<T>(x, tile.sequence, tile.sequence.q_begin, tile.position(r), tile.head(r));
-    gather_rows(from, x.stride_head, n, r + n == tile.rows ? tile.padded() - r : n, width, to + r * width.ld);
-    r += n;
-  }
+  tile.for_rows([&](int64_t r, int64_t position, int64_t head) {
+    gather_row(token<T>(x, tile.sequence, tile.sequence.q_begin, position, head), width, to + r * width.ld);
+  });
+  __builtin_memset(to + tile.rows * width.ld, 0, (tile.padded() - tile.rows) * width.ld * sizeof(Tile));
 }
 
 // Scores in units of log 2, factor (sign q) k: of scale, the sign goes to the queries. (With a scale of 0 the queries are 0, and the

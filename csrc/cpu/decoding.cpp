@@ -100,10 +100,10 @@ class DecodeChunk {
     }
   }
 
-  // body(h, j, n, row) for the heads of a task and the rows of a cache that hold keys j .. j + n - 1 of the chunk, a few at a time; the
-  // next ones are asked for in the meantime.
+  // body(h, j, n, row, next) for the heads of a task and the rows of a cache that hold keys j .. j + n - 1 of the chunk, a few at a time,
+  // and those that it will be called with after all heads have had these.
   template <class Body>
-  void for_blocks(const Heads& cache, int64_t features, const Chunk& chunk, Range keys, const Body& body) const {
+  void for_blocks(const Heads& cache, const Chunk& chunk, Range keys, const Body& body) const {
     const auto block_at = [&](int64_t j) {  // up to a multiple of block_, so that pages do not change the order of sums
       const int64_t key = chunk.keys.begin + j, n = block_ - key % block_;
       return x_.plan.block(chunk.sequence.batch, key, smaller(n, keys.end - j));
@@ -113,26 +113,21 @@ class DecodeChunk {
     for (int64_t j = keys.begin; j < keys.end;) {
       const Block block = next;
       if (j + block.n < keys.end) next = block_at(j + block.n);
-      for (int64_t h = 0; h < chunk.heads; h++) {
-        prefetch(row_of<T>(cache, next.page, next.row, chunk.first + h), cache.stride_token, next.n, features);
-        body(h, j, block.n, row_of<T>(cache, block.page, block.row, chunk.first + h));
-      }
+      for (int64_t h = 0; h < chunk.heads; h++)
+        body(h, j, block.n, row_of<T>(cache, block.page, block.row, chunk.first + h),
+             row_of<T>(cache, next.page, next.row, chunk.first + h));
       j += block.n;
     }
   }
 
-  static void prefetch(const T* rows, int64_t stride, int64_t n, int64_t features) {
-    for (int64_t i = 0; i < n; i++)
-      for (int64_t c = 0; c < features; c += 64 / sizeof(T)) __builtin_prefetch(rows + i * stride + c, 0, 2);
-  }
-
   void multiply_keys(const Chunk& chunk) const {
-    for_blocks(a_.k_cache, a_.D, chunk, {0, chunk.keys.end - chunk.keys.begin}, [&](int64_t h, int64_t j, int64_t n, const T* keys) {
+    const auto multiply = [&](int64_t h, int64_t j, int64_t n, const T* keys, const T* next) {
       for_row_blocks(x_.plan.rows, [&](int64_t r, auto rows) {
         dots_of_rows<decltype(rows)::value>(q_.data() + (h * padded_ + r) * ld_q_, ld_q_, keys, a_.k_cache.stride_token, n, a_.D,
-                                            scores_of(h, r) + j, LD_SCORES);
+                                            scores_of(h, r) + j, LD_SCORES, r == 0 ? next : keys);
       });
-    });
+    };
+    for_blocks(a_.k_cache, chunk, {0, chunk.keys.end - chunk.keys.begin}, multiply);
   }
 
   // Turns a row's scores into weights relative to the largest; what is not seen has the weight 0.
@@ -173,22 +168,22 @@ class DecodeChunk {
   }
 
   void multiply_values_by_all(const Chunk& chunk, Range keys) const {
-    for_blocks(a_.v_cache, a_.Dv, chunk, keys, [&](int64_t h, int64_t j, int64_t n, const T* values) {
+    for_blocks(a_.v_cache, chunk, keys, [&](int64_t h, int64_t j, int64_t n, const T* values, const T* next) {
       for_row_blocks(x_.plan.rows, [&](int64_t r, auto rows) {
         add_weighted_rows<decltype(rows)::value>(scores_of(h, r) + j, LD_SCORES, values, a_.v_cache.stride_token, n, a_.Dv, o_of(h, r),
-                                                 ld_o_);
+                                                 ld_o_, r == 0 ? next : values);
       });
     });
   }
 
   void multiply_values_by_some(const Chunk& chunk, Range keys) const {
     const int64_t stride = a_.v_cache.stride_token;
-    for_blocks(a_.v_cache, a_.Dv, chunk, keys, [&](int64_t h, int64_t j, int64_t n, const T* values) {
+    for_blocks(a_.v_cache, chunk, keys, [&](int64_t h, int64_t j, int64_t n, const T* values, const T* next) {
       for (int64_t r = 0; r < x_.plan.rows; r++) {
         const Range seen = seen_by(chunk, r).within({j, j + n});
         if (seen.empty()) continue;
         add_weighted_rows<1>(scores_of(h, r) + j + seen.begin, LD_SCORES, values + seen.begin * stride, stride, seen.end - seen.begin,
-                             a_.Dv, o_of(h, r), ld_o_);
+                             a_.Dv, o_of(h, r), ld_o_, next + seen.begin * stride);
       }
     });
   }

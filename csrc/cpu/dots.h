@@ -69,22 +69,34 @@ inline Vec<float> sums_of(const Vec<float> (&v)[LANES]) {
 #endif
 }
 
+// Asks for the line that holds p[0], in the second-level cache. One between some multiplications and the next: in a burst they wait for
+// each other, and the processor for them.
+template <class T>
+constexpr int64_t LINE = 64 / sizeof(T);
+template <class T>
+ALWAYS_INLINE void ask_for(const T* p) {
+  __builtin_prefetch(p, 0, 2);
+}
+
 // dots[r][j] = left row r . right row j for ROWS left rows and n right rows of C columns. Left rows are ld numbers apart and zero behind
-// their columns up to a register's end; right rows are `stride` apart. Of dots, up to LANES - 1 numbers behind a row's n are spoiled.
+// their columns up to a register's end; right rows are `stride` apart, and as many from `next` on, if there is one, are asked for. Of dots,
+// up to LANES - 1 numbers behind a row's n are spoiled.
 template <int ROWS, class T>
 inline void dots_of_rows(const typename Dot<T>::Number* left, int64_t ld, const T* right, int64_t stride, int64_t n, int64_t C, float* dots,
-                         int64_t ld_dots) {
+                         int64_t ld_dots, const T* next = nullptr) {
   constexpr int COLUMNS = LANES / ROWS;
   for (int64_t j = 0; j < n; j += COLUMNS) {
-    const T* rows[COLUMNS];
-    for (int i = 0; i < COLUMNS; i++) rows[i] = right + (j + i < n ? j + i : n - 1) * stride;
+    int64_t row[COLUMNS];
+    for (int i = 0; i < COLUMNS; i++) row[i] = (j + i < n ? j + i : n - 1) * stride;
     Vec<float> sums[LANES] = {};
     const auto add = [&](int64_t c, auto count) __attribute__((always_inline)) {
+      if (next && c % LINE<T> == 0)
+        for (int i = 0; i < COLUMNS; i++) ask_for(next + row[i] + c);
       typename Dot<T>::Register part[COLUMNS];
-      for (int i = 0; i < COLUMNS; i++) part[i] = Dot<T>::right(rows[i] + c, count);
+      for (int i = 0; i < COLUMNS; i++) part[i] = Dot<T>::right(right + row[i] + c, count);
       for (int r = 0; r < ROWS; r++) {
-        const auto row = Dot<T>::left(left + r * ld + c);
-        for (int i = 0; i < COLUMNS; i++) Dot<T>::add(sums[r * COLUMNS + i], row, part[i]);
+        const auto query = Dot<T>::left(left + r * ld + c);
+        for (int i = 0; i < COLUMNS; i++) Dot<T>::add(sums[r * COLUMNS + i], query, part[i]);
       }
     };
     int64_t c = 0;
@@ -97,10 +109,10 @@ inline void dots_of_rows(const typename Dot<T>::Number* left, int64_t ld, const 
 }
 
 // sums[r] += weights[r][j] row j, added up over j = 0..n-1, for ROWS weighted sums of n rows of C columns. A sum's ld_sums numbers, a
-// multiple of LANES, may all be written.
+// multiple of LANES, may all be written. As many rows from `next` on are asked for.
 template <int ROWS, class T>
 inline void add_weighted_rows(const float* weights, int64_t ld_weights, const T* rows, int64_t stride, int64_t n, int64_t C, float* sums,
-                              int64_t ld_sums) {
+                              int64_t ld_sums, const T* next) {
 #if defined(__AVX512F__)
   constexpr int REGISTERS = ROWS == 4 ? 4 : 8;
 #else
@@ -110,6 +122,7 @@ inline void add_weighted_rows(const float* weights, int64_t ld_weights, const T*
     constexpr int N = decltype(registers)::value;
     Vec<float> part[ROWS][N] = {};
     for (int64_t j = 0; j < n; j++) {
+      for (int64_t i = 0; i < N * LANES; i += LINE<T>) ask_for(next + j * stride + c + i);
       Vec<float> row[N];
       for (int i = 0; i < N; i++) row[i] = load(rows + j * stride + c + i * LANES, count);
       for (int r = 0; r < ROWS; r++)

@@ -14,19 +14,21 @@ struct Width {
   explicit Width(int64_t columns) : C(columns), used(round_up(columns, 16)), ld(round_up(columns, 64 / sizeof(Tile))) {}
 };
 
+template <class T, class Tile>
+inline void gather_row(const T* x, const Width<Tile>& width, Tile* row) {
+  if constexpr (is_bfloat16<Tile> && is_bfloat16<T>) {
+    __builtin_memcpy(row, x, width.C * sizeof(T));
+  } else {
+    for_columns<float>(0, width.C, [&](int64_t c, auto count, int) { store(row + c, load(x + c, count), count); });
+  }
+  if (width.C < width.ld) __builtin_memset(row + width.C, 0, (width.ld - width.C) * sizeof(Tile));
+}
+
 // n rows of T, stride numbers apart, as `padded` rows of a tile.
 template <class T, class Tile>
 inline void gather_rows(const T* x, int64_t stride, int64_t n, int64_t padded, const Width<Tile>& width, Tile* tile) {
-  for (int64_t r = 0; r < n; r++) {
-    Tile* row = tile + r * width.ld;
-    if constexpr (is_bfloat16<Tile> && is_bfloat16<T>) {
-      __builtin_memcpy(row, x + r * stride, width.C * sizeof(T));
-    } else {
-      for_columns<float>(0, width.C, [&](int64_t c, auto count, int) { store(row + c, load(x + r * stride + c, count), count); });
-    }
-    if (width.C < width.ld) __builtin_memset(row + width.C, 0, (width.ld - width.C) * sizeof(Tile));
-  }
-  __builtin_memset(tile + n * width.ld, 0, (padded - n) * width.ld * sizeof(Tile));
+  for (int64_t r = 0; r < n; r++) gather_row(x + r * stride, width, tile + r * width.ld);
+  if (padded > n) __builtin_memset(tile + n * width.ld, 0, (padded - n) * width.ld * sizeof(Tile));
 }
 
 // Whether n numbers are all finite: infinity and NaN times zero are NaN.
