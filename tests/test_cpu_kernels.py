@@ -107,7 +107,7 @@ PLANTED = {
             "worth_[g] = best_[0];",
         ),
         "the scale has no gradient": ("routing.cpp", "(dr_[k] = weighting.scale * dweights[k])", "(dr_[k] = dweights[k])"),
-        "only the chosen have a gradient": ("routing.cpp", "from_wide<T>(all ? -scores_[e] * mean : 0.0)", "from_wide<T>(0.0)"),
+        "only the chosen have a gradient": ("routing.cpp", "from_wide<T>(-scores_[e] * mean)", "from_wide<T>(0.0)"),
         "a sigmoid without its slope": ("routing.cpp", "sigmoids ? sigmoid(-double(chosen_[k])) : 1", "1"),
         "the last group never looked at": (
             "routing.cpp",

@@ -63,6 +63,9 @@ double sigmoid(double l) {
   return l >= 0 ? 1 / (1 + e) : e / (1 + e);
 }
 
+// Sums of sigmoids from here on divide them exactly; below, some may have lost digits, or all be 0.
+constexpr double LEAST_TOTAL = 1e-280;
+
 double log_sigmoid(double l) { return (l < 0 ? l : 0) - __builtin_log1p(__builtin_exp(-__builtin_fabs(l))); }
 
 // The weights of K chosen logits, without the scale: `scores` are all experts', which only a softmax over all needs.
@@ -74,6 +77,12 @@ void shares(const Weighting& weighting, const A* chosen, const A* scores, const 
     return;
   }
   double most = -__builtin_inf(), total = 0;
+  for (int64_t k = 0; sigmoids && k < K; k++) total += r[k] = sigmoid(chosen[k]);
+  if (total > LEAST_TOTAL) {
+    for (int64_t k = 0; k < K; k++) r[k] /= total;
+    return;
+  }
+  total = 0;
   for (int64_t k = 0; k < K; k++) {
     r[k] = sigmoids ? log_sigmoid(chosen[k]) : chosen[k];
     most = before(r[k], most) ? r[k] : most;
@@ -85,8 +94,7 @@ void shares(const Weighting& weighting, const A* chosen, const A* scores, const 
 bool needs_all_scores(const Weighting& weighting) { return weighting.score == Score::softmax && !weighting.renormalize; }
 
 template <class T, class A>
-void read_logits(const void* logits, int64_t stride_row, int64_t token, int64_t E, A* l) {
-  const T* row = static_cast<const T*>(logits) + token * stride_row;
+void read_row(const T* row, int64_t E, A* l) {
   for_columns<A>(0, E, [&](int64_t c, auto n, int) { store(l + c, load(row + c, n), n); });
 }
 
@@ -108,7 +116,7 @@ class Route {
  private:
   void route(int64_t n) const {
     const int64_t E = a_.E, K = a_.K;
-    read_logits<T>(a_.logits, a_.stride_logits_row, n, E, l_.data());
+    read_row(static_cast<const T*>(a_.logits) + n * a_.stride_logits_row, E, l_.data());
     score();
     const A* bias = static_cast<const A*>(a_.bias);
     for (int64_t e = 0; e < E; e++) choice_[e] = bias ? scores_[e] + bias[e] : scores_[e];
@@ -157,8 +165,8 @@ class RouteGradient {
  public:
   using A = Wide<T>;
 
-  explicit RouteGradient(const RouteBackward& args) : a_(args), l_(args.E), scores_(args.E), chosen_(args.K), r_(args.K), dr_(args.K) {}
-  bool ready() const { return l_.data() && scores_.data() && chosen_.data() && r_.data() && dr_.data(); }
+  explicit RouteGradient(const RouteBackward& args) : a_(args), scores_(args.E), chosen_(args.K), r_(args.K), dr_(args.K) {}
+  bool ready() const { return scores_.data() && chosen_.data() && r_.data() && dr_.data(); }
 
   void operator()(int64_t task) const {
     for (int64_t n = task * TOKENS; n < smaller((task + 1) * TOKENS, a_.N); n++) differentiate(n);
@@ -171,15 +179,18 @@ class RouteGradient {
     const bool sigmoids = weighting.score == Score::sigmoid, all = needs_all_scores(weighting);
     const int64_t* experts = a_.experts + n * K;
     T* dlogits = static_cast<T*>(a_.dlogits) + n * E;
-    read_logits<T>(a_.logits, a_.stride_logits_row, n, E, l_.data());
-    __builtin_memcpy(scores_.data(), l_.data(), E * sizeof(A));
-    if (all) softmax(scores_.data(), E);
-    for (int64_t k = 0; k < K; k++) chosen_[k] = l_[experts[k]];
+    const T* logits = static_cast<const T*>(a_.logits) + n * a_.stride_logits_row;
+    if (all) {
+      read_row(logits, E, scores_.data());
+      softmax(scores_.data(), E);
+    }
+    for (int64_t k = 0; k < K; k++) chosen_[k] = A(to_wide(logits[experts[k]]));
     shares(weighting, chosen_.data(), scores_.data(), experts, K, r_.data());
     const A* dweights = static_cast<const A*>(a_.dweights) + n * K;
     double mean = 0;  // sum r dr
     for (int64_t k = 0; k < K; k++) mean += r_[k] * (dr_[k] = weighting.scale * dweights[k]);
-    for (int64_t e = 0; e < E; e++) dlogits[e] = from_wide<T>(all ? -scores_[e] * mean : 0.0);
+    for (int64_t e = 0; all && e < E; e++) dlogits[e] = from_wide<T>(-scores_[e] * mean);
+    if (!all) __builtin_memset(dlogits, 0, E * sizeof(T));
     for (int64_t k = 0; k < K; k++) {
       const double slope = sigmoids ? sigmoid(-double(chosen_[k])) : 1;
       const bool alone = sigmoids && !weighting.renormalize;
@@ -188,7 +199,7 @@ class RouteGradient {
   }
 
   const RouteBackward& a_;
-  Buffer<A> l_, scores_, chosen_;
+  Buffer<A> scores_, chosen_;
   Buffer<double> r_, dr_;
 };
 
