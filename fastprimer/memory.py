@@ -40,24 +40,26 @@ _kept = False
 """Whether the process keeps its freed memory: malloc cannot be asked."""
 
 
-def extra_resident_bytes(call: Callable[[], object]) -> int | None:
+def extra_resident_bytes(call: Callable, stage: Callable[[Callable], Callable[[], object]] = lambda call: call) -> int | None:
     """What one call needs at most beyond what is there before it, its results included; None where that cannot be told.
 
     The highest resident set (VmHWM of Linux, begun anew for the call) less what is resident before. Freed memory is returned to the system
     first, so that all that the call touches shows. The call runs in a new thread, whose heap has no holes yet, and every block from 64 KiB
     on is a mapping of its own, so that what is freed is gone at once: between the holes of a used heap the same call takes half as much
-    more or less. It runs twice there, and the second run is measured: libraries generate code and keep scratch memory for each thread.
+    more or less. It runs twice there, and the second run is measured: libraries generate code and keep scratch memory for each thread. Both
+    times `stage(call)` is what runs; what staging takes is not counted.
     """
     libc = _glibc()
     if libc is None:
         return None
 
     def measured() -> int:
-        call()
+        stage(call)()
+        ready = stage(call)
         libc.malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
         before = _status("VmRSS:")
-        result = call()
+        result = ready()
         peak = _status("VmHWM:")
         del result
         return max(0, peak - before)

@@ -109,6 +109,9 @@ def test_memory_of_a_call():
     assert extra_resident_bytes(lambda: None) < 1 << 20
     staged = timing.Staged(lambda: (torch.ones(1 << 24), lambda: torch.ones(1 << 22))[1])
     assert timing.peak_megabytes(staged, "cpu") == pytest.approx((1 << 24) / 1e6, rel=0.1)
+    x = torch.ones(1 << 22, requires_grad=True)
+    gradient = timing.prepared(lambda x: x * 2, {"x": x}, timing.BACKWARD)
+    assert timing.peak_megabytes(gradient, "cpu") == pytest.approx((1 << 24) / 1e6, rel=0.1)
 
 
 def point(size: int, ours: float, eager: float, **more) -> Row:

@@ -109,6 +109,21 @@ def test_nan_reaches_only_what_it_has_a_part_in(spoiled, N, dtype):
     assert any(t.isnan().any() for t in got)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name)
+def test_weights_of_sigmoids_that_vanish(dtype):
+    """Around where a sum of sigmoids stops to be a normal number, and far below: then their logarithms must do."""
+    device_or_skip("route", "cpu")
+    far = [[-644.0, -645.0, -646.0], [-700.0, -710.0, -720.0], [-745.0, -746.0, -1e4], [-1e38, -2e38, -3e38], [-1e4, 3.0, 2.0]]
+    dweights, results = torch.arange(10.0, dtype=dtype).view(5, 2), []
+    for backend in ("cpu", "reference"):
+        logits = torch.tensor(far, dtype=dtype, requires_grad=True)
+        with use_backend(backend):
+            weights, experts = fp.route(logits, 2, score="sigmoid")
+        results.append((weights, experts, *torch.autograd.grad(weights, logits, dweights)))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
 def test_operators_check_what_they_are_given():
     device_or_skip("moe", "cpu")
     ops = torch.ops.fastprimer

@@ -159,10 +159,10 @@ def peak_megabytes(call: Callable, device: str) -> float | None:
 
     On a GPU it is what torch allocates, on the CPU the resident set (fastprimer/memory.py).
     """
-    ready = _ready(call)
     if device == "cpu":
-        extra = extra_resident_bytes(ready)
+        extra = extra_resident_bytes(call, _ready)
         return None if extra is None else extra / 1e6
+    ready = _ready(call)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
