@@ -50,8 +50,8 @@ struct BackwardContext {
   const Plan& plan;
   const Group group;
   const Products<Tile> multiply;
-  const Width<Tile> width, width_f;  // width_f: of the most hidden features of a range
-  const int64_t stride_dhidden, rows;
+  const Width<Tile> width;
+  const int64_t rows;
   const Pieces blocks;
   const Buffer<Tile> dy, dy_transposed, x;  // padded rows by expert: dy as left factors, and x as a right one
   const Buffer<Tile> dhidden;               // padded rows by expert, a's features of the range then b's
@@ -64,14 +64,12 @@ struct BackwardContext {
         group(g),
         multiply(library_products()),
         width(p.p.C),
-        width_f(smaller(g.features, p.p.F)),
-        stride_dhidden(2 * width_f.ld),
         rows(p.padded_begin(g.e1) - p.padded_begin(g.e0)),
         blocks(g.e1 - g.e0, [&](int64_t i) { return (p.rows(g.e0 + i) + ROWS - 1) / ROWS; }),
         dy(rows * width.ld),
         dy_transposed(rows * width.ld),
         x(rows * width.ld),
-        dhidden(rows * stride_dhidden),
+        dhidden(rows * 2 * Width<Tile>(smaller(g.features, p.p.F)).ld),
         dx(dx_),
         dweights(dweights_) {}
   bool ready() const { return blocks.ready() && dy.data() && dy_transposed.data() && x.data() && dhidden.data(); }
@@ -85,12 +83,16 @@ template <class Tile>
 struct Features {
   const BackwardContext<Tile>& group;
   const int64_t begin, end, slices;
+  const Width<Tile> width;
+  const int64_t stride_dhidden;  // a's features, then b's
 
   Features(const BackwardContext<Tile>& context, int64_t first)
       : group(context),
         begin(first),
         end(smaller(first + context.group.features, context.plan.p.F)),
-        slices((end - begin + SLICE - 1) / SLICE) {}
+        slices((end - begin + SLICE - 1) / SLICE),
+        width(end - begin),
+        stride_dhidden(2 * width.ld) {}
 };
 
 template <class T, class Tile>
@@ -191,9 +193,9 @@ class FeatureSlice {
       const int64_t written = r < n ? width.C : 0;
       Tile* const all[] = {da, db, wu};
       for (Tile* row : all) __builtin_memset(row + written, 0, (width.ld - written) * sizeof(Tile));
-      Tile* dhidden = x_.dhidden.data() + (at + r) * x_.stride_dhidden + f - range_.begin;
+      Tile* dhidden = x_.dhidden.data() + (at + r) * range_.stride_dhidden + f - range_.begin;
       __builtin_memcpy(dhidden, da, width.ld * sizeof(Tile));
-      __builtin_memcpy(dhidden + x_.width_f.ld, db, width.ld * sizeof(Tile));
+      __builtin_memcpy(dhidden + range_.width.ld, db, width.ld * sizeof(Tile));
     }
     transpose_left(da_.data(), padded, width, dhidden_transposed_.data() + j, chunk_);
     transpose_left(db_.data(), padded, width, dhidden_transposed_.data() + width.ld * chunk_ + j, chunk_);
@@ -272,8 +274,8 @@ class ColumnSlice {
         p_(x_.plan.p),
         range_(range),
         columns_(SLICE),
-        rows_(x_.stride_dhidden * columns_.ld),
-        gate_up_(is_bfloat16<Tile> ? x_.stride_dhidden * columns_.ld : 0),
+        rows_(range.stride_dhidden * columns_.ld),
+        gate_up_(is_bfloat16<Tile> ? range.stride_dhidden * columns_.ld : 0),
         dx_(ROWS * columns_.ld) {}
   ~ColumnSlice() { x_.multiply.release(); }
   bool ready() const { return rows_.data() && gate_up_.data() && dx_.data(); }
@@ -287,9 +289,9 @@ class ColumnSlice {
       const Tile* gate_up = pack_gate_up(e, c, width);
       for (int64_t i0 = 0; i0 < n; i0 += ROWS) {
         const int64_t rows = smaller(ROWS, n - i0);
-        x_.multiply(round_up(rows, TOKEN_STEP<Tile>), width.used, x_.stride_dhidden,
-                    x_.dhidden.data() + (x_.begin(e) + i0) * x_.stride_dhidden, x_.stride_dhidden, gate_up, width.ld, dx_.data(), width.ld,
-                    false);
+        x_.multiply(round_up(rows, TOKEN_STEP<Tile>), width.used, range_.stride_dhidden,
+                    x_.dhidden.data() + (x_.begin(e) + i0) * range_.stride_dhidden, range_.stride_dhidden, gate_up, width.ld, dx_.data(),
+                    width.ld, false);
         for (int64_t r = 0; r < rows; r++) add(dx_.data() + r * width.ld, width.C, x_.dx + x_.plan.token(e, i0 + r) * p_.C + c);
       }
     }
@@ -298,7 +300,7 @@ class ColumnSlice {
  private:
   // These columns of gate_up as a right factor: a's features of the range and zeros behind them, then b's.
   const Tile* pack_gate_up(int64_t e, int64_t c, const Width<Tile>& width) const {
-    const int64_t half = x_.width_f.ld;
+    const int64_t half = range_.width.ld;
     for (int64_t i = 0; i < 2; i++)
       gather_rows(x_.plan.template gate_up<T>(e, i * p_.F + range_.begin) + c, p_.stride_gate_up_row, range_.end - range_.begin, half,
                   width, rows_.data() + i * half * width.ld);
