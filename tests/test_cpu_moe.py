@@ -111,7 +111,7 @@ def test_nan_reaches_only_what_it_has_a_part_in(spoiled, N, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name)
 def test_weights_of_sigmoids_that_vanish(dtype):
-    """Around where a sum of sigmoids stops to be a normal number, and far below: then their logarithms must do."""
+    """Around where a sum of sigmoids stops being a normal number, and far below: then their logarithms must do."""
     device_or_skip("route", "cpu")
     far = [[-644.0, -645.0, -646.0], [-700.0, -710.0, -720.0], [-745.0, -746.0, -1e4], [-1e38, -2e38, -3e38], [-1e4, 3.0, 2.0]]
     dweights, results = torch.arange(10.0, dtype=dtype).view(5, 2), []

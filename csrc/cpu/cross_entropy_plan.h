@@ -29,7 +29,7 @@ class Tokens {
     for (int64_t i = 0; i < p.N; i++)
       if (p.target[i] != p.options.ignore_index) numbers_[n++] = i;
     parallel_for(count_, GRAIN / p.C + 1, [&](int64_t i) {
-      gather_rows(static_cast<const T*>(p.x) + numbers_[i] * p.stride_x_row, 0, 1, 1, width, x_.data() + i * width.ld);
+      gather_row(static_cast<const T*>(p.x) + numbers_[i] * p.stride_x_row, width, x_.data() + i * width.ld);
     });
     __builtin_memset(x_.data() + count_ * width.ld, 0, (padded() - count_) * width.ld * sizeof(Tile));
   }

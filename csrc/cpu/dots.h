@@ -69,8 +69,8 @@ inline Vec<float> sums_of(const Vec<float> (&v)[LANES]) {
 #endif
 }
 
-// Asks for the line that holds p[0], in the second-level cache. One between some multiplications and the next: in a burst they wait for
-// each other, and the processor for them.
+// Asks for the line that holds p[0], in the second-level cache. One between some multiplications and the next is faster than many at once
+// (benchmarks/NOTES.md).
 template <class T>
 constexpr int64_t LINE = 64 / sizeof(T);
 template <class T>

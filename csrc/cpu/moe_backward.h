@@ -81,15 +81,15 @@ struct BackwardContext {
 // A range of the hidden features, of all experts of a group.
 template <class Tile>
 struct Features {
-  const BackwardContext<Tile>& group;
+  const BackwardContext<Tile>& context;
   const int64_t begin, end, slices;
   const Width<Tile> width;
   const int64_t stride_dhidden;  // a's features, then b's
 
-  Features(const BackwardContext<Tile>& context, int64_t first)
-      : group(context),
+  Features(const BackwardContext<Tile>& x, int64_t first)
+      : context(x),
         begin(first),
-        end(smaller(first + context.group.features, context.plan.p.F)),
+        end(smaller(first + x.group.features, x.plan.p.F)),
         slices((end - begin + SLICE - 1) / SLICE),
         width(end - begin),
         stride_dhidden(2 * width.ld) {}
@@ -124,7 +124,7 @@ template <class T, class Tile>
 class FeatureSlice {
  public:
   explicit FeatureSlice(const Features<Tile>& range)
-      : x_(range.group),
+      : x_(range.context),
         p_(x_.plan.p),
         range_(range),
         columns_(SLICE),
@@ -270,7 +270,7 @@ template <class T, class Tile>
 class ColumnSlice {
  public:
   explicit ColumnSlice(const Features<Tile>& range)
-      : x_(range.group),
+      : x_(range.context),
         p_(x_.plan.p),
         range_(range),
         columns_(SLICE),

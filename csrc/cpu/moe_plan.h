@@ -67,9 +67,8 @@ class Plan {
 template <class T, class Tile>
 void gather_tokens(const void* x, int64_t stride_row, const Plan& plan, int64_t e, int64_t i0, int64_t n, int64_t padded,
                    const Width<Tile>& width, Tile* tile) {
-  for (int64_t r = 0; r < n; r++)
-    gather_rows(static_cast<const T*>(x) + plan.token(e, i0 + r) * stride_row, 0, 1, r + 1 == n ? padded - r : 1, width,
-                tile + r * width.ld);
+  for (int64_t r = 0; r < n; r++) gather_row(static_cast<const T*>(x) + plan.token(e, i0 + r) * stride_row, width, tile + r * width.ld);
+  __builtin_memset(tile + n * width.ld, 0, (padded - n) * width.ld * sizeof(Tile));
 }
 
 // `n` rows of `columns` weights as the left factor of a product, with a multiple of STEP rows: where they lie, if the product can read

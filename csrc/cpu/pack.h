@@ -14,6 +14,7 @@ struct Width {
   explicit Width(int64_t columns) : C(columns), used(round_up(columns, 16)), ld(round_up(columns, 64 / sizeof(Tile))) {}
 };
 
+// A row of T as a row of a tile.
 template <class T, class Tile>
 inline void gather_row(const T* x, const Width<Tile>& width, Tile* row) {
   if constexpr (is_bfloat16<Tile> && is_bfloat16<T>) {

@@ -76,18 +76,17 @@ void shares(const Weighting& weighting, const A* chosen, const A* scores, const 
     for (int64_t k = 0; k < K; k++) r[k] = sigmoids ? sigmoid(chosen[k]) : scores[experts[k]];
     return;
   }
-  double most = -__builtin_inf(), total = 0;
+  double total = 0;
   for (int64_t k = 0; sigmoids && k < K; k++) total += r[k] = sigmoid(chosen[k]);
-  if (total > LEAST_TOTAL) {
-    for (int64_t k = 0; k < K; k++) r[k] /= total;
-    return;
+  if (!(total > LEAST_TOTAL)) {
+    double most = -__builtin_inf();
+    for (int64_t k = 0; k < K; k++) {
+      r[k] = sigmoids ? log_sigmoid(chosen[k]) : chosen[k];
+      most = before(r[k], most) ? r[k] : most;
+    }
+    total = 0;
+    for (int64_t k = 0; k < K; k++) total += r[k] = __builtin_exp(r[k] - most);
   }
-  total = 0;
-  for (int64_t k = 0; k < K; k++) {
-    r[k] = sigmoids ? log_sigmoid(chosen[k]) : chosen[k];
-    most = before(r[k], most) ? r[k] : most;
-  }
-  for (int64_t k = 0; k < K; k++) total += r[k] = __builtin_exp(r[k] - most);
   for (int64_t k = 0; k < K; k++) r[k] /= total;
 }
 
