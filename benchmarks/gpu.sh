@@ -1,8 +1,8 @@
 #!/bin/sh
 # `make gpu`: on a machine with a GPU and nvcc, with that machine's own python (torch >= 2.10, triton >= 3.6), no network.
 #   make gpu                                  everything
-#   make gpu WHAT=probe|test|bench|growth     one part; OP=attention measures only that operation (or OP=model)
-#   make gpu WHAT=tune OP=attention           the neighbours of each tile that Triton's kernels choose; CASE=causal only those cases
+#   make gpu WHAT=probe|test|bench|growth     one part; OP=attention measures only that operation (or OP=model), CASE=causal only those cases
+#   make gpu WHAT=tune OP=attention           the neighbours of each tile that Triton's kernels choose
 # A part that fails does not keep the next from running; the exit status tells.
 set -u
 cd "$(dirname "$0")/.."
@@ -42,17 +42,22 @@ READY
 
 case $what in all | probe) part "the emulated layouts against this GPU" env PYTHONPATH=tests $python -m emulator.probe ;; esac
 case $what in all | test)
-  part "every operation on every backend" $python -m fastprimer.cli verify
-  part "the test suite, on the GPU where a kernel runs there" $python -m pytest ;;
+  # What does not depend on the GPU, most of the suite, is CI's.
+  cd tests
+  $python -c "import xdist" 2>/dev/null && workers="-n auto --maxprocesses 12 --dist loadscope"
+  part "the tests of what runs on the GPU" $python -m pytest ${workers:-} -p no:benchmark -k "not cpu and not reference" \
+    test_backends.py test_gpu.py test_contract.py test_fuzz.py test_attention.py test_cuda_cross_entropy.py \
+    test_cross_entropy.py "test_emulator.py::test_probe_agrees_with_hardware"
+  cd .. ;;
 esac
-name=$device${OP:+-$OP}
+name=$device${OP:+-$OP}${CASE:+-$CASE}
 case $what in all | bench)
-  part "the benchmarks" $python -m fastprimer.cli bench ${OP:+--op "$OP"} --out "benchmarks/results/$name.json" ;;
+  part "the benchmarks" $python -m fastprimer.cli bench ${OP:+--op "$OP"} ${CASE:+--case "$CASE"} --out "benchmarks/results/$name.json" ;;
 esac
 case $what in all | growth)
   part "cost over size" $python -m fastprimer.cli bench --growth ${OP:+--op "$OP"} --out "benchmarks/results/growth-$name.json" ;;
 esac
 case $what in tune)
-  part "tiles" $python benchmarks/tune.py ${OP:+--op "$OP"} ${CASE:+--case "$CASE"} --out "benchmarks/results/tiles-$name${CASE:+-$CASE}.md" ;;
+  part "tiles" $python benchmarks/tune.py ${OP:+--op "$OP"} ${CASE:+--case "$CASE"} --out "benchmarks/results/tiles-$name.md" ;;
 esac
 exit $status

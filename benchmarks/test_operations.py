@@ -18,7 +18,7 @@ from fastprimer.benchmark.contest import Settings, checked
 from fastprimer.benchmark.jobs import usual_dtypes
 from fastprimer.benchmark.measure import prove, shared_arguments
 from fastprimer.benchmark.timing import FORWARD, PASSES, Staged, prepared
-from fastprimer.cases import CASES
+from fastprimer.cases import benchmarks
 from fastprimer.memory import keep_freed_memory
 from fastprimer.peers import peers
 
@@ -28,7 +28,7 @@ FEWEST = 5
 
 
 def parameters():
-    for case in (case for case in CASES if case.bench):
+    for case in benchmarks(DEVICE):
         for dtype in usual_dtypes(case.op, DEVICE):
             for measured in (FORWARD,) if case.op == "attention_with_kv_cache" else PASSES:
                 ours = [b for b in PREFERENCE[DEVICE] if b != "reference" and not unavailable(case.op, b, DEVICE)]

@@ -22,10 +22,11 @@ from rich.progress import track
 
 import fastprimer
 from fastprimer.backends import use_backend
-from fastprimer.benchmark.contest import checked
+from fastprimer.benchmark.contest import Settings, checked
+from fastprimer.benchmark.measure import shared_arguments
 from fastprimer.benchmark.rows import machine
 from fastprimer.benchmark.timing import BOTH, FORWARD, Timing, interleaved, prepared
-from fastprimer.cases import CASES, Inputs
+from fastprimer.cases import benchmarks
 from fastprimer.generate import positive
 
 CHOOSERS = {
@@ -106,7 +107,7 @@ def neighbours(tile) -> list:
 def tune(op: str, case, dtype: torch.dtype, device: str, rounds: int) -> Iterator[str]:
     """Lines of Markdown, the fastest tile of each site first."""
     choosers = Choosers(op)
-    arguments = case.arguments(Inputs(dtype, device, 0))
+    arguments = shared_arguments(case, dtype, Settings(device, rounds))
     measured = FORWARD if op == "attention_with_kv_cache" else BOTH
     with use_backend("triton"), choosers.watched():
         call = prepared(getattr(fastprimer, op), arguments, measured)
@@ -156,7 +157,7 @@ def main(argv: list[str] | None = None, cases=None) -> None:
     lines = [f"Tiles on {about['device']}, torch {about['torch']}, commit {about['commit']}; ms of the whole operation.", ""]
     lines += ["| case | dtype | choice | tile | ms | 95% | |", "| --- | --- | --- | --- | --: | --- | --- |"]
     for op in args.op or CHOOSERS:
-        for case in cases or [c for c in CASES if c.op == op and c.bench and (args.case or "") in c.name]:
+        for case in cases or [c for c in benchmarks(device, op) if (args.case or "") in c.name]:
             lines += tune(op, case, getattr(torch, args.dtype), device, args.rounds)
             if args.out:
                 args.out.write_text("\n".join(lines) + "\n")

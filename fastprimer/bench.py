@@ -57,6 +57,7 @@ def percent(text: str) -> float:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is measured")
     what.add_argument("--op", choices=OPS, action="append", help="only this operation, or whole models (repeat for more)")
+    what.add_argument("--case", default="", metavar="TEXT", help="only cases with this in their name")
     what.add_argument(
         "--backend",
         choices=BACKENDS,
@@ -89,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shown = parser.add_argument_group("what is done with it")
     shown.add_argument("--json", action="store_true", help="print one JSON object: machine, versions, every measurement")
     shown.add_argument("--markdown", action="store_true", help="print the table of README.md")
-    shown.add_argument("--out", type=Path, help="also write that JSON object to this file")
+    shown.add_argument("--out", type=Path, help="also write that JSON object to this file (while measuring: to FILE.part)")
     shown.add_argument(
         "--compare",
         metavar="BASE",
@@ -124,6 +125,7 @@ def _run(args: argparse.Namespace) -> int:
         found = comparison.compare_results(old, new, args.threshold)
     if args.out:
         new.write(args.out)
+        _part(args.out).unlink(missing_ok=True)
     if args.json:
         record = json.loads(new.to_json())
         print(json.dumps(record | ({"comparison": found.to_record()} if found else {})))
@@ -162,7 +164,7 @@ def _options(args: argparse.Namespace) -> list[str]:
     ]
     for flag, values in (("--op", args.op), ("--backend", args.backend), ("--pass", args.passes), ("--dtype", args.dtype)):
         options += [word for value in values or () for word in (flag, value)]
-    for flag, value in (("--rounds", args.rounds), ("--threads", args.threads)):
+    for flag, value in (("--rounds", args.rounds), ("--threads", args.threads), ("--case", args.case)):
         options += [flag, str(value)] if value else []
     return options + [flag for flag, given in (("--quick", args.quick), ("--growth", args.growth)) if given]
 
@@ -173,7 +175,7 @@ def _measure_all(args: argparse.Namespace, console: Console) -> Results:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     memory = "kept" if args.memory == "kept" and keep_freed_memory() else "fresh"
     settings = Settings(device, args.rounds or (11 if args.quick else 21), args.seed, args.peers)
-    todo = jobs(device, Choice(args.op, args.backend, args.passes, args.dtype, args.quick, args.growth))
+    todo = jobs(device, Choice(args.op, args.backend, args.passes, args.dtype, args.quick, args.growth, args.case))
     about = machine(device) | {"memory": memory}
     rows: list[Row] = []
     with _live(console, sum(job.rows for job in todo), len({job.backend for job in todo}) > 1) as (announce, show):
@@ -182,8 +184,15 @@ def _measure_all(args: argparse.Namespace, console: Console) -> Results:
             for row in job.measure(settings):
                 rows.append(row)
                 show(row)
+                if args.out:
+                    Results(about, rows).write(_part(args.out))
     _epilogue(rows, console)
     return Results(about, rows)
+
+
+def _part(out: Path) -> Path:
+    """What stays of a run that is cut off, beside the results of an earlier one."""
+    return out.with_name(f"{out.name}.part")
 
 
 @contextlib.contextmanager

@@ -194,6 +194,25 @@ def _liger_rms_norm() -> Callable:
     return rms_norm
 
 
+def _liger_rope() -> Callable:
+    """It rotates in place: of its own copies, which are made in the forward pass."""
+    from liger_kernel.ops.rope import LigerRopeFunction
+
+    def rope(q, k, cos, sin):
+        cos, sin = (torch.cat((t, t), -1).to(q.dtype)[None] for t in (cos, sin))
+        rotated = LigerRopeFunction.apply(q.clone().transpose(1, 2), k.clone().transpose(1, 2), cos, sin)
+        return tuple(t.transpose(1, 2) for t in rotated)
+
+    return rope
+
+
+def _liger_swiglu() -> Callable:
+    """Its gradients take the place of its inputs: of its own copies, which are made in the forward pass."""
+    from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+    return lambda gate, up: LigerSiLUMulFunction.apply(gate.clone(), up.clone())
+
+
 def _liger_linear_cross_entropy() -> Callable:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
@@ -225,9 +244,14 @@ OTHERS: dict[tuple[str, str], Callable[[], Callable]] = {
     ("rms_norm", "transformers"): _transformers_rms_norm,
     ("moe", "transformers"): _transformers_moe,
     ("rms_norm", "liger"): _liger_rms_norm,
+    ("rope", "liger"): _liger_rope,
+    ("swiglu", "liger"): _liger_swiglu,
     ("linear_cross_entropy", "liger"): _liger_linear_cross_entropy,
 }
-"""By operation and name: makes the peer. Liger's other kernels write into their inputs, which the contestants share."""
+"""By operation and name: makes the peer."""
+
+COPIES_FIRST = (("rope", "liger"), ("swiglu", "liger"))
+"""They write into their inputs, which contestants share, and here into copies: only their backward pass is fairly timed."""
 
 GPU_ONLY = ("cudnn", "flash", "efficient", "liger")
 PEERS = ("eager", "sdpa", "grouped_mm", "compiled", *dict.fromkeys(name for _, name in OTHERS))
@@ -240,7 +264,8 @@ def peers(op: str, device: str, measured: str, wanted: list[str] | None = None) 
     """
     usual = NAMES.get(op, "eager")
     makers: dict[str, Callable[[], Callable]] = {usual: lambda: EAGER[op], "compiled": lambda: torch.compile(EAGER[op])}
-    makers |= {name: maker for (of, name), maker in OTHERS.items() if of == op}
+    fair = {key: maker for key, maker in OTHERS.items() if measured == "backward" or key not in COPIES_FIRST}
+    makers |= {name: maker for (of, name), maker in fair.items() if of == op}
     if device != "cuda" and measured != "forward":
         makers.pop("flex", None)
     for name in GPU_ONLY if device != "cuda" else () if find_spec("liger_kernel") else ("liger",):

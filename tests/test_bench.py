@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastprimer import cli
+from fastprimer import cases, cli
 from fastprimer.backends import _functions, explain, unavailable
-from fastprimer.benchmark import comparison, contest, jobs, measure, revision, roofs, tables, timing
+from fastprimer.benchmark import comparison, contest, measure, revision, roofs, tables, timing
 from fastprimer.benchmark.rows import MATRIX, Results, Row
 from fastprimer.benchmark.timing import PASSES, Timing
 from fastprimer.cases import CASES, rms_norm_case
@@ -28,7 +28,7 @@ def tiny(monkeypatch):
     """The command with these arguments measures a small case, against a small copy, in a fraction of a second."""
     if reason := unavailable("rms_norm", "cpu", "cpu"):
         pytest.skip(reason)
-    monkeypatch.setattr(jobs, "CASES", (rms_norm_case("bench-tiny", 64, 64, bench=True),))
+    monkeypatch.setattr(cases, "CASES", (rms_norm_case("bench-tiny", 64, 64, bench=True),))
     monkeypatch.setattr(roofs, "COPY_BYTES", 1 << 16)
     roofs._copies.cache_clear()
     yield lambda *more: cli.main([*TINY, *(str(word) for word in more)])

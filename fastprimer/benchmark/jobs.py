@@ -14,7 +14,7 @@ from fastprimer.benchmark.measure import measure
 from fastprimer.benchmark.models import MODEL, MODEL_CASES, MODEL_PASSES, measure_model
 from fastprimer.benchmark.rows import Row
 from fastprimer.benchmark.timing import BACKWARD, FORWARD, PASSES
-from fastprimer.cases import CASES
+from fastprimer.cases import benchmarks
 from fastprimer.peers import EAGER
 
 OPS = (*EAGER, MODEL)
@@ -34,6 +34,8 @@ class Choice:
     dtypes: list[str] | None = None
     quick: bool = False
     growth: bool = False
+    case: str = ""
+    """In the name of every case."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def jobs(device: str, choice: Choice) -> list[Job]:
     found = [job for op in choice.ops or OPS for job in _of_operation(op, device, choice)]
     if not found:
         asked = ", ".join(choice.ops or ["every operation"])
-        raise BackendError(f"nothing to measure: {asked} has no kernel, or no pass, of this choice of --backend and --pass here")
+        raise BackendError(f"nothing to measure: {asked} has no kernel, or no pass, of this choice of --case, --backend and --pass here")
     return found
 
 
@@ -79,7 +81,7 @@ def _backends(op: str, device: str, choice: Choice) -> list[str]:
 
 
 def _cases(op: str, device: str, backend: str, dtype: str, choice: Choice) -> list[Job]:
-    cases = [case for case in CASES if case.op == op and case.bench]
+    cases = benchmarks(device, op)
     passes = _passes(PASSES, choice, [p for p in PASSES if p != BACKWARD])
     if op == "attention_with_kv_cache":  # it has no gradients
         passes = [p for p in passes if p == FORWARD]
@@ -95,7 +97,8 @@ def _jobs(measure: Callable, cases: Sequence, passes: list[str], backend: str, d
         kind = getattr(torch, dtype)
         return Job(str(case), dtype, backend, len(passes), lambda settings: measure(case, kind, backend, tuple(passes), settings))
 
-    return [job(case) for case in (cases[:1] if choice.quick else cases) if passes]
+    chosen = [case for case in cases if choice.case in case.name]
+    return [job(case) for case in (chosen[:1] if choice.quick else chosen) if passes]
 
 
 def _growth(op: str, device: str, backend: str, dtype: str, choice: Choice) -> list[Job]:

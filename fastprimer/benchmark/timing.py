@@ -78,8 +78,7 @@ def prepared(function: Callable, arguments: dict, measured: str, seed: int = 0) 
         outputs = function(**arguments)
         return [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o.requires_grad]
 
-    generator = torch.Generator().manual_seed(seed)
-    upstream = [torch.randn(o.shape, generator=generator).to(o) for o in differentiable()]
+    upstream = _upstream(differentiable(), seed)
     if measured == BOTH:
         return lambda: torch.autograd.grad(differentiable(), leaves, upstream)
 
@@ -88,6 +87,12 @@ def prepared(function: Callable, arguments: dict, measured: str, seed: int = 0) 
         return lambda: torch.autograd.grad(outputs, leaves, upstream)
 
     return Staged(stage)
+
+
+def _upstream(outputs: list[torch.Tensor], seed: int) -> list[torch.Tensor]:
+    """Random gradients, drawn where the outputs are: on a GPU there may be billions of numbers."""
+    generator = torch.Generator(outputs[0].device).manual_seed(seed)
+    return [torch.randn(o.shape, generator=generator, device=o.device, dtype=torch.float32).to(o.dtype) for o in outputs]
 
 
 def interleaved(calls: dict, device: str, rounds: int, seed: int, warm_up: int = 2) -> dict[object, list[float]]:

@@ -2,6 +2,7 @@
 
 from fastprimer.cases._case import Case, Inputs, Work
 from fastprimer.cases.attention import ATTENTION, DECODING, attention_case, decoding_case
+from fastprimer.cases.gpu import GPU
 from fastprimer.cases.losses import loss_case, loss_cases
 from fastprimer.cases.moe import MOE, ROUTE, moe_case, route_case
 from fastprimer.cases.rms_norm import RMS_NORM, rms_norm_case
@@ -14,6 +15,7 @@ __all__ = [
     "Inputs",
     "Work",
     "attention_case",
+    "benchmarks",
     "decoding_case",
     "loss_case",
     "moe_case",
@@ -22,6 +24,13 @@ __all__ = [
     "route_case",
     "swiglu_case",
 ]
+
+
+def benchmarks(device: str, op: str | None = None) -> list[Case]:
+    """The cases that are measured on a type of device."""
+    found = [case for case in CASES if case.bench and op in (None, case.op)]
+    return [case for case in found if (case.proof is not None) == (device == "cuda")]
+
 
 CASES: tuple[Case, ...] = (
     *RMS_NORM,
@@ -33,4 +42,5 @@ CASES: tuple[Case, ...] = (
     *MOE,
     *loss_cases("cross_entropy", 0, False),
     *loss_cases("linear_cross_entropy", 12, True),
+    *GPU,
 )

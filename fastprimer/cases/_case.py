@@ -10,19 +10,27 @@ from torch import Tensor
 
 
 class Inputs:
-    """Makes a case's tensors: random, of the case's dtype and device, leaves that require a gradient."""
+    """Makes a case's tensors: random, of the case's dtype and device, leaves that require a gradient.
 
-    def __init__(self, dtype: torch.dtype, device: str, seed: int):
+    Drawn on the CPU they are the same on every device; a GPU draws a billion of them in no time.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: str, seed: int, drawn_on: str = "cpu"):
         self.dtype, self.device = dtype, device
-        self.generator = torch.Generator("cpu").manual_seed(seed)
+        self.generator = torch.Generator(drawn_on).manual_seed(seed)
+
+    @property
+    def drawn(self) -> dict:
+        """What torch's random functions are told."""
+        return {"generator": self.generator, "device": self.generator.device}
 
     def normal(self, *shape: int, view: Callable[[Tensor], Tensor] = lambda t: t, grad: bool = True, dtype=None) -> Tensor:
         """A normal sample of `shape`, seen through `view` (which may transpose, slice or expand it)."""
-        sample = torch.randn(shape, generator=self.generator, dtype=torch.float32)
+        sample = torch.randn(shape, dtype=torch.float32, **self.drawn)
         return view(sample.to(dtype or self.dtype).to(self.device)).detach().requires_grad_(grad)
 
     def integers(self, low: int, high: int, *shape: int) -> Tensor:
-        return torch.randint(low, high, shape, generator=self.generator).to(self.device)
+        return torch.randint(low, high, shape, **self.drawn).to(self.device)
 
     def tensor(self, values: list, dtype=torch.int32) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=self.device)
@@ -51,6 +59,8 @@ class Case:
     work: Callable[[dict], Work] | None = field(default=None, compare=False)
     writes: tuple[str, ...] = ()
     """Arguments that the call changes in place."""
+    proof: Case | None = None
+    """Of a benchmark for GPUs, for which float64 and a processor's memory are too small: what is proven in its place."""
 
     def __str__(self) -> str:
         return f"{self.op}-{self.name}"

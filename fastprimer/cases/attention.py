@@ -205,7 +205,7 @@ def decoding_case(
         if append:
             a |= {"k": inputs.normal(B, S, Hk, D, grad=False), "v": inputs.normal(B, S, Hk, Dv_, grad=False)}
         if page:
-            a["block_table"] = torch.randperm(pages, generator=inputs.generator)[: B * n].view(B, n).int().to(inputs.device)
+            a["block_table"] = torch.randperm(pages, **inputs.drawn)[: B * n].view(B, n).int().to(inputs.device)
         if sinks:
             a["sinks"] = inputs.normal(H, grad=False)
         return a

@@ -79,7 +79,7 @@ def moe_case(
 
     def arguments(inputs: Inputs) -> dict:
         # K different experts for every token.
-        scores = torch.rand(N, only or E, generator=inputs.generator) - skew * torch.arange(only or E)
+        scores = torch.rand(N, only or E, **inputs.drawn) - skew * torch.arange(only or E, device=inputs.generator.device)
         choice = scores.topk(K, dim=-1).indices.to(experts).to(inputs.device)
         tensors = {"x": (N, C), "gate_up": (E, 2 * F, C), "down": (E, C, F)}
         for argument, shape in tensors.items():
