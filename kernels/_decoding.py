@@ -161,9 +161,9 @@ def attention_combine_kernel(
     column = tl.arange(0, WIDTH_V)
     o = tl.zeros((WIDTH_V,), tl.float32)
     for first in range(0, splits, AT_ONCE):
-        split = first + tl.arange(0, AT_ONCE)
-        weight = tl.exp2(tl.load(lse_partial_ptr + split * rows + lse_place, mask=split < splits, other=float("-inf")) - shift)
-        place = o_partial_ptr + ((split * rows + program) * Dv)[:, None] + column[None, :]
+        some = first + tl.arange(0, AT_ONCE)
+        weight = tl.exp2(tl.load(lse_partial_ptr + some * rows + lse_place, mask=some < splits, other=float("-inf")) - shift)
+        place = o_partial_ptr + ((some * rows + program) * Dv)[:, None] + column[None, :]
         part = tl.load(place, mask=(weight != 0)[:, None] & (column < Dv)[None, :], other=0.0)
         o += tl.sum(part * weight[:, None], 0)
     o = o / tl.where(total == 0, 1.0, total)
