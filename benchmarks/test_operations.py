@@ -55,7 +55,7 @@ def test_operation(benchmark, case, dtype, measured, contestant):
     theirs = peers(case.op, DEVICE, measured)
     with use_backend("auto" if contestant in theirs else contestant):
         if contestant in theirs:
-            call, reason = checked(lambda: prepared(theirs[contestant](), arguments, measured), ours())
+            call, reason = checked(lambda: prepared(theirs[contestant](), arguments, measured), ours(), kind)
             if reason:
                 pytest.skip(f"{contestant} {reason}")
         else:

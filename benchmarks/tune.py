@@ -115,7 +115,7 @@ def tune(op: str, case, dtype: torch.dtype, device: str, rounds: int) -> Iterato
         for site in list(choosers.sites.values()):
             calls, left_out = {site.tile: call}, {}
             for candidate in track(neighbours(site.tile), f"{case} {site.name}", transient=True):
-                tried, reason = checked(functools.partial(_with_tile, choosers, site, candidate, call), expected)
+                tried, reason = checked(functools.partial(_with_tile, choosers, site, candidate, call), expected, dtype)
                 if reason:
                     left_out[candidate] = reason
                 else:

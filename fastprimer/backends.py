@@ -89,9 +89,13 @@ def register(chapter) -> None:
         _functions[op, "reference"] = SimpleNamespace(**{name: outside_autocast(getattr(chapter, name)) for name in names})
 
 
+AUTOCAST = frozenset(d for d in ("cpu", "cuda", "mps", "xpu", "hpu") if torch.amp.is_autocast_available(d))
+"""Types of device that have autocast. torch.compile cannot ask for it before torch 2.12."""
+
+
 def autocasting(device: str) -> bool:
     """Whether autocast is on for this type of device; some have none (meta)."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device in AUTOCAST and torch.is_autocast_enabled(device)
 
 
 def outside_autocast(function):

@@ -217,7 +217,7 @@ def test_every_peer_computes_the_same(op):
         if op == "attention_with_kv_cache":
             pytest.skip("the peers decode sequences of one length: tests/test_cpu_decoding.py")
         ours = getattr(measure.fastprimer, op)(**arguments)
-        assert not contest.difference(make()(**arguments), ours), name
+        assert not contest.difference(make()(**arguments), ours, torch.float32), name
     assert {n for of in EAGER for n in peers(of, "cpu", "forward")} <= set(PEERS)
 
 
@@ -226,17 +226,17 @@ def test_implementations_of_sdpa_are_peers_on_a_gpu_and_compute_the_same():
     assert names <= set(peers("attention", "cuda", "forward")) and not names & set(peers("attention", "cpu", "forward"))
     q, k = torch.randn(1, 20, 4, 16), torch.randn(1, 20, 4, 16)
     flash = peers("attention", "cuda", "forward")["flash"]()  # the one that a CPU has, too
-    assert not contest.difference(flash(q, k, k, causal=True), measure.fastprimer.attention(q, k, k, causal=True))
+    assert not contest.difference(flash(q, k, k, causal=True), measure.fastprimer.attention(q, k, k, causal=True), q.dtype)
 
 
 def test_a_peer_that_fails_or_computes_something_else_is_left_out():
     x = torch.randn(4, 4)
     ours = (2 * x,)
-    assert contest.checked(lambda: lambda: 2 * x, ours)[1] == ""
-    assert "computes something else" in contest.checked(lambda: lambda: 3 * x, ours)[1]
-    assert "shape" in contest.checked(lambda: lambda: x[0], ours)[1]
-    assert "ZeroDivisionError" in contest.checked(lambda: lambda: 1 / 0, ours)[1]
-    assert "ZeroDivisionError" in contest.checked(lambda: 1 / 0, ours)[1]
+    assert contest.checked(lambda: lambda: 2 * x, ours, x.dtype)[1] == ""
+    assert "computes something else" in contest.checked(lambda: lambda: 3 * x, ours, x.dtype)[1]
+    assert "shape" in contest.checked(lambda: lambda: x[0], ours, x.dtype)[1]
+    assert "ZeroDivisionError" in contest.checked(lambda: lambda: 1 / 0, ours, x.dtype)[1]
+    assert "ZeroDivisionError" in contest.checked(lambda: 1 / 0, ours, x.dtype)[1]
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,9 @@ def forward_and_backward(op):
         outputs = getattr(fp, op)(**arguments)
         outputs = [o for o in (outputs if isinstance(outputs, tuple) else (outputs,)) if o is not None]
         with_grad = [o for o in outputs if o.requires_grad]
-        return [*outputs, *torch.autograd.grad(with_grad, leaves, [torch.ones_like(o) for o in with_grad])]
+        gradients = torch.autograd.grad(with_grad, leaves, [torch.ones_like(o) for o in with_grad]) if leaves else ()
+        # Detached: a graph that outlives this call would tie the next one's gradients to this one's stream.
+        return [t.detach() for t in (*outputs, *gradients)]
 
     return call
 
@@ -72,7 +74,7 @@ def test_side_stream_and_cuda_graph(op, backend):
         with torch.cuda.graph(graph):
             results = call()
         for t in results:
-            t.detach().zero_()
+            t.zero_()
         graph.replay()
         assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 

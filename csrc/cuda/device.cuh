@@ -61,8 +61,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) { return stati
 
 template <class... Parameters, class... Arguments>
 Error launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Cuda device, Arguments... arguments) {
-  constexpr size_t without_consent = 48 << 10;
-  if (shared_bytes > without_consent) {
+  // 48 KiB need no consent, but those the kernel's own arrays share with what the launch asks for.
+  if (shared_bytes > 0) {
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return cudaGetErrorString(error);
   }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,7 +29,7 @@ def contest(row: Row, ours: Callable, makers: dict[str, Callable[[], Callable]],
     """Fill a row in, whose bytes and flops are known. `makers`: what prepares each peer's call."""
     calls, expected = {OURS: ours}, ours()
     for name, make in makers.items():
-        call, reason = checked(make, expected)
+        call, reason = checked(make, expected, getattr(torch, row.dtype))
         if reason:
             row.left_out[name] = reason
         else:
@@ -60,14 +61,16 @@ def judge(row: Row, roof: roofs.Roofs, times: dict[str, list[float]]) -> None:
         row.vs_best_peer = row.peers[row.best_peer].median / row.ours.median
 
 
-def checked(make: Callable[[], Callable], expected) -> tuple[Callable | None, str]:
+def checked(make: Callable[[], Callable], expected, dtype: torch.dtype) -> tuple[Callable | None, str]:
     """(the call that `make` prepares, "") or (None, why it is not timed). A peer may round otherwise, but has to compute the same."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)  # torch.compile logs pages about what it raises
     try:
         call = make()
         begin = time.perf_counter()
-        problem = difference(call(), expected)
+        with warnings.catch_warnings():  # SDPA warns of each implementation that it does not take
+            warnings.simplefilter("ignore")
+            problem = difference(call(), expected, dtype)
         if not problem and (time.perf_counter() - begin) * 1e3 > PATIENCE_MS:  # the first call may have compiled
             begin = time.perf_counter()
             call()
@@ -87,11 +90,11 @@ def _reason(error: BaseException) -> str:
     return (inner[1] if inner else f"{type(error).__name__}: {next(iter(text.splitlines()), '')}")[:200]
 
 
-def difference(theirs, ours) -> str:
+def difference(theirs, ours, dtype: torch.dtype) -> str:
     """How a peer's results differ from ours by more than rounding can explain, or "".
 
-    The bound on |theirs - ours| / |ours|, in the root-mean-square norm, is the square root of the dtype's unit roundoff: far above the
-    error of any sum, far below that of another formula. Ours has been proven before.
+    The bound on |theirs - ours| / |ours|, in the root-mean-square norm, is the square root of the unit roundoff of `dtype`, in which they
+    compute, or of the results' own: far above the error of any sum, far below that of another formula. Ours has been proven before.
     """
     theirs, ours = (r if isinstance(r, (tuple, list)) else (r,) for r in (theirs, ours))
     for i, (a, b) in enumerate(zip(theirs, ours, strict=False)):
@@ -99,7 +102,7 @@ def difference(theirs, ours) -> str:
             continue
         if a.shape != b.shape:
             return f"computes something else: result {i} has shape {tuple(a.shape)}, ours {tuple(b.shape)}"
-        eps = max(torch.finfo(a.dtype).eps, torch.finfo(b.dtype).eps)
+        eps = max(torch.finfo(kind).eps for kind in (a.dtype, b.dtype, dtype))
         a, b = a.detach().float(), b.detach().float()
         error = float((a - b).norm() / b.norm().clamp(min=1e-30))
         if not error <= eps**0.5:

@@ -48,7 +48,7 @@ GPU = [
     _attention("gpu-window", 1, 16384, 16, 16, 128, causal=True, window=(1023, None)),
     _decoding("gpu", 32, 16384),
     _decoding("gpu-pages-of-64", 32, 16384, page=64),
-    _benchmark(route_case, "gpu", (32768, 128, 8), (1024, 128, 8)),
+    _benchmark(route_case, "gpu", (32768, 128, 8), (1024, 128, 8), float32=True),
     _benchmark(moe_case, "gpu", (32768, 2048, 768, 128, 8), (256, 512, 256, 16, 4)),
     _benchmark(moe_case, "gpu-512", (512, 2048, 768, 128, 8), (128, 512, 256, 32, 4)),
     _loss("cross_entropy", "gpu", 8192, 128256),

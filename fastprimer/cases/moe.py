@@ -7,9 +7,13 @@ import torch
 from fastprimer.cases._case import Case, Inputs, Work, size
 
 
-def route_case(name: str, N: int, E: int, k: int, bias=False, ties=False, view=None, bench=False, **options) -> Case:
+def route_case(name: str, N: int, E: int, k: int, bias=False, ties=False, view=None, bench=False, float32=False, **options) -> Case:
+    """float32: whatever the case's dtype, as routers compute their logits; in half types many are equal, among which torch takes any."""
+
     def arguments(inputs: Inputs) -> dict:
-        if ties:  # few different numbers: every row has equal ones
+        if float32:
+            logits = inputs.normal(N, E, dtype=torch.float32)
+        elif ties:  # few different numbers: every row has equal ones
             logits = inputs.integers(-2, 3, N, E).to(inputs.dtype).requires_grad_()
         else:
             logits = inputs.normal(N, E) if view is None else inputs.normal(*view[0], view=view[1])

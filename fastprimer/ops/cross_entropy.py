@@ -138,7 +138,10 @@ def _capped(logits: Tensor, softcap: Optional[float]) -> Tensor:
 
 def _logits(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     dtype = arguments.wide(x.dtype)
-    logits = x.to(dtype) @ weight.to(dtype).t()
+    if x.device.type == "cuda" and x.dtype == weight.dtype != dtype:
+        logits = torch.mm(x, weight.t(), out_dtype=dtype)  # as tensor cores round, whoever uses them
+    else:
+        logits = x.to(dtype) @ weight.to(dtype).t()
     return logits if bias is None else logits + bias.to(dtype)
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from .build import Patch
 
-RMS_NORM, RMS_NORM_LAUNCH, GEMM = "csrc/cuda/rms_norm.cuh", "csrc/cuda/rms_norm.cu", "tests/emulator/gemm.cuh"
+RMS_NORM, RMS_NORM_LAUNCH = "csrc/cuda/rms_norm.cuh", "csrc/cuda/rms_norm.cu"
+RMS_NORM_BACKWARD, GEMM = "csrc/cuda/rms_norm_backward.cuh", "tests/emulator/gemm.cuh"
 ROPE, ROPE_LAUNCH = "csrc/cuda/rope.cuh", "csrc/cuda/rope.cu"
 SWIGLU, SWIGLU_LAUNCH = "csrc/cuda/swiglu.cuh", "csrc/cuda/swiglu.cu"
 ATTENTION_OPTIONS, ATTENTION_TILE = "csrc/cuda/attention_options.h", "csrc/cuda/attention_tile.cuh"
@@ -35,7 +36,7 @@ BUGS = [
     Bug(
         "off-by-one tail",
         "rms_norm",
-        Patch(RMS_NORM, "if (j < vectors) h[k] = load<V>(x + j * V);", "if (j <= vectors) h[k] = load<V>(x + j * V);"),
+        Patch(RMS_NORM, "h[k] = j < vectors ? load", "h[k] = j <= vectors ? load"),
         {"plain": "is wrong"},
     ),
     Bug(
@@ -53,14 +54,16 @@ BUGS = [
     Bug(
         "wrong dW reduction: a partial sum is dropped",
         "rms_norm",
-        Patch(RMS_NORM, "for (int i = 1; i < lines; i++)", "for (int i = 1; i < lines - 1; i++)"),
+        Patch(RMS_NORM_BACKWARD, "for (int i = 1; i < lines; i++)", "for (int i = 1; i < lines - 1; i++)"),
         {"plain": "dweight is wrong"},
     ),
     Bug(
         "blocks share a row of partial sums",
         "rms_norm",
         Patch(
-            RMS_NORM, "at_row(static_cast<float*>(args.partial), blockIdx.x, args.C), static", "static_cast<float*>(args.partial), static"
+            RMS_NORM_BACKWARD,
+            "at_row(static_cast<float*>(args.partial), blockIdx.x, args.C), static",
+            "static_cast<float*>(args.partial), static",
         ),
         {"plain": "dweight is wrong", "thread": "data race"},
     ),

@@ -44,14 +44,14 @@ Offers<T> exchange(unsigned mask, const T& value, const Where& where) {
   return {offers, self.rank / WARP * WARP, mask};
 }
 
-// A shuffle within groups of `width` lanes: source(lane within the group) says whom to read; outside the group, the lane's own value.
+// A shuffle within groups of `width` lanes: source(lane, first of its group) says whom to read; beyond the group, the lane's own value.
+// In front of it too, but for an exchange, which reads earlier groups (so an H100 answered).
 template <class T, class Source>
-T shuffle(unsigned mask, T value, int width, const Where& where, Source source) {
+T shuffle(unsigned mask, T value, int width, const Where& where, Source source, bool earlier_groups = false) {
   const Quiet quiet;
   const auto offers = exchange(mask, value, where);
-  const int self = static_cast<int>(lane()), group = self & ~(width - 1);
-  const int from = source(self - group);
-  return from < 0 || from >= width ? value : offers[group + from];
+  const int self = static_cast<int>(lane()), group = self & ~(width - 1), from = source(self, group);
+  return from < (earlier_groups ? 0 : group) || from >= group + width ? value : offers[from];
 }
 
 }  // namespace emulator
@@ -60,19 +60,19 @@ T shuffle(unsigned mask, T value, int width, const Where& where, Source source) 
 
 template <class T>
 T __shfl_sync(unsigned mask, T v, int source, int width = 32, WHERE("__shfl_sync")) {
-  return emulator::shuffle(mask, v, width, where, [=](int) { return source & (width - 1); });
+  return emulator::shuffle(mask, v, width, where, [=](int, int group) { return group + (source & (width - 1)); });
 }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T v, int lanes, int width = 32, WHERE("__shfl_xor_sync")) {
-  return emulator::shuffle(mask, v, width, where, [=](int self) { return self ^ lanes; });
+  return emulator::shuffle(mask, v, width, where, [=](int self, int) { return self ^ lanes; }, true);
 }
 template <class T>
 T __shfl_up_sync(unsigned mask, T v, unsigned distance, int width = 32, WHERE("__shfl_up_sync")) {
-  return emulator::shuffle(mask, v, width, where, [=](int self) { return self - static_cast<int>(distance); });
+  return emulator::shuffle(mask, v, width, where, [=](int self, int) { return self - static_cast<int>(distance); });
 }
 template <class T>
 T __shfl_down_sync(unsigned mask, T v, unsigned distance, int width = 32, WHERE("__shfl_down_sync")) {
-  return emulator::shuffle(mask, v, width, where, [=](int self) { return self + static_cast<int>(distance); });
+  return emulator::shuffle(mask, v, width, where, [=](int self, int) { return self + static_cast<int>(distance); });
 }
 
 inline unsigned __ballot_sync(unsigned mask, int predicate, WHERE("__ballot_sync")) {

@@ -58,7 +58,9 @@ def hardware(architecture: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "probe"
         folders = [f"-I{ROOT / 'csrc/cuda'}", f"-I{ROOT / HERE}"]
-        command = ["nvcc", "-std=c++17", "-O2", f"-arch={architecture}", *folders, ROOT / PROBES[architecture], "-o", program]
+        number = architecture.removeprefix("sm_")  # -arch=sm_90a would also compile for sm_90, which has no wgmma
+        target = f"-gencode=arch=compute_{number},code={architecture}" if number != architecture else f"-arch={architecture}"
+        command = ["nvcc", "-std=c++17", "-O2", target, *folders, ROOT / PROBES[architecture], "-o", program]
         subprocess.run(command, check=True)
         return subprocess.run([program], check=True, stdout=subprocess.PIPE, text=True).stdout
 
