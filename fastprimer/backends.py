@@ -33,7 +33,7 @@ from torch import Tensor
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
-"""Automatic choice by device type; any other device has the reference."""
+"""Automatic choice by device type, but for what a chapter knows better; any other device has the reference."""
 
 VARIABLE = "FASTPRIMER_BACKEND"
 PACKAGE = Path(__file__).parent
@@ -82,7 +82,8 @@ _emulated = False
 
 
 def register(chapter) -> None:
-    """Make a chapter's operations known. It offers LIMITS = {op: {backend: function of the forward's arguments -> reason}}."""
+    """Make a chapter's operations known. It offers LIMITS = {op: {backend: function of the forward's arguments -> reason}}, and may
+    offer FASTER = {op: function of the forward's arguments -> the backend to be tried before the usual ones, or ""}."""
     for op in chapter.LIMITS:
         _chapters[op] = chapter
         names = [name for name in (f"{op}_forward", f"{op}_backward") if hasattr(chapter, name)]
@@ -143,17 +144,20 @@ def choose(op: str, *args) -> str:
     if _explaining.active:
         raise _Explained(_explain(op, args))
     device = args[0].device.type
-    for backend in _candidates(op, device):
+    for backend in _candidates(op, device, args):
         reason = refusal(op, backend, device, args)
         if not reason:
             return backend
     raise BackendError(f"{op}: backend {_requested!r} was asked for, but {reason}")
 
 
-def _candidates(op: str, device: str) -> tuple[str, ...]:
+def _candidates(op: str, device: str, args: tuple) -> tuple[str, ...]:
     """The backends that may serve a call, best first: the one asked for, or all that are preferred on this device."""
     if _requested == "auto" or (_missing == "auto" and _requested != "reference" and _requested not in _chapters[op].LIMITS[op]):
-        return PREFERENCE.get(device, ("reference",))
+        usual = PREFERENCE.get(device, ("reference",))
+        faster = getattr(_chapters[op], "FASTER", {}).get(op)
+        first = faster(*args) if faster else ""
+        return (first, *(backend for backend in usual if backend != first)) if first in usual else usual
     return (_requested,)
 
 
@@ -378,7 +382,7 @@ def explain(op, *args, **kwargs) -> Explanation:
 def _explain(op: str, args: tuple) -> Explanation:
     device = args[0].device.type
     refusals = {backend: refusal(op, backend, device, args) for backend in BACKENDS}
-    chosen = next((backend for backend in _candidates(op, device) if not refusals[backend]), None)
+    chosen = next((backend for backend in _candidates(op, device, args) if not refusals[backend]), None)
     reasons = {b: reason or _reason_not_preferred(device, chosen) for b, reason in refusals.items() if b != chosen}
     return Explanation(op, chosen, reasons)
 

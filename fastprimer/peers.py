@@ -213,6 +213,15 @@ def _liger_swiglu() -> Callable:
     return lambda gate, up: LigerSiLUMulFunction.apply(gate.clone(), up.clone())
 
 
+def _liger_moe() -> Callable:
+    from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+
+    def moe(x, gate_up, down, weights, experts):
+        return LigerFusedMoEFunction.apply(x, gate_up, down, experts.int(), weights.to(x.dtype))
+
+    return moe
+
+
 def _liger_linear_cross_entropy() -> Callable:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
@@ -244,6 +253,7 @@ OTHERS: dict[tuple[str, str], Callable[[], Callable]] = {
     ("rms_norm", "transformers"): _transformers_rms_norm,
     ("moe", "transformers"): _transformers_moe,
     ("rms_norm", "liger"): _liger_rms_norm,
+    ("moe", "liger"): _liger_moe,
     ("rope", "liger"): _liger_rope,
     ("swiglu", "liger"): _liger_swiglu,
     ("linear_cross_entropy", "liger"): _liger_linear_cross_entropy,

@@ -58,6 +58,22 @@ def test_a_dtype_without_kernel_steps_aside_or_raises():
         fp.rms_norm(x, weight)
 
 
+def test_a_chapter_may_know_a_faster_backend():
+    """Many rows an expert in 16 bits: Triton's experts come first on a GPU, and nowhere else; what is asked for by name stays."""
+    candidates = sys.modules["fastprimer.backends"]._candidates
+
+    def arguments(tokens: int, dtype: torch.dtype) -> tuple:
+        sizes = (tokens, 8), (4, 32, 8), (4, 8, 16), (tokens, 2), (tokens, 2)
+        return tuple(torch.empty(*size, dtype=dtype, device="meta") for size in sizes)
+
+    assert candidates("moe", "cuda", arguments(128, torch.bfloat16)) == ("triton", "cuda", "reference")
+    assert candidates("moe", "cuda", arguments(127, torch.bfloat16)) == ("cuda", "triton", "reference")
+    assert candidates("moe", "cuda", arguments(128, torch.float32)) == ("cuda", "triton", "reference")
+    assert candidates("moe", "cpu", arguments(128, torch.bfloat16)) == ("cpu", "reference")
+    with fp.use_backend("cuda"):
+        assert candidates("moe", "cuda", arguments(128, torch.bfloat16)) == ("cuda",)
+
+
 def test_blocks_nest_and_survive_errors():
     x = torch.randn(2, 8)
     before = fp.explain("rms_norm", x).backend

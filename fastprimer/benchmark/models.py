@@ -114,7 +114,8 @@ MODEL_CASES = {
 def measure_model(case: ModelCase, dtype: torch.dtype, backend: str, passes: tuple[str, ...], settings: Settings) -> Iterator[Row]:
     """A row for each pass; without times where the model is beyond its error budget."""
     torch.manual_seed(settings.seed)
-    weights = Model(case.config).to(settings.device, dtype).state_dict()
+    with torch.device(settings.device):
+        weights = Model(case.config).to(dtype).state_dict()
     with use_backend(backend):
         wrong = _proof(case, weights, dtype, backend, settings)
     for measured in passes:
@@ -155,10 +156,10 @@ def _peers(case: ModelCase, measured: str, settings: Settings) -> dict[str, Call
 def _proof(case: ModelCase, weights: dict[str, Tensor], dtype: torch.dtype, backend: str, settings: Settings) -> list[str]:
     """What is beyond the budget of fastprimer/testing.py, on the first tokens of a sequence: logits, and the loss's gradients."""
     tokens = case.tokens(1, min(case.length, PROVEN_TOKENS), settings)
-    truth = _logits_and_gradients(reference.Model(case.config), weights, torch.float64, tokens)
-    yardstick = _logits_and_gradients(reference.Model(case.config), weights, dtype, tokens)
+    truth = _logits_and_gradients(lambda: reference.Model(case.config), weights, torch.float64, tokens)
+    yardstick = _logits_and_gradients(lambda: reference.Model(case.config), weights, dtype, tokens)
     with poisoned_empty():
-        got = _logits_and_gradients(Model(case.config), weights, dtype, tokens)
+        got = _logits_and_gradients(lambda: Model(case.config), weights, dtype, tokens)
     problems = []
     for name in truth:
         factor = FORWARD_FACTOR if name == "logits" else GRADIENT_FACTOR
@@ -168,23 +169,26 @@ def _proof(case: ModelCase, weights: dict[str, Tensor], dtype: torch.dtype, back
     return problems
 
 
-def _logits_and_gradients(model: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype, tokens: Tensor) -> dict[str, Tensor]:
-    model = _with_weights(model, weights).to(dtype)
+def _logits_and_gradients(
+    make: Callable[[], nn.Module], weights: dict[str, Tensor], dtype: torch.dtype, tokens: Tensor
+) -> dict[str, Tensor]:
+    model = _with_weights(make, weights).to(dtype)
     model(tokens, tokens).backward()
     with torch.no_grad():
         return {"logits": model(tokens)} | {name: p.grad for name, p in model.named_parameters()}
 
 
-def _with_weights(model: nn.Module, weights: dict[str, Tensor]) -> nn.Module:
+def _with_weights(make: Callable[[], nn.Module], weights: dict[str, Tensor]) -> nn.Module:
     sample = next(iter(weights.values()))
-    model = model.to(sample.device, sample.dtype)
+    with sample.device:  # where a billion random numbers are drawn in no time
+        model = make().to(sample.dtype)
     model.load_state_dict(weights)
     return model
 
 
 def _training_call(make: Callable[[], nn.Module], weights: dict[str, Tensor], tokens: Tensor) -> Callable[[], tuple]:
     """A step; it returns the loss and the clipped gradients, in the order of the names of the weights."""
-    model = _with_weights(make(), weights)
+    model = _with_weights(make, weights)
     named = dict(model.named_parameters())
     parameters = [named[name] for name in weights]
     optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)
@@ -202,7 +206,7 @@ def _training_call(make: Callable[[], nn.Module], weights: dict[str, Tensor], to
 
 def _decoding_call(make: Callable[[], nn.Module], weights: dict[str, Tensor], tokens: Tensor) -> Callable[[], Tensor]:
     """The logits of the last token, (B, V); all others are in the cache, and it leaves the cache as it was."""
-    model = _with_weights(make(), weights).eval()
+    model = _with_weights(make, weights).eval()
     decoder = model if isinstance(model, _Transformers) else _Ours(model)
     with torch.no_grad():
         decoder.fill(tokens[:, :-1])

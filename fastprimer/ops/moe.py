@@ -106,6 +106,19 @@ LIMITS = {
 }
 
 
+MANY_ROWS = 64
+"""Of an expert, on average: from there on Triton's products, which use Hopper's wgmma, overtake those of the CUDA kernels (measured on an
+H100, 16-bit types). Below, a call's own cost and the reading of the weights decide."""
+
+
+def _faster(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> str:
+    many = experts.shape[0] * experts.shape[1] >= MANY_ROWS * gate_up.shape[0]
+    return "triton" if many and x.dtype in (torch.bfloat16, torch.float16) else ""
+
+
+FASTER = {"moe": _faster}
+
+
 class MoE(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, x, gate_up, down, weights, experts):
