@@ -91,23 +91,33 @@ def everything(rows: list[Row]) -> str:
 
 
 def markdown(rows: list[Row]) -> str:
-    """The table of README.md: every peer's time over ours, the fastest first; memory is what a call needs beyond what is there."""
+    """The table of README.md: every peer's time over ours, the fastest first; memory is what a call needs beyond what is there.
+    Of a GPU's rows also the rate, and the host's time to issue a call."""
     if not rows:
         return ""
-    several = len({row.backend for row in rows}) > 1
-    heads = ["case", *(["backend"] if several else []), "dtype", "pass", "ms", "others take", "of roof", "MB", "leanest other"]
+    several, on_gpu = len({row.backend for row in rows}) > 1, any(row.host_us for row in rows)
+    heads = ["case", *(["backend"] if several else []), "dtype", "pass", "ms", "others take", "of roof"]
+    heads += [*(["rate", "host us"] if on_gpu else []), "MB", "leanest other"]
     left = 4 if several else 3
-    lines = [f"| {' | '.join(heads)} |", "|" + " --- |" * left + " --: | --- |" + " --: |" * 3]
+    lines = [f"| {' | '.join(heads)} |", "|" + " --- |" * left + " --: | --- |" + " --: |" * (5 if on_gpu else 3)]
     for row in rows:
         head = [row.name, *([row.backend] if several else []), row.dtype, row.measured]
         if row.wrong:
-            cells = ["WRONG", *[""] * 4]
+            cells = ["WRONG", *[""] * (len(heads) - len(head) - 1)]
         else:
             others = sorted((timing.median / row.ours.median, name) for name, timing in row.peers.items())
             against = ", ".join(f"{name} {ratio:.2f}x" for ratio, name in others)
-            cells = [f"{row.ours.median:.2f}", against, f"{row.of_roof:.0%} of {row.limited_by}", *_memory(row)]
+            cells = [f"{row.ours.median:.{3 if on_gpu else 2}f}", against, f"{row.of_roof:.0%} of {row.limited_by}"]
+            cells += [*((_rate(row), f"{row.host_us[OURS]:.0f}") if on_gpu else ()), *_memory(row)]
         lines.append(f"| {' | '.join(head + cells)} |")
     return "\n".join(lines)
+
+
+def _rate(row: Row) -> str:
+    """Of what limits the row."""
+    if row.limited_by == MATRIX:
+        return f"{row.flops / row.ours.median / 1e9:.0f} TFLOP/s"
+    return f"{row.bytes / row.ours.median / 1e6:.0f} GB/s"
 
 
 def _memory(row: Row) -> tuple[str, str]:
