@@ -29,7 +29,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from torch import Tensor
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
@@ -76,6 +75,7 @@ def _valid(name: str, source: str) -> str:
 _requested = _valid(os.environ.get(VARIABLE) or "auto", VARIABLE)
 _missing = "raise"
 _chapters: dict[str, object] = {}
+_faster: dict[str, object] = {}
 _functions: dict[tuple[str, str], SimpleNamespace] = {}
 _unavailable: dict[tuple[str, str, str], str] = {}
 _emulated = False
@@ -84,6 +84,7 @@ _emulated = False
 def register(chapter) -> None:
     """Make a chapter's operations known. It offers LIMITS = {op: {backend: function of the forward's arguments -> reason}}, and may
     offer FASTER = {op: function of the forward's arguments -> the backend to be tried before the usual ones, or ""}."""
+    _faster.update(getattr(chapter, "FASTER", {}))
     for op in chapter.LIMITS:
         _chapters[op] = chapter
         names = [name for name in (f"{op}_forward", f"{op}_backward") if hasattr(chapter, name)]
@@ -155,8 +156,9 @@ def _candidates(op: str, device: str, args: tuple) -> tuple[str, ...]:
     """The backends that may serve a call, best first: the one asked for, or all that are preferred on this device."""
     if _requested == "auto" or (_missing == "auto" and _requested != "reference" and _requested not in _chapters[op].LIMITS[op]):
         usual = PREFERENCE.get(device, ("reference",))
-        faster = getattr(_chapters[op], "FASTER", {}).get(op)
-        first = faster(*args) if faster else ""
+        if op not in _faster:
+            return usual
+        first = _faster[op](*args)
         return (first, *(backend for backend in usual if backend != first)) if first in usual else usual
     return (_requested,)
 
@@ -326,17 +328,6 @@ def _library(space: str) -> torch.library.Library:
 @functools.cache
 def _register_fake(name: str, function) -> None:
     torch.library.register_fake(name, function)
-
-
-def dtype_limit(x: Tensor, constant: Tensor | None, names: str, what: str = "a weight") -> str:
-    """Why a kernel for x's dtype in `names`, and a constant in x's dtype or float32, cannot take these, or ""."""
-    dtype = str(x.dtype).removeprefix("torch.")
-    if dtype not in names.split():
-        return f"its kernel takes {names.replace(' ', ', ')}, not {dtype}"
-    if constant is not None and constant.dtype not in (x.dtype, torch.float32):
-        allowed = dtype if x.dtype == torch.float32 else f"{dtype} or float32"
-        return f"its kernel takes {what} of {allowed}, not {str(constant.dtype).removeprefix('torch.')}"
-    return ""
 
 
 def operations() -> list[str]:

@@ -17,6 +17,7 @@ from fastprimer.kernels._attention import (
     load_tile,
     online_softmax,
     place_of,
+    scores,
     sequence,
     store_tile,
     tanh,
@@ -36,7 +37,7 @@ def _attend(
     for first in range(begin, end, BLOCK_N):
         key = first + tl.arange(0, BLOCK_N)
         k = load_tile(k_tiles, 0, 0, first, T, stride_k_token, BLOCK_N, D, WIDTH, MASKED, TMA)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        s = scores(q, k)
         if SOFTCAP:
             s = tanh(s * inner)
         if MASKED:

@@ -69,7 +69,10 @@ def test_upstream_gradients_may_be_expanded(cell, dim):
             leaves = leaves_of(arguments)
             expanded = torch.autograd.grad(outputs, leaves, dys, retain_graph=True)
             contiguous = torch.autograd.grad(outputs, leaves, [dy.contiguous() for dy in dys])
-        assert all(torch.equal(a, b) for a, b in zip(expanded, contiguous, strict=True))
+        if (backend, device) == ("triton", "cuda"):  # its compiler orders a sum by how the addresses are aligned
+            torch.testing.assert_close(expanded, contiguous, rtol=1e-5, atol=1e-6)
+        else:
+            assert all(torch.equal(a, b) for a, b in zip(expanded, contiguous, strict=True))
 
 
 def test_the_graph_can_be_retained_and_bits_repeat(cell):

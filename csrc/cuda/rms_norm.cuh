@@ -98,13 +98,13 @@ __device__ __forceinline__ Vector<T, V> scale(const Vector<T, V>& h, float rstd,
 
 __device__ __forceinline__ float reciprocal_root(float sum, int64_t C, float eps) { return 1 / sqrtf(sum / static_cast<float>(C) + eps); }
 
-// A thread's vectors of a row, and 0 beyond its end.
+// A thread's vectors of a row; those beyond its end stay what they are.
 template <class T, int V, int K>
 __device__ __forceinline__ void load_row(Vector<T, V> (&h)[K], const T* row, int vectors) {
 #pragma unroll
   for (int k = 0; k < K; k++) {
     const int j = threadIdx.x + k * blockDim.x;
-    h[k] = j < vectors ? load<V>(row + j * V) : Vector<T, V>{};
+    if (j < vectors) h[k] = load<V>(row + j * V);
   }
 }
 
@@ -112,10 +112,9 @@ __device__ __forceinline__ void load_row(Vector<T, V> (&h)[K], const T* row, int
 template <class T, int V, int K>
 struct ColumnFactors {
   static constexpr bool KEPT = K <= 2;
-  const RmsNormWeight& weight;
   float kept[KEPT ? K : 1][V];
 
-  __device__ __forceinline__ ColumnFactors(const RmsNormWeight& weight, int vectors) : weight(weight) {
+  __device__ __forceinline__ ColumnFactors(const RmsNormWeight& weight, int vectors) {
     if constexpr (KEPT) {
 #pragma unroll
       for (int k = 0; k < K; k++) {
@@ -124,7 +123,7 @@ struct ColumnFactors {
       }
     }
   }
-  __device__ __forceinline__ void get(int k, int j, float (&w)[V]) const {
+  __device__ __forceinline__ void get(const RmsNormWeight& weight, int k, int j, float (&w)[V]) const {
     if constexpr (KEPT) {
 #pragma unroll
       for (int i = 0; i < V; i++) w[i] = kept[k][i];
@@ -134,31 +133,24 @@ struct ColumnFactors {
   }
 };
 
-// Moves x once in and y once out, 2 N C elements; with residual 4 N C. A row waits in registers for its sum, and the next one is asked
-// for before: loads are always on their way.
+// Moves x once in and y once out, 2 N C elements; with residual 4 N C. The row waits in registers for its sum, and what its columns are
+// multiplied by is asked for before. Blocks of one row after another would wait for memory more often than many blocks do.
 template <class T, int V, int K>
 __global__ void __launch_bounds__(RMS_NORM_THREADS)
     rms_norm_forward_rows(const RmsNormForward args, const RmsNormWeight weight, const float eps) {
-  const int columns = static_cast<int>(args.C / V);
-  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
-  const auto load_x = [&](Vector<T, V>(&x)[K], int64_t row) {
-    load_row(x, at_row(static_cast<const T*>(args.x), row, args.stride_x_row), row < args.N ? columns : 0);
-  };
-  const ColumnFactors<T, V, K> factors(weight, columns);
-  Vector<T, V> next[K];
-  load_x(next, static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y);
   int turn = 0;
-  for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < args.N; first += step) {
+  for (int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y; first < args.N;
+       first += static_cast<int64_t>(gridDim.x) * blockDim.y) {
     const int64_t row = first + threadIdx.y;
-    const int vectors = row < args.N ? columns : 0;
+    const int vectors = row < args.N ? static_cast<int>(args.C / V) : 0;
+    const T* x = at_row(static_cast<const T*>(args.x), row, args.stride_x_row);
+    const T* residual = at_row(static_cast<const T*>(args.residual), row, args.stride_residual_row);
     T* y = at_row(static_cast<T*>(args.y), row, args.C);
 
-    Vector<T, V> h[K];
-#pragma unroll
-    for (int k = 0; k < K; k++) h[k] = next[k];
-    load_x(next, row + step);
+    Vector<T, V> h[K] = {};
+    load_row(h, x, vectors);
+    const ColumnFactors<T, V, K> factors(weight, vectors);
     if (args.residual != nullptr) {
-      const T* residual = at_row(static_cast<const T*>(args.residual), row, args.stride_residual_row);
       T* h_out = at_row(static_cast<T*>(args.h), row, args.C);
 #pragma unroll
       for (int k = 0; k < K; k++) {
@@ -186,7 +178,7 @@ __global__ void __launch_bounds__(RMS_NORM_THREADS)
       const int j = threadIdx.x + k * blockDim.x;
       if (j < vectors) {
         float w[V];
-        factors.get(k, j, w);
+        factors.get(weight, k, j, w);
         store(y + j * V, scale(h[k], rstd, w));
       }
     }

@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(RMS_NORM_THREADS, K == 1 ? 2 : 1)
     load_row(h, at_row(static_cast<const T*>(args.h), row, args.stride_h_row), exists ? columns : 0);
   };
   const ColumnFactors<T, V, K> factors(weight, columns);
-  Vector<T, V> next_dy[K], next_h[K];
+  Vector<T, V> next_dy[K] = {}, next_h[K] = {};
   float next_rstd, dweight[K][V] = {};
   load_inputs(next_dy, next_h, next_rstd, static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y);
   int turn = 0;
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(RMS_NORM_THREADS, K == 1 ? 2 : 1)
       const int j = threadIdx.x + k * blockDim.x;
       if (j < vectors) {
         float w[V];
-        factors.get(k, j, w);
+        factors.get(weight, k, j, w);
         sum += gather(dy[k], h[k], rstd, w, dweight[k]);
       }
     }
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(RMS_NORM_THREADS, K == 1 ? 2 : 1)
       const int j = threadIdx.x + k * blockDim.x;
       if (j < vectors) {
         float w[V];
-        factors.get(k, j, w);
+        factors.get(weight, k, j, w);
         store(dx_row + j * V, input_gradient(dy[k], h[k], rstd, mean, w, at_row(dh_row, j, V)));
       }
     }

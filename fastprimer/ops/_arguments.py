@@ -13,23 +13,25 @@ INTEGERS = (torch.int32, torch.int64)
 
 
 def check(condition: bool, name: str, expected: str, got: object) -> None:
-    """Raise ValueError("<op>: <argument>: expected ..., got ...") unless the condition holds."""
+    """Raise ValueError("<op>: <argument>: expected ..., got ...") unless the condition holds.
+
+    Small operations put it behind an `if` of their own: to write `expected` and `got` takes longer than all other checks.
+    """
     if not condition:
         raise ValueError(f"{name}: expected {expected}, got {got}")
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple, letters: str) -> None:
-    if tuple(tensor.shape) != tuple(shape):
+    if tensor.shape != shape:
         raise ValueError(f"{name}: expected shape {letters} = {tuple(shape)}, got {tuple(tensor.shape)}")
 
 
 def check_floating(name: str, tensor: object) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point tensor, got {tensor.dtype}")
     if tensor.dtype not in FLOATS:
-        raise TypeError(f"{name}: expected float32, bfloat16, float16 or float64, got {tensor.dtype}")
+        expected = "float32, bfloat16, float16 or float64" if tensor.is_floating_point() else "a floating-point tensor"
+        raise TypeError(f"{name}: expected {expected}, got {tensor.dtype}")
 
 
 def check_integer(name: str, tensor: object) -> None:
@@ -67,11 +69,34 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+KERNEL_FLOATS = {
+    names: tuple(getattr(torch, name) for name in names.split())
+    for names in ("float32 bfloat16 float16", "float32 bfloat16 float16 float64")
+}
+"""What kernels take, by the words that say so."""
+
+
+def dtype_limit(x: Tensor, constant: Tensor | None, names: str, what: str = "a weight") -> str:
+    """Why a kernel for x's dtype in `names`, and a constant in x's dtype or float32, cannot take these, or ""."""
+    known = x.dtype in KERNEL_FLOATS[names]
+    if known and (constant is None or constant.dtype in (x.dtype, torch.float32)):
+        return ""
+    dtype = str(x.dtype).removeprefix("torch.")
+    if not known:
+        return f"its kernel takes {names.replace(' ', ', ')}, not {dtype}"
+    allowed = dtype if x.dtype == torch.float32 else f"{dtype} or float32"
+    return f"its kernel takes {what} of {allowed}, not {str(constant.dtype).removeprefix('torch.')}"
+
+
 def needs_gradient(*tensors: Tensor | None) -> bool:
     """Whether autograd would record a call on these tensors, or forward-mode derivatives are asked for (which then raise)."""
     if forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def distinct(*tensors: Tensor | None) -> tuple:
@@ -85,8 +110,9 @@ def distinct(*tensors: Tensor | None) -> tuple:
 
 
 def autocast(*tensors: Tensor | None) -> tuple:
-    """What torch.matmul does under autocast: cast floating-point operands to the autocast dtype (others pass through)."""
-    device = next(t for t in tensors if t is not None).device.type
+    """What torch.matmul does under autocast: cast floating-point operands, the first of them given, to the autocast dtype (others pass
+    through)."""
+    device = tensors[0].device.type
     if not autocasting(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)

@@ -43,7 +43,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from fastprimer.backends import choose, dtype_limit, implementation
+from fastprimer.backends import choose, implementation
 from fastprimer.ops import _arguments as arguments
 
 DEFAULT_BUDGET = 8
@@ -164,14 +164,14 @@ def _dlogits(dloss, dlse, logits, target, lse, ignore_index, label_smoothing, z_
 
 LIMITS = {
     "cross_entropy": {
-        "cpu": lambda logits, *_: dtype_limit(logits, None, "float32 bfloat16 float16 float64"),
-        "triton": lambda logits, *_: dtype_limit(logits, None, "float32 bfloat16 float16 float64"),
-        "cuda": lambda logits, *_: dtype_limit(logits, None, "float32 bfloat16 float16"),
+        "cpu": lambda logits, *_: arguments.dtype_limit(logits, None, "float32 bfloat16 float16 float64"),
+        "triton": lambda logits, *_: arguments.dtype_limit(logits, None, "float32 bfloat16 float16 float64"),
+        "cuda": lambda logits, *_: arguments.dtype_limit(logits, None, "float32 bfloat16 float16"),
     },
     "linear_cross_entropy": {
-        "cpu": lambda x, *_: dtype_limit(x, None, "float32 bfloat16 float16"),
-        "triton": lambda x, *_: dtype_limit(x, None, "float32 bfloat16 float16 float64"),
-        "cuda": lambda x, *_: dtype_limit(x, None, "float32 bfloat16 float16"),
+        "cpu": lambda x, *_: arguments.dtype_limit(x, None, "float32 bfloat16 float16"),
+        "triton": lambda x, *_: arguments.dtype_limit(x, None, "float32 bfloat16 float16 float64"),
+        "cuda": lambda x, *_: arguments.dtype_limit(x, None, "float32 bfloat16 float16"),
     },
 }
 

@@ -30,7 +30,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastprimer.backends import choose, dtype_limit, implementation
+from fastprimer.backends import choose, implementation
 from fastprimer.ops import _arguments as arguments
 from fastprimer.ops.swiglu import constants, swiglu_backward, swiglu_forward
 
@@ -79,7 +79,7 @@ def _where(chosen: Tensor, values: Tensor) -> Tensor:
 
 
 def _cuda_limit(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> str:
-    reason = dtype_limit(x, None, "float32 bfloat16 float16")
+    reason = arguments.dtype_limit(x, None, "float32 bfloat16 float16")
     if reason:
         return reason
     if gate_up.shape[0] > 8192:
@@ -94,12 +94,12 @@ def _triton_limit(x, gate_up, down, weights, experts) -> str:
         return f"its kernels take at most 4095 experts, whose counts one program holds in registers, not E = {gate_up.shape[0]}"
     if experts.numel() > 2**30:
         return f"its kernels number the pairs of a token and an expert in 32 bits, at most 2^30, not N K = {experts.numel()}"
-    return dtype_limit(x, None, "float32 bfloat16 float16 float64")
+    return arguments.dtype_limit(x, None, "float32 bfloat16 float16 float64")
 
 
 LIMITS = {
     "moe": {
-        "cpu": lambda x, *_: dtype_limit(x, None, "float32 bfloat16 float16"),
+        "cpu": lambda x, *_: arguments.dtype_limit(x, None, "float32 bfloat16 float16"),
         "triton": _triton_limit,
         "cuda": _cuda_limit,
     }

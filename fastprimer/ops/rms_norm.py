@@ -31,7 +31,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from fastprimer.backends import choose, dtype_limit, implementation
+from fastprimer.backends import choose, implementation
 from fastprimer.ops import _arguments as arguments
 
 
@@ -67,10 +67,10 @@ def rms_norm_backward(
 
 LIMITS = {
     "rms_norm": {
-        "cpu": lambda x, weight, *_: dtype_limit(x, weight, "float32 bfloat16 float16 float64"),
-        "triton": lambda x, weight, *_: dtype_limit(x, weight, "float32 bfloat16 float16"),
+        "cpu": lambda x, weight, *_: arguments.dtype_limit(x, weight, "float32 bfloat16 float16 float64"),
+        "triton": lambda x, weight, *_: arguments.dtype_limit(x, weight, "float32 bfloat16 float16"),
         "cuda": lambda x, weight, *_: (
-            dtype_limit(x, weight, "float32 bfloat16 float16")
+            arguments.dtype_limit(x, weight, "float32 bfloat16 float16")
             or ("its kernel takes rows of at most 2^30 numbers" if x.shape[-1] > 2**30 else "")
         ),
     }

@@ -33,7 +33,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from fastprimer.backends import choose, dtype_limit, implementation
+from fastprimer.backends import choose, implementation
 from fastprimer.ops import _arguments as arguments
 
 
@@ -80,8 +80,8 @@ def _limit(names: str):
 
     def reason(q, k, cos, sin, *_) -> str:
         return (
-            dtype_limit(q, cos, names, "cos and sin")
-            or dtype_limit(q, sin, names, "cos and sin")
+            arguments.dtype_limit(q, cos, names, "cos and sin")
+            or arguments.dtype_limit(q, sin, names, "cos and sin")
             or ("" if cos.dtype == sin.dtype else "its kernel takes cos and sin of one dtype")
         )
 
@@ -142,24 +142,26 @@ def rope(
     Source: Su et al. (2021), section 3.2.2.
     """
     arguments.check_floating("rope: q", q)
-    arguments.check(q.dim() in (3, 4), "rope: q", "shape (B, S, H, D) or (N, H, D)", tuple(q.shape))
+    if q.dim() not in (3, 4):
+        arguments.check(False, "rope: q", "shape (B, S, H, D) or (N, H, D)", tuple(q.shape))
     D = q.shape[-1]
     if k is not None:
         arguments.check_floating("rope: k", k)
         arguments.check_like("rope: k", k, q, "q")
         expected = (*q.shape[:-2], k.shape[-2] if k.dim() == q.dim() else "Hk", D)
-        arguments.check(tuple(k.shape) == expected, "rope: k", f"shape (..., Hk, D) = {expected}", tuple(k.shape))
-    for name, table in (("cos", cos), ("sin", sin)):
-        arguments.check_floating(f"rope: {name}", table)
-        arguments.check_device(f"rope: {name}", table, q, "q")
-        fits = table.dim() == 2 and 0 < 2 * table.shape[1] <= D
-        arguments.check(fits, f"rope: {name}", f"shape (P, R/2) with 0 < R <= D = {D}", tuple(table.shape))
-        arguments.check(
-            not (torch.is_grad_enabled() and table.requires_grad), f"rope: {name}", "a constant", "one that requires a gradient"
-        )
+        if k.shape != expected:
+            arguments.check(False, "rope: k", f"shape (..., Hk, D) = {expected}", tuple(k.shape))
+    for name, table in (("rope: cos", cos), ("rope: sin", sin)):
+        arguments.check_floating(name, table)
+        arguments.check_device(name, table, q, "q")
+        if table.dim() != 2 or not 0 < 2 * table.shape[1] <= D:
+            arguments.check(False, name, f"shape (P, R/2) with 0 < R <= D = {D}", tuple(table.shape))
+        if table.requires_grad and torch.is_grad_enabled():
+            arguments.check(False, name, "a constant", "one that requires a gradient")
     arguments.check_shape("rope: sin", sin, cos.shape, "of cos")
     if positions is None:
-        arguments.check(q.shape[-3] <= cos.shape[0], "rope: cos", f"at least {q.shape[-3]} rows, one per position", cos.shape[0])
+        if q.shape[-3] > cos.shape[0]:
+            arguments.check(False, "rope: cos", f"at least {q.shape[-3]} rows, one per position", cos.shape[0])
     else:
         arguments.check_integer("rope: positions", positions)
         arguments.check_shape("rope: positions", positions, q.shape[:-2], "(B, S) or (N,)")

@@ -48,7 +48,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from fastprimer.backends import choose, dtype_limit, implementation
+from fastprimer.backends import choose, implementation
 from fastprimer.ops import _arguments as arguments
 
 SCORES = ("softmax", "softmax_topk", "sigmoid")
@@ -125,15 +125,15 @@ def _weights(l: Tensor, experts: Tensor, score: int, renormalize: bool, scale: f
 def _triton_limit(logits, *_) -> str:
     if logits.shape[1] > 8192:
         return f"its kernel takes at most 8192 experts, for it holds a token's logits in registers, not E = {logits.shape[1]}"
-    return dtype_limit(logits, None, "float32 bfloat16 float16 float64")
+    return arguments.dtype_limit(logits, None, "float32 bfloat16 float16 float64")
 
 
 LIMITS = {
     "route": {
-        "cpu": lambda logits, *_: dtype_limit(logits, None, "float32 bfloat16 float16 float64"),
+        "cpu": lambda logits, *_: arguments.dtype_limit(logits, None, "float32 bfloat16 float16 float64"),
         "triton": _triton_limit,
         "cuda": lambda logits, *_: (
-            dtype_limit(logits, None, "float32 bfloat16 float16")
+            arguments.dtype_limit(logits, None, "float32 bfloat16 float16")
             or ("its kernel takes at most 4096 experts" if logits.shape[1] > 4096 else "")
         ),
     }

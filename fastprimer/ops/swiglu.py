@@ -37,7 +37,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from fastprimer.backends import choose, dtype_limit, implementation
+from fastprimer.backends import choose, implementation
 from fastprimer.ops import _arguments as arguments
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gpt_oss")
@@ -89,9 +89,9 @@ def swiglu_backward(
 
 LIMITS = {
     "swiglu": {
-        "cpu": lambda gate, *_: dtype_limit(gate, None, "float32 bfloat16 float16 float64"),
-        "triton": lambda gate, *_: dtype_limit(gate, None, "float32 bfloat16 float16 float64"),
-        "cuda": lambda gate, *_: dtype_limit(gate, None, "float32 bfloat16 float16"),
+        "cpu": lambda gate, *_: arguments.dtype_limit(gate, None, "float32 bfloat16 float16 float64"),
+        "triton": lambda gate, *_: arguments.dtype_limit(gate, None, "float32 bfloat16 float16 float64"),
+        "cuda": lambda gate, *_: arguments.dtype_limit(gate, None, "float32 bfloat16 float16"),
     }
 }
 
@@ -137,8 +137,8 @@ def swiglu(gate: Tensor, up: Optional[Tensor] = None, *, activation: str = "silu
         arguments.check_floating("swiglu: up", up)
         arguments.check_shape("swiglu: up", up, gate.shape, "of gate")
         arguments.check_like("swiglu: up", up, gate, "gate")
-    known = isinstance(activation, str) and activation in ACTIVATIONS
-    arguments.check(known, "swiglu: activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        arguments.check(False, "swiglu: activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
     alpha, beta, usual_limit, offset = constants(activation)
     if limit is None:
         limit = usual_limit

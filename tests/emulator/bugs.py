@@ -36,7 +36,7 @@ BUGS = [
     Bug(
         "off-by-one tail",
         "rms_norm",
-        Patch(RMS_NORM, "h[k] = j < vectors ? load", "h[k] = j <= vectors ? load"),
+        Patch(RMS_NORM, "if (j < vectors) h[k] = load<V>(row", "if (j <= vectors) h[k] = load<V>(row"),
         {"plain": "is wrong"},
     ),
     Bug(
