@@ -40,26 +40,32 @@ def load_left(rows_ptr, first, size, BLOCK_K: tl.constexpr, WHOLE_K: tl.constexp
 
 
 @triton.jit
-def load_right(ptr, first, column, size, columns, stride_k, stride_column, BLOCK_K: tl.constexpr, WHOLE_K: tl.constexpr):
-    """(BLOCK_K, BLOCK_N) of a matrix (size, columns): either of its strides may be the 1."""
+def load_right(
+    ptr, first, column, inside, size, stride_k, stride_column, BLOCK_K: tl.constexpr, WHOLE_K: tl.constexpr, WHOLE_N: tl.constexpr
+):
+    """(BLOCK_K, BLOCK_N) of a matrix of `size` rows, those of its columns that are inside: either of its strides may be the 1."""
     k = tl.arange(0, BLOCK_K)[:, None]
     place = ptr + tl.cast(first, tl.int64) * stride_k + (k.to(tl.int64) * stride_k + column.to(tl.int64) * stride_column)
-    if WHOLE_K:
-        return tl.load(place, mask=column < columns, other=0.0)
+    if WHOLE_K and WHOLE_N:
+        return tl.load(place)
+    elif WHOLE_K:
+        return tl.load(place, mask=inside, other=0.0)
+    elif WHOLE_N:
+        return tl.load(place, mask=first + k < size, other=0.0)
     else:
-        return tl.load(place, mask=(first + k < size) & (column < columns), other=0.0)
+        return tl.load(place, mask=(first + k < size) & inside, other=0.0)
 
 
 @triton.jit
 def multiply(
-    rows_ptr, matrix_ptr, column, size, columns, stride_k, stride_column,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE_K: tl.constexpr, WIDE: tl.constexpr,
+    rows_ptr, matrix_ptr, column, inside, size, stride_k, stride_column,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE_K: tl.constexpr, WHOLE_N: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """(BLOCK_M, BLOCK_N): the rows times these columns of an expert's matrix."""
-    total = tl.zeros((BLOCK_M, BLOCK_N), WIDE)
+    """The rows times these columns (1, columns) of an expert's matrix, where they are inside: all are with WHOLE_N."""
+    total = tl.zeros((BLOCK_M, column.shape[1]), WIDE)
     for first in range(0, size, BLOCK_K):
         left = load_left(rows_ptr, first, size, BLOCK_K, WHOLE_K)
-        right = load_right(matrix_ptr, first, column, size, columns, stride_k, stride_column, BLOCK_K, WHOLE_K)
+        right = load_right(matrix_ptr, first, column, inside, size, stride_k, stride_column, BLOCK_K, WHOLE_K, WHOLE_N)
         total = tl.dot(left, right, total, input_precision="ieee")
     return total
 
@@ -68,7 +74,8 @@ def multiply(
 def moe_product_kernel(
     rows_ptr, matrix_ptr, weights_ptr, order_ptr, offsets_ptr, work_ptr, z_ptr,
     stride_matrix_expert, stride_k, stride_column, tiles, E, size, columns,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE_K: tl.constexpr, GROUP: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE_K: tl.constexpr, WHOLE_N: tl.constexpr,
+    GROUP: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One tile. rows (P, size) by position, matrix (E, size, columns) by strides, weights (P,) by pair -> z (P, columns) by pair.
 
@@ -81,8 +88,8 @@ def moe_product_kernel(
     position, pair, exists = rows_of(order_ptr, offsets_ptr, work_ptr, tile, tiles, expert, BLOCK_M)
     column = (block * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     z = multiply(
-        rows_ptr + (position * size)[:, None], matrix_ptr + expert.to(tl.int64) * stride_matrix_expert, column,
-        tl.where(expert < E, size, 0), columns, stride_k, stride_column, BLOCK_M, BLOCK_N, BLOCK_K, WHOLE_K, WIDE,
+        rows_ptr + (position * size)[:, None], matrix_ptr + expert.to(tl.int64) * stride_matrix_expert, column, column < columns,
+        tl.where(expert < E, size, 0), stride_k, stride_column, BLOCK_M, BLOCK_K, WHOLE_K, WHOLE_N, WIDE,
     )  # fmt: skip
     if weights_ptr is not None:
         weight = tl.load(weights_ptr + pair, mask=exists & (expert < E), other=0.0).to(WIDE)

@@ -236,7 +236,7 @@ def test_tiles_are_what_triton_can_launch():
     for table, dtype, target in itertools.product(tables, dtypes, targets):
         for sizes in itertools.product([1, 17, 64, 5000], [1, 24, 2048], [1, 40, 4096]):
             *block, num_warps, _ = kernels.tile(table, *sizes, dtype, target)
-            assert all(16 <= n <= 128 and n & (n - 1) == 0 for n in block) and num_warps in (4, 8)
+            assert all(16 <= n <= 256 and n & (n - 1) == 0 for n in block) and num_warps in (4, 8)
     for dtype, target, rows in itertools.product(dtypes, targets, [1, 17, 64, 5000]):  # one list of tiles for all of these
         assert len({kernels.tile(table, rows, 64, 64, dtype, target).BLOCK_M for table in tables[:3]}) == 1
 
@@ -303,13 +303,13 @@ PLANTED = {
     ),
     "a tail of the matrix unmasked": (
         SHARED,
-        "mask=(first + k < size) & (column < columns), other=0.0)",
-        "mask=(first + k < size + 1) & (column < columns), other=0.0)",
+        "mask=(first + k < size) & inside, other=0.0)",
+        "mask=(first + k < size + 1) & inside, other=0.0)",
     ),
     "columns unmasked": (SHARED, "mask=exists[:, None] & (column < columns))", "mask=exists[:, None] & (column < columns + 1))"),
     "the weight forgotten": (SHARED, "z = z * weight[:, None]", "z = z * 1"),
     "a pair left out of the sum": (SHARED, "for k in range(0, K):", "for k in range(1, K):"),
-    "a network that does not exist gives something": (SHARED, "tl.where(expert < E, size, 0), columns", "size, columns"),
+    "a network that does not exist gives something": (SHARED, "tl.where(expert < E, size, 0), stride_k", "size, stride_k"),
     "gate and up exchanged": (FORWARD, "(a * sigma * b)", "(b * sigma * a / sigma * (1 / (1 + tl.exp(-b))))"),
     "u of hidden before it was rounded": (FORWARD, "a, b = a.to(WIDE), b.to(WIDE)", "a, b = a.to(WIDE) * 1.02, b.to(WIDE)"),
     "half of hidden not stored": (FORWARD, "tl.store(place + F, b, mask=inside)", "tl.store(place, a, mask=inside)"),
@@ -318,7 +318,7 @@ PLANTED = {
     "silu's slope without its second term": (BACKWARD, "(sigma + a * sigma_slope)", "sigma"),
     "dweights of the last block alone": (BACKWARD, "partial_ptr + pair * blocks + block,", "partial_ptr + pair * blocks,"),
     "a block of dweights dropped": (LAUNCHES, "partial.sum(1)", "partial[:, 1:].sum(1)"),
-    "rows of the next expert in the gradient": (BACKWARD, "exists = position < end", "exists = position < end + 1"),
+    "rows of the next expert in the gradient": (BACKWARD, "exists = first + k < end", "exists = first + k < end + 1"),
     "an empty expert's gradient not cleared": (
         BACKWARD,
         "mask=(m < rows) & (n < columns))",
@@ -326,9 +326,10 @@ PLANTED = {
     ),
     "a block of rows left out of the gradient": (
         BACKWARD,
-        "range(tl.load(offsets_ptr + expert), end, BLOCK_K)",
-        "range(tl.load(offsets_ptr + expert), end - BLOCK_K, BLOCK_K)",
+        "range(begin, rest, BLOCK_K)",
+        "range(begin, rest - BLOCK_K, BLOCK_K)",
     ),
+    "the last positions left out of the gradient": (BACKWARD, "if rest < end:", "if rest > end:"),
     "the gradient of another expert": (BACKWARD, "(expert * rows + m)", "((expert + 1) % 2 * rows + m)"),
     "left and right not gathered alike": (
         LAUNCHES,

@@ -53,6 +53,8 @@ CASES = [
     *moe_cases(torch.bfloat16, 512, 2048, 768, 16, 2, FEW_ROWS),
     *moe_cases(torch.float16, 64, 2048, 768, 128, 8, FEW_ROWS),
     *moe_cases(torch.bfloat16, 1024, 2000, 1001, 8, 2),
+    *moe_cases(torch.bfloat16, 512, 64, 64, 8, 2),
+    *moe_cases(torch.float16, 1024, 2001, 1001, 8, 2),
     *moe_cases(torch.float32, 1024, 512, 1024, 8, 2),
     *moe_cases(torch.float64, 1024, 512, 1024, 8, 2),
 ]
