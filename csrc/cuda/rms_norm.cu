@@ -6,8 +6,8 @@
 namespace fastprimer {
 namespace {
 
-constexpr int BLOCKS_PER_MULTIPROCESSOR_FORWARD = 1024;  // a bound on the grid, far above what runs at once
-constexpr int BLOCKS_PER_MULTIPROCESSOR_BACKWARD = 2;    // of about 512 threads: with up to 64 registers, all run at once
+constexpr int BLOCKS_PER_MULTIPROCESSOR_FORWARD = 64;  // a bound on the grid, far above what runs at once
+constexpr int BLOCKS_PER_MULTIPROCESSOR_BACKWARD = 2;  // of about 512 threads: with up to 64 registers, all run at once
 
 // How a row lies in a block (see rms_norm.cuh). K = 0: the row is too wide for registers.
 struct Layout {

@@ -34,6 +34,31 @@ __device__ __forceinline__ Vector<T, V> input_gradient(const Vector<T, V>& dy, c
   return narrow<T>(dx);
 }
 
+// What a thread's columns are multiplied by: kept in registers if those of all rows have room there, else loaded for each row.
+template <class T, int V, int K>
+struct ColumnFactors {
+  static constexpr bool KEPT = K <= 2;
+  float kept[KEPT ? K : 1][V];
+
+  __device__ __forceinline__ ColumnFactors(const RmsNormWeight& weight, int vectors) {
+    if constexpr (KEPT) {
+#pragma unroll
+      for (int k = 0; k < K; k++) {
+        const int j = threadIdx.x + k * blockDim.x;
+        if (j < vectors) weight.factors<T>(j * V, kept[k]);
+      }
+    }
+  }
+  __device__ __forceinline__ void get(const RmsNormWeight& weight, int k, int j, float (&w)[V]) const {
+    if constexpr (KEPT) {
+#pragma unroll
+      for (int i = 0; i < V; i++) w[i] = kept[k][i];
+    } else {
+      weight.factors<T>(j * V, w);
+    }
+  }
+};
+
 // Adds the rows of a block to one row of partial sums, column by column, in the order of the rows.
 template <int V, int K>
 __device__ __forceinline__ void store_partial(const float (&dweight)[K][V], float* partial, int C) {

@@ -172,7 +172,8 @@ def _proof(case: ModelCase, weights: dict[str, Tensor], dtype: torch.dtype, back
 def _logits_and_gradients(
     make: Callable[[], nn.Module], weights: dict[str, Tensor], dtype: torch.dtype, tokens: Tensor
 ) -> dict[str, Tensor]:
-    model = _with_weights(make, weights).to(dtype)
+    model = _with_weights(make, weights)
+    _cast(model, dtype)
     model(tokens, tokens).backward()
     with torch.no_grad():
         return {"logits": model(tokens)} | {name: p.grad for name, p in model.named_parameters()}
@@ -181,9 +182,16 @@ def _logits_and_gradients(
 def _with_weights(make: Callable[[], nn.Module], weights: dict[str, Tensor]) -> nn.Module:
     sample = next(iter(weights.values()))
     with sample.device:  # where a billion random numbers are drawn in no time
-        model = make().to(sample.dtype)
+        model = make()
+    _cast(model, sample.dtype)
     model.load_state_dict(weights)
     return model
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Weights alone: transformers keeps the frequencies of RoPE, a buffer, in float32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def _training_call(make: Callable[[], nn.Module], weights: dict[str, Tensor], tokens: Tensor) -> Callable[[], tuple]:

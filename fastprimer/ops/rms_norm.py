@@ -77,6 +77,18 @@ LIMITS = {
 }
 
 
+LARGE = 2**25
+"""Numbers from which on Triton's kernels are as fast or faster (95% to 100% and 85% to 88% of a copy's bandwidth, forward and backward, on an
+H100, the CUDA kernels 86% to 98% and 75% to 90%), and their longer calls do not show."""
+
+
+def _faster(x: Tensor, *_) -> str:
+    return "triton" if x.dtype in (torch.bfloat16, torch.float16) and x.numel() >= LARGE else ""
+
+
+FASTER = {"rms_norm": _faster}
+
+
 class RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, backend, x, weight, eps, residual, weight_offset):
