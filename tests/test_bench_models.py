@@ -101,6 +101,15 @@ def test_a_training_step_leaves_the_weights_and_a_token_the_cache(small):
     torch.testing.assert_close(token(), whole)
 
 
+def test_transformers_keeps_its_frequencies_in_float32():
+    """Cast with the weights they turned positions in the thousands by other angles, and the peer computed something else."""
+    pytest.importorskip("transformers")
+    weights = {name: t.bfloat16() for name, t in Model(CONFIGS["dense"]).state_dict().items()}
+    theirs = models._with_weights(lambda: models._Transformers(CONFIGS["dense"]), weights)
+    assert {p.dtype for p in theirs.parameters()} == {torch.bfloat16}
+    assert {b.dtype for b in theirs.buffers() if b.is_floating_point()} == {torch.float32}
+
+
 def test_memory_of_a_call():
     got = extra_resident_bytes(lambda: torch.ones(1 << 24))
     if got is None:
