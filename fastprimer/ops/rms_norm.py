@@ -78,8 +78,8 @@ LIMITS = {
 
 
 LARGE = 2**25
-"""Numbers from which on Triton's kernels are as fast or faster (95% to 100% and 85% to 88% of a copy's bandwidth, forward and backward, on an
-H100, the CUDA kernels 86% to 98% and 75% to 90%), and their longer calls do not show."""
+"""Numbers from which on Triton's kernels are as fast or faster, and their longer calls do not show: 95% to 100% of a copy's bandwidth on
+an H100 forward and 85% to 88% backward, the CUDA kernels' 86% to 98% and 75% to 90%."""
 
 
 def _faster(x: Tensor, *_) -> str:
