@@ -48,7 +48,7 @@ sanitize: $(READY)
 bench: $(READY)
 	$(BIN)/fastprimer bench --out benchmarks/results/cpu.json
 	$(BIN)/fastprimer bench --growth --out benchmarks/results/growth-cpu.json
-	$(BIN)/fastprimer report --results benchmarks/results/cpu.json --readme README.md
+	$(BIN)/fastprimer report --results benchmarks/results/cpu.json $(wildcard benchmarks/results/nvidia-*.json) --readme README.md
 
 report: $(READY)
 	$(BIN)/fastprimer report --out report.html
