@@ -112,7 +112,10 @@ def _page(results: list[Results], args: argparse.Namespace) -> str:
             plots.save_png(figure, args.plots / f"{name}.png")
         return caption, drawn
 
-    sections = [_overview([row for r in results for row in _single(r)], page.Section), page.Section("Operation x backend", backend_table())]
+    sections = [
+        _overview([(r.machine["device"], row) for r in results for row in _single(r)], page.Section),
+        page.Section("Operation x backend", backend_table()),
+    ]
     several = sum(bool(_single(r)) for r in results) > 1
     for i, r in enumerate(results):
         where = f", {r.machine['device']} {i + 1}" if several else ""
@@ -144,18 +147,20 @@ def _operation(op: str, rows: list[Row], where: str, section, figures: list[tupl
     return found
 
 
-def _overview(rows: list[Row], section):
-    """A line for each operation."""
+def _overview(rows: list[tuple[str, Row]], section):
+    """A line for each operation, of each backend on each machine."""
     lines = [
-        "| operation | rows | wrong | ours / best peer: geometric mean | least | of roof: median |",
-        "| --- | --: | --: | --: | --: | --: |",
+        "| machine | backend | operation | rows | wrong | ours / best peer: geometric mean | least | of roof: median |",
+        "| --- | --- | --- | --: | --: | --: | --: | --: |",
     ]
-    for op in dict.fromkeys(row.op for row in rows):
-        mine = [row for row in rows if row.op == op]
+    for device, backend, op in dict.fromkeys((device, row.backend, row.op) for device, row in rows):
+        mine = [row for where, row in rows if (where, row.backend, row.op) == (device, backend, op)]
         ratios, shares = tables.ratios(mine), tables.shares(mine)
         wrong = sum(bool(row.wrong) for row in mine)
         cells = [f"{ratios.mean:.2f}x", f"{ratios.least:.2f}x"] if ratios else ["", ""]
-        lines.append(f"| `{op}` | {len(mine)} | {wrong or ''} | {' | '.join(cells)} | {'' if shares is None else f'{shares:.0%}'} |")
+        lines.append(
+            f"| {device} | {backend} | `{op}` | {len(mine)} | {wrong or ''} | {' | '.join(cells)} | {'' if shares is None else f'{shares:.0%}'} |"
+        )
     text = (
         "Above 1x ours is faster than the fastest peer of the same run. A roof is what a copy, or a matrix product, of the same run allows."
     )
