@@ -158,9 +158,8 @@ def _overview(rows: list[tuple[str, Row]], section):
         ratios, shares = tables.ratios(mine), tables.shares(mine)
         wrong = sum(bool(row.wrong) for row in mine)
         cells = [f"{ratios.mean:.2f}x", f"{ratios.least:.2f}x"] if ratios else ["", ""]
-        lines.append(
-            f"| {device} | {backend} | `{op}` | {len(mine)} | {wrong or ''} | {' | '.join(cells)} | {'' if shares is None else f'{shares:.0%}'} |"
-        )
+        of_roof = "" if shares is None else f"{shares:.0%}"
+        lines.append(f"| {device} | {backend} | `{op}` | {len(mine)} | {wrong or ''} | {' | '.join(cells)} | {of_roof} |")
     text = (
         "Above 1x ours is faster than the fastest peer of the same run. A roof is what a copy, or a matrix product, of the same run allows."
     )
