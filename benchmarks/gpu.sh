@@ -1,7 +1,7 @@
 #!/bin/sh
 # `make gpu`: on a machine with a GPU and nvcc, with that machine's own python (torch >= 2.10, triton >= 3.6), no network.
 #   make gpu                                  everything
-#   make gpu WHAT=probe|test|bench|growth     one part; OP=attention measures only that operation (or OP=model), CASE=causal only those cases
+#   make gpu WHAT=probe|test|sanitize|bench|growth     one part; OP=attention measures only that operation (or OP=model), CASE=causal only those cases
 #   make gpu WHAT=tune OP=attention           the neighbours of each tile that Triton's kernels choose
 # A part that fails does not keep the next from running; the exit status tells.
 set -u
@@ -49,6 +49,17 @@ case $what in all | test)
     test_backends.py test_gpu.py test_contract.py test_fuzz.py test_attention.py test_cuda_cross_entropy.py \
     test_cross_entropy.py "test_emulator.py::test_probe_agrees_with_hardware"
   cd .. ;;
+esac
+# Without torch's cache of memory, so that a read or write beyond a tensor leaves its allocation; only our kernels are looked at.
+sanitize() {
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --kernel-regex kns=fastprimer --error-exitcode 9 \
+    $python -m fastprimer.verify cuda cuda 0 "$2"
+}
+case $what in all | sanitize)
+  for op in ${OP:-rms_norm rope swiglu attention attention_with_kv_cache route moe cross_entropy linear_cross_entropy}; do
+    part "memory of $op" sanitize memcheck "$op"
+    part "races of $op" sanitize racecheck "$op"
+  done ;;
 esac
 name=$device${OP:+-$OP}${CASE:+-$CASE}
 case $what in all | bench)
