@@ -156,7 +156,7 @@ def _candidates(op: str, device: str, args: tuple) -> tuple[str, ...]:
     """The backends that may serve a call, best first: the one asked for, or all that are preferred on this device."""
     if _requested == "auto" or (_missing == "auto" and _requested != "reference" and _requested not in _chapters[op].LIMITS[op]):
         usual = PREFERENCE.get(device, ("reference",))
-        if op not in _faster:
+        if op not in _faster or device != "cuda":  # only there several are fast
             return usual
         first = _faster[op](*args)
         return (first, *(backend for backend in usual if backend != first)) if first in usual else usual
