@@ -134,7 +134,10 @@ def _halves(x):
 
 @triton.jit
 def scores(q, k):
-    """q kᵀ. In float32 a sum of 256 products one after another errs by more than a library's: it is made of two."""
+    """q kᵀ. In float32 a sum of 256 products one after another errs by more than a library's: it is made of two.
+
+    Backward makes them again, and they must be forward's: p is 2 to the power of their difference from lse.
+    """
     if q.dtype == tl.float32 and q.shape[1] > 128:
         q_even, q_odd = _halves(q)
         k_even, k_odd = _halves(k)

@@ -11,7 +11,18 @@ What a query does not see is replaced by 0 after it was computed, so that an inf
 import triton
 import triton.language as tl
 
-from fastprimer.kernels._attention import LOG2_E, load_tile, place_of, sequence, store_tile, tanh, tiles_of, visible, visible_range
+from fastprimer.kernels._attention import (
+    LOG2_E,
+    load_tile,
+    place_of,
+    scores,
+    sequence,
+    store_tile,
+    tanh,
+    tiles_of,
+    visible,
+    visible_range,
+)
 
 
 @triton.jit
@@ -80,7 +91,7 @@ def _add_dk_dv(
         do = load_tile(do_tiles, member, stride_do_head, first, S, stride_do_token, BLOCK_M, Dv, WIDTH_V, MASKED, TMA)
         lse = _load_rows(lse_ptr + member.to(tl.int64) * stride_lse_head, row, S, float("inf"), MASKED)
         delta = _load_rows(delta_ptr + member.to(tl.int64) * stride_lse_head, row, S, 0.0, MASKED)
-        s = tl.dot(k, tl.trans(q), input_precision="ieee")
+        s = scores(k, q)
         dp = tl.dot(v, tl.trans(do), input_precision="ieee")
         p, ds = _p_and_ds(s, dp, lse[None, :], delta[None, :], inner, slope, SOFTCAP)
         if MASKED:
@@ -164,7 +175,7 @@ def _add_dq(
         key = first + tl.arange(0, BLOCK_N)
         k = load_tile(k_tiles, 0, 0, first, T, stride_k_token, BLOCK_N, D, WIDTH, MASKED, TMA)
         v = load_tile(v_tiles, 0, 0, first, T, stride_v_token, BLOCK_N, Dv, WIDTH_V, MASKED, TMA)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        s = scores(q, k)
         dp = tl.dot(do, tl.trans(v), input_precision="ieee")
         _, ds = _p_and_ds(s, dp, lse[:, None], delta[:, None], inner, slope, SOFTCAP)
         if MASKED:
