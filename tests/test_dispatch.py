@@ -70,6 +70,17 @@ def test_a_chapter_may_know_a_faster_backend():
     assert candidates("moe", "cuda", arguments(127, torch.bfloat16)) == ("cuda", "triton", "reference")
     assert candidates("moe", "cuda", arguments(128, torch.float32)) == ("cuda", "triton", "reference")
     assert candidates("moe", "cpu", arguments(128, torch.bfloat16)) == ("cpu", "reference")
+
+    def first(op: str, *args) -> str:
+        return candidates(op, "cuda", args)[0]
+
+    rows = torch.empty(2**14, 2**11, dtype=torch.bfloat16, device="meta")
+    assert first("rms_norm", rows) == "triton" and first("rms_norm", rows[1:]) == "cuda" and first("rms_norm", rows.float()) == "cuda"
+    q, cache, lengths = rows, torch.empty(2**12, 2**6, 2**3, 2**7, dtype=torch.bfloat16, device="meta"), None
+    decoding = "attention_with_kv_cache"
+    assert first(decoding, q, cache, cache, lengths, None, None, rows) == "triton"
+    assert first(decoding, q, cache, cache, lengths, None, None, None) == "cuda"
+    assert first(decoding, q, cache[1:], cache, lengths, None, None, rows) == "cuda"
     with fp.use_backend("cuda"):
         assert candidates("moe", "cuda", arguments(128, torch.bfloat16)) == ("cuda",)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 from fastprimer.cases._case import Case
@@ -29,7 +30,7 @@ def _decoding(name: str, B: int, T: int, **options) -> Case:
 
 
 def _loss(op: str, name: str, N: int, V: int, C: int = 0) -> Case:
-    return _benchmark(lambda name, *size, **options: loss_case(op, name, *size, **options), name, (N, V, C), (512, V // 4, C // 4))
+    return _benchmark(functools.partial(loss_case, op), name, (N, V, C), (512, V // 4, C // 4))
 
 
 GPU = [

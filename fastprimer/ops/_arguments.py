@@ -13,12 +13,14 @@ INTEGERS = (torch.int32, torch.int64)
 
 
 def check(condition: bool, name: str, expected: str, got: object) -> None:
-    """Raise ValueError("<op>: <argument>: expected ..., got ...") unless the condition holds.
-
-    Small operations put it behind an `if` of their own: to write `expected` and `got` takes longer than all other checks.
-    """
+    """Refuse the argument unless the condition holds. Where a call's cost counts, an `if` around `refuse` spares writing the texts."""
     if not condition:
-        raise ValueError(f"{name}: expected {expected}, got {got}")
+        refuse(name, expected, got)
+
+
+def refuse(name: str, expected: str, got: object) -> None:
+    """Raise ValueError("<op>: <argument>: expected ..., got ...")."""
+    raise ValueError(f"{name}: expected {expected}, got {got}")
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple, letters: str) -> None:

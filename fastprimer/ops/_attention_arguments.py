@@ -21,14 +21,14 @@ def check_attention(name: str, q, k, v, scale, softcap, sinks, cu_seqlens_q, cu_
     q_letters, k_letters = ("(N, H, D)", "(N, Hk, D)") if packed else ("(B, S, H, D)", "(B, T, Hk, D)")
     if q.dim() != dims or q.shape[-1] == 0 or q.shape[-2] == 0:
         hint = "" if packed else "; packed tensors need cu_seqlens_q"
-        arguments.check(False, f"{name}: q", f"shape {q_letters}{hint}", tuple(q.shape))
+        arguments.refuse(f"{name}: q", f"shape {q_letters}{hint}", tuple(q.shape))
     D = q.shape[-1]
     if k.dim() != dims or k.shape[-1] != D:
-        arguments.check(False, f"{name}: k", f"shape {k_letters} with q's D = {D}", tuple(k.shape))
+        arguments.refuse(f"{name}: k", f"shape {k_letters} with q's D = {D}", tuple(k.shape))
     if v.dim() != dims or v.shape[:-1] != k.shape[:-1]:
-        arguments.check(False, f"{name}: v", f"k's shape {tuple(k.shape[:-1])} + (Dv,)", tuple(v.shape))
+        arguments.refuse(f"{name}: v", f"k's shape {tuple(k.shape[:-1])} + (Dv,)", tuple(v.shape))
     if not packed and k.shape[0] != q.shape[0]:
-        arguments.check(False, f"{name}: k", f"q's batch {q.shape[0]}", k.shape[0])
+        arguments.refuse(f"{name}: k", f"q's batch {q.shape[0]}", k.shape[0])
     check_heads(name, q, k)
     for label, t in (("k", k), ("v", v)):
         arguments.check_like(f"{name}: {label}", t, q, "q")
@@ -44,7 +44,7 @@ def check_attention(name: str, q, k, v, scale, softcap, sinks, cu_seqlens_q, cu_
 def check_heads(name: str, q: Tensor, k: Tensor, label: str = "k") -> None:
     H, Hk = q.shape[-2], k.shape[-2]
     if Hk == 0 or H % Hk != 0:
-        arguments.check(False, f"{name}: {label}", f"a number of heads Hk that divides H = {H}", Hk)
+        arguments.refuse(f"{name}: {label}", f"a number of heads Hk that divides H = {H}", Hk)
 
 
 def check_scores(name: str, q: Tensor, scale, softcap, sinks) -> None:

@@ -143,25 +143,25 @@ def rope(
     """
     arguments.check_floating("rope: q", q)
     if q.dim() not in (3, 4):
-        arguments.check(False, "rope: q", "shape (B, S, H, D) or (N, H, D)", tuple(q.shape))
+        arguments.refuse("rope: q", "shape (B, S, H, D) or (N, H, D)", tuple(q.shape))
     D = q.shape[-1]
     if k is not None:
         arguments.check_floating("rope: k", k)
         arguments.check_like("rope: k", k, q, "q")
         expected = (*q.shape[:-2], k.shape[-2] if k.dim() == q.dim() else "Hk", D)
         if k.shape != expected:
-            arguments.check(False, "rope: k", f"shape (..., Hk, D) = {expected}", tuple(k.shape))
+            arguments.refuse("rope: k", f"shape (..., Hk, D) = {expected}", tuple(k.shape))
     for name, table in (("rope: cos", cos), ("rope: sin", sin)):
         arguments.check_floating(name, table)
         arguments.check_device(name, table, q, "q")
         if table.dim() != 2 or not 0 < 2 * table.shape[1] <= D:
-            arguments.check(False, name, f"shape (P, R/2) with 0 < R <= D = {D}", tuple(table.shape))
+            arguments.refuse(name, f"shape (P, R/2) with 0 < R <= D = {D}", tuple(table.shape))
         if table.requires_grad and torch.is_grad_enabled():
-            arguments.check(False, name, "a constant", "one that requires a gradient")
+            arguments.refuse(name, "a constant", "one that requires a gradient")
     arguments.check_shape("rope: sin", sin, cos.shape, "of cos")
     if positions is None:
         if q.shape[-3] > cos.shape[0]:
-            arguments.check(False, "rope: cos", f"at least {q.shape[-3]} rows, one per position", cos.shape[0])
+            arguments.refuse("rope: cos", f"at least {q.shape[-3]} rows, one per position", cos.shape[0])
     else:
         arguments.check_integer("rope: positions", positions)
         arguments.check_shape("rope: positions", positions, q.shape[:-2], "(B, S) or (N,)")

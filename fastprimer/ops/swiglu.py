@@ -138,7 +138,7 @@ def swiglu(gate: Tensor, up: Optional[Tensor] = None, *, activation: str = "silu
         arguments.check_shape("swiglu: up", up, gate.shape, "of gate")
         arguments.check_like("swiglu: up", up, gate, "gate")
     if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        arguments.check(False, "swiglu: activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
+        arguments.refuse("swiglu: activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
     alpha, beta, usual_limit, offset = constants(activation)
     if limit is None:
         limit = usual_limit
