@@ -116,7 +116,7 @@ PLANTED = {
         ),
     },
     "cross_entropy": {
-        "the sum not brought to a new maximum": ("cross_entropy_row.h", "sum *= A(__builtin_exp(double(top - most)));", ""),
+        "the sum not brought to a new maximum": ("cross_entropy_row.h", "if (sum > 0) sum *= A(__builtin_exp(double(top - most)));", ""),
         "z-loss without its slope": ("cross_entropy_row.h", "1 + 2 * options.z_loss * lse", "1 + options.z_loss * lse"),
         "the gradient of lse dropped": ("cross_entropy_row.h", "* lse) + dlse)", "* lse) + 0 * dlse)"),
         "softcap without its slope": ("cross_entropy_row.h", "CAPPED ? dz * slope(z) : dz", "dz"),

@@ -50,6 +50,7 @@ struct BackwardContext {
 
   int64_t all_tiles() const { return pieces(args.problem.V, COLUMNS); }
   int64_t tiles_here() const { return smaller(tiles, all_tiles() - range); }
+  int64_t columns_here() const { return smaller(tiles * COLUMNS, round_up(args.problem.V - range * COLUMNS, STEP)); }
 };
 
 template <class T, class Tile>
@@ -147,7 +148,7 @@ class Block {
     const Tokens<T, Tile>& tokens = x_.tokens;
     const int64_t i = task / x_.blocks * ROWS, c = task % x_.blocks * WIDTH, ld = tokens.width.ld;
     const int64_t pairs = is_bfloat16<Tile> ? 2 : 1;  // of rows lie together in a right factor
-    x_.multiply(round_up(smaller(ROWS, tokens.count() - i), STEP), smaller(WIDTH, tokens.width.used - c), x_.tiles_here() * COLUMNS,
+    x_.multiply(round_up(smaller(ROWS, tokens.count() - i), STEP), smaller(WIDTH, tokens.width.used - c), x_.columns_here(),
                 x_.dlogits.data() + i * x_.ld, x_.ld, x_.weight.data() + c * pairs, ld, x_.dx.data() + i * ld + c, ld, x_.range > 0);
   }
 

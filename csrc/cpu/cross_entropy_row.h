@@ -90,7 +90,7 @@ struct Statistics {
     const A most = largest(tops[0]);
     if (most > top) {
       argmax = first + find(z, n, most);
-      sum *= A(__builtin_exp(double(top - most)));
+      if (sum > 0) sum *= A(__builtin_exp(double(top - most)));
       top = most;
     }
     const A shift = top == -A(INFINITE) ? 0 : top;  // where all is -infinity, so that the sum is 0 and not NaN

@@ -1,6 +1,6 @@
 """Whole decoders: a training step, and the decoding of one more token, ours against the same model by others.
 
-The contestants have the same weights. `eager` is fastprimer/reference.py, the model in plain torch, and `compiled` is that under
+The contestants have the same weights. Ours is eager, and in cases named so under torch.compile; `eager` is fastprimer/reference.py, the model in plain torch, and `compiled` is that under
 torch.compile; `transformers` is Hugging Face's architecture of the same config with scaled_dot_product_attention (and grouped_mm for
 experts), which decodes with a DynamicCache, and `hf-compiled` the same under torch.compile, with a StaticCache; `liger` is the
 former with Liger-Kernel's layers, on a GPU. The plain model has no cache and does not decode. On a GPU our token is one CUDA graph, and
@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 import torch
@@ -51,6 +51,8 @@ class ModelCase:
     length: int
     streams: int
     cached: int
+    compiled: bool = False
+    """Ours under torch.compile too: training alone."""
 
     def __str__(self) -> str:
         return f"{MODEL}-{self.name}"
@@ -87,6 +89,7 @@ def _matrix_weights(c: Config, experts: int) -> int:
 
 
 _CALCULATOR = ModelCase("calculator", Config.preset("calculator"), batch=128, length=11, streams=1, cached=10)
+_CALCULATOR_COMPILED = replace(_CALCULATOR, name="calculator-compiled", compiled=True)
 _SMALL = dict(vocab_size=32000, hidden_size=512, num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=2)
 _LLAMA_1B = dict(
     vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
@@ -99,11 +102,13 @@ _MIXTRAL_8X160M = dict(
 MODEL_CASES = {
     "cpu": (
         _CALCULATOR,
+        _CALCULATOR_COMPILED,
         ModelCase("dense", Config(intermediate_size=1408, **_SMALL), 4, 256, 1, 1024),
         ModelCase("moe", Config(intermediate_size=512, num_local_experts=8, **_SMALL), 4, 256, 1, 1024),
     ),
     "cuda": (
         _CALCULATOR,
+        _CALCULATOR_COMPILED,
         ModelCase("llama-1b", Config(**_LLAMA_1B), 4, 2048, 32, 4096),
         ModelCase("llama-1b-alone", Config(**_LLAMA_1B), 1, 2048, 1, 4096),
         ModelCase("mixtral-8x160m", Config(**_MIXTRAL_8X160M), 4, 2048, 32, 4096),
@@ -119,6 +124,8 @@ def measure_model(case: ModelCase, dtype: torch.dtype, backend: str, passes: tup
     with use_backend(backend):
         wrong = _proof(case, weights, dtype, backend, settings)
     for measured in passes:
+        if case.compiled and measured == DECODING:
+            continue
         row = Row(MODEL, case.name, str(dtype).removeprefix("torch."), measured, backend, wrong)
         if not wrong:
             torch.compiler.reset()
@@ -132,7 +139,7 @@ def _time(row: Row, case: ModelCase, weights: dict[str, Tensor], settings: Setti
     training = row.measured == TRAINING
     tokens = case.tokens(*((case.batch, case.length) if training else (case.streams, case.cached + 1)), settings)
     prepare = _training_call if training else _decoding_call
-    ours = prepare(lambda: Model(case.config), weights, tokens)
+    ours = prepare(lambda: _compiled(Model(case.config)) if case.compiled else Model(case.config), weights, tokens)
     if not training and settings.device == "cuda":
         ours, reason = _captured(ours)
         row.left_out |= {"ours in a CUDA graph": reason} if reason else {}
