@@ -132,7 +132,8 @@ def _cross_entropy(logits, target):
     return F.cross_entropy(logits.float(), target)
 
 
-def _linear_cross_entropy(x, weight, target):
+def _linear_cross_entropy(x, weight, target, *, memory_budget=None):
+    """Keeps all logits, whatever the budget."""
     return F.cross_entropy((x @ weight.T).float(), target)
 
 
@@ -225,7 +226,7 @@ def _liger_moe() -> Callable:
 def _liger_linear_cross_entropy() -> Callable:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-    return lambda x, weight, target: liger_fused_linear_cross_entropy(x, weight, target)
+    return lambda x, weight, target, *, memory_budget=None: liger_fused_linear_cross_entropy(x, weight, target)
 
 
 EAGER: dict[str, Callable] = {

@@ -53,8 +53,12 @@ def loss_cases(op: str, C: int, bias: bool) -> list[Case]:
         loss_case(op, "strided", 13, 37, C, views=_STRIDED_LINEAR if C else _STRIDED, reduction="none"),
         *_large(op, C, bias, every, asked),
         loss_case(op, "bench", 1024, 32000, C and 512, bench=True),
+        *(loss_case(op, f"bench-{mb}-mb", 1024, 32000, C, bench=True, memory_budget=budget) for mb, budget in _BUDGETS.items() if C),
     ]
 
+
+_BUDGETS = {16: 0, 110: 88 << 20}
+"""By megabytes of extra memory that tests/test_cpu_cross_entropy.py holds them to, at the benchmark's size."""
 
 _STRIDED = {"logits": ((13, 80), lambda t: t[:, 2:76:2])}
 _STRIDED_LINEAR = {"x": ((12, 13), lambda t: t.t()), "weight": ((74, 15), lambda t: t[::2, 3:])}
