@@ -124,12 +124,17 @@ def _rounded(value):
 def machine(device: str) -> dict:
     """Where and with what a result was measured."""
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "torch": torch.__version__,
         "fastprimer": fastprimer.__version__,
         "commit": _commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def _processor() -> str:
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return f"{platform.machine()} CPU with {instructions}, {torch.get_num_threads()} threads"
 
 
 def _commit() -> str:

@@ -52,6 +52,7 @@ RMS_NORM = [
     rms_norm_case("split", 3, 40000, weight_offset=1.0),
     rms_norm_case("widest", 2, 262144),
     rms_norm_case("bench-llama", 2048, 4096, bench=True),
+    rms_norm_case("bench-large", 8192, 4096, bench=True),
     rms_norm_case("bench-residual", 2048, 4096, residual=True, bench=True),
     rms_norm_case("bench-per-head", 2048 * 32, 128, bench=True),
     rms_norm_case("bench-wide", 256, 32768, bench=True),
