@@ -63,6 +63,8 @@ PLANTED = {
         "a key too many": ("attention_plan.h", "smaller(diagonal + right + 1, T)", "smaller(diagonal + right + 2, T)"),
         "a query too many": ("attention_plan.h", "larger(diagonal - right, 0)", "larger(diagonal - right - 1, 0)"),
         "the last keys never met": ("attention_plan.h", "end = round_up(seen.end, KEY_STEP)", "end = seen.end / KEY_STEP * KEY_STEP"),
+        "rows of a wider strip left out": ("attention_plan.h", "patch.rows.end = rows.end;", ""),
+        "keys of a wider strip left out": ("attention_plan.h", "patch.keys.end = strip.end;", ""),
         "sums not scaled down": ("attention_forward.h", "store(sums, load(sums) * shrink);", ""),
         "the sink has no share": ("attention_forward.h", "total * scale + __builtin_exp2(sink - higher)", "total * scale"),
         "the gradient of lse dropped": ("attention_backward.h", "product - (a.dlse ? a.dlse[at] : 0.0f)", "product"),

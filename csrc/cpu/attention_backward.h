@@ -144,7 +144,9 @@ class Sweep {
       const int64_t row0 = i * ROWS<Tile>;
       const QueryTile tile(s, b, kv_head, row0, smaller(ROWS<Tile>, s.S * plan.G - row0), plan.G);
       prepare(tile);
-      for_key_blocks(tile, [&](int64_t block, Range keys) { meet(tile, sweep, block, keys); });
+      for_key_blocks(tile, [&](int64_t block, Range keys) {
+        for_strips_of_keys(tile, keys, [&](const Patch& patch) { meet(tile, sweep, block, patch); });
+      });
       write_dq(tile);
     }
   }
@@ -176,30 +178,33 @@ class Sweep {
     });
   }
 
-  void meet(const QueryTile& tile, int64_t sweep, int64_t block, Range keys) const {
-    const int64_t n = keys.end - keys.begin, rows = tile.padded(), ld = ROWS<Tile>, ld_block = x_.plan.block_width(tile.b, block);
+  void meet(const QueryTile& tile, int64_t sweep, int64_t block, const Patch& patch) const {
+    const Range keys = patch.keys, rows = patch.rows;
+    const int64_t n = keys.size(), m = rows.size(), ld = ROWS<Tile>, ld_block = x_.plan.block_width(tile.b, block);
     const int64_t block_at = x_.plan.padded_key(tile.b, tile.kv_head, block), at = block_at + keys.begin - block;
-    const int64_t sum_at = x_.padded_key(sweep, tile.b, tile.kv_head, keys.begin);
+    const int64_t sum_at = x_.padded_key(sweep, tile.b, tile.kv_head, keys.begin), columns = column_of_right_factor<Tile>(rows.begin);
     const Tile *k = x_.k.data() + at * x_.width.ld, *v = x_.v.data() + at * x_.width_v.ld;
     const Tile* k_transposed = x_.k_transposed.data() + block_at * x_.width.ld + keys.begin - block;
     float *dk = x_.dk.data() + sum_at * x_.width.ld, *dv = x_.dv.data() + sum_at * x_.width_v.ld;
-    x_.multiply(n, rows, x_.width.used, k, x_.width.ld, q_.transposed.data(), ld, scores_.data(), ld, false);
-    x_.multiply(n, rows, x_.width_v.used, v, x_.width_v.ld, dout_.transposed.data(), ld, dp_.data(), ld, false);
-    const bool all = tile.sees_all_of(keys);
+    float *scores = scores_.data() + rows.begin, *dp = dp_.data() + rows.begin;
+    x_.multiply(n, m, x_.width.used, k, x_.width.ld, q_.transposed.data() + columns, ld, scores, ld, false);
+    x_.multiply(n, m, x_.width_v.used, v, x_.width_v.ld, dout_.transposed.data() + columns, ld, dp, ld, false);
+    const bool all = patch.seen_by_all(tile);
     if (x_.scale.cap > 0)
-      all ? differentiate<true, false>(tile, keys) : differentiate<true, true>(tile, keys);
+      all ? differentiate<true, false>(tile, patch) : differentiate<true, true>(tile, patch);
     else
-      all ? differentiate<false, false>(tile, keys) : differentiate<false, true>(tile, keys);
+      all ? differentiate<false, false>(tile, patch) : differentiate<false, true>(tile, patch);
+    const Tile *q_right = q_.right + rows.begin * x_.width.ld, *dout_right = dout_.right + rows.begin * x_.width_v.ld;
     if (all || dout_.finite)
-      x_.multiply(n, x_.width_v.used, rows, p(), ld, dout_.right, x_.width_v.ld, dv, x_.width_v.ld, true);
+      x_.multiply(n, x_.width_v.used, m, p() + rows.begin, ld, dout_right, x_.width_v.ld, dv, x_.width_v.ld, true);
     else
       add_seen_rows(tile, keys, p(), dout_, dv);
     if (all || q_.finite)
-      x_.multiply(n, x_.width.used, rows, ds(), ld, q_.right, x_.width.ld, dk, x_.width.ld, true);
+      x_.multiply(n, x_.width.used, m, ds() + rows.begin, ld, q_right, x_.width.ld, dk, x_.width.ld, true);
     else
       add_seen_rows(tile, keys, ds(), q_, dk);
     if (all || x_.finite[block_at / KEY_STEP])
-      x_.multiply(x_.width.used, rows, n, k_transposed, ld_block, ds_right(), ld, dq_.data(), ld, true);
+      x_.multiply(x_.width.used, m, n, k_transposed, ld_block, ds_right() + columns, ld, dq_.data() + rows.begin, ld, true);
     else
       add_seen_keys(tile, keys, k);
   }
@@ -224,12 +229,13 @@ class Sweep {
 
   // From the scores and dp of these keys to p and ds.
   template <bool CAPPED, bool MASKED>
-  void differentiate(const QueryTile& tile, Range keys) const {
+  void differentiate(const QueryTile& tile, const Patch& patch) const {
+    const Range keys = patch.keys;
     const float inner = CAPPED ? x_.scale.factor / x_.scale.cap : 0;
     for (int64_t j = 0; j < keys.end - keys.begin; j += 2) {
       const Range seen[2] = {MASKED ? rows_seeing(tile, keys.begin + j) : Range{},
                              MASKED ? rows_seeing(tile, keys.begin + j + 1) : Range{}};
-      for (int64_t r = 0; r < tile.padded(); r += LANES) {
+      for (int64_t r = patch.rows.begin; r < patch.rows.end; r += LANES) {
         Vec<float> ds[2];
         for (int u = 0; u < 2; u++) {
           const int64_t at = (j + u) * ROWS<Tile> + r;
