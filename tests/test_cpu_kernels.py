@@ -69,7 +69,7 @@ PLANTED = {
         "the sink has no share": ("attention_forward.h", "total * scale + __builtin_exp2(sink - higher)", "total * scale"),
         "the gradient of lse dropped": ("attention_backward.h", "product - (a.dlse ? a.dlse[at] : 0.0f)", "product"),
         "softcap without its slope": ("attention_backward.h", "if (CAPPED) ds[u] *= 1 - t * t;", ""),
-        "a sweep left out": ("attention_backward.h", "for (int64_t sweep = 0; sweep <", "for (int64_t sweep = 1; sweep <"),
+        "a sweep left out": ("attention_backward.h", "int64_t sweep = sweeps.begin; sweep <", "int64_t sweep = sweeps.begin + 1; sweep <"),
         "a term left out of the products": (
             "products.h",
             "k < K; k++) {\n    Vec<float> b[REGISTERS];",
