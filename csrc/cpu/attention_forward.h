@@ -112,13 +112,7 @@ class Attend {
     const Tile* q = q_.data() + rows.begin * x_.width.ld;
     x_.multiply(rows.size(), n, x_.width.used, q, x_.width.ld, k, ld, scores_.data() + rows.begin * KEY_BLOCK, KEY_BLOCK, false);
     const bool all = patch.seen_by_all(tile);
-    tile.for_rows(rows, [&](int64_t r, int64_t position, int64_t) {
-      const Range seen = all ? Range{0, n} : tile.sequence.keys_of(position).within(keys);
-      if (x_.scale.cap > 0)
-        softmax<true>(r, n, seen);
-      else
-        softmax<false>(r, n, seen);
-    });
+    x_.scale.cap > 0 ? softmax<true>(tile, patch, all) : softmax<false>(tile, patch, all);
     if (all || x_.finite[at / KEY_STEP]) {
       float* o = o_.data() + rows.begin * x_.width_v.ld;
       x_.multiply(rows.size(), x_.width_v.used, n, p() + rows.begin * KEY_BLOCK, KEY_BLOCK, v, x_.width_v.ld, o, x_.width_v.ld, true);
@@ -134,21 +128,32 @@ class Attend {
       return scores_.data();  // in place
   }
 
-  // Of the first n scores of row r. They are read two registers at a time: what the second may hold behind the n is not seen.
+  // From the scores of a patch to p. First the tops of a few rows, which do not wait for each other, then their exponentials, which need
+  // not wait for the tops. Scores are read two registers at a time: what the second may hold behind the patch's keys is not seen.
   template <bool CAPPED>
-  void softmax(int64_t r, int64_t scores, Range seen) const {
-    const int64_t n = round_up(scores, 2 * LANES);
+  void softmax(const QueryTile& tile, const Patch& patch, bool all) const {
+    constexpr int64_t FEW = 16;
+    const int64_t keys = patch.keys.size(), n = round_up(keys, 2 * LANES);
+    for (int64_t first = patch.rows.begin; first < smaller(patch.rows.end, tile.rows); first += FEW) {
+      const Range few{first, smaller(first + FEW, patch.rows.end)};
+      tile.for_rows(few, [&](int64_t r, int64_t position, int64_t) {
+        find_top<CAPPED>(r, n, all ? Range{0, keys} : tile.sequence.keys_of(position).within(patch.keys));
+      });
+      for (int64_t r = few.begin; r < smaller(few.end, tile.rows); r++) exponentiate<CAPPED>(r, n);
+    }
+  }
+
+  template <bool CAPPED>
+  void find_top(int64_t r, int64_t n, Range seen) const {
     float* score = scores_.data() + r * KEY_BLOCK;
-    Tile* p_row = p() + r * KEY_BLOCK;
     const float factor = CAPPED ? 1.0f : x_.scale.factor;
     if (CAPPED) {
       const float inner = x_.scale.factor / x_.scale.cap;
       for (int64_t c = 0; c < n; c += LANES) store(score + c, tanh_of(load(score + c) * inner) * x_.scale.cap);
     }
-    if (seen.empty()) return __builtin_memset(p_row, 0, n * sizeof(Tile)), void();
     const auto hide_rest = [&](int64_t c) { store(score + c, lanes_within(seen, c) ? load(score + c) : Vec<float>{} - __builtin_inff()); };
     int64_t hidden = 0;
-    for (; hidden < seen.begin; hidden += LANES) hide_rest(hidden);
+    for (; hidden < smaller(seen.begin, n); hidden += LANES) hide_rest(hidden);
     for (int64_t c = larger(hidden, seen.end / LANES * LANES); c < n; c += LANES) hide_rest(c);
     Vec<float> most[2] = {load(score), load(score + LANES)};
     for (int64_t c = 2 * LANES; c < n; c += 2 * LANES) {
@@ -157,7 +162,12 @@ class Attend {
     }
     most[0] = at_least(most[0], most[1]);
     if (__builtin_expect(any(most[0] * factor > top_[r] + GROWTH), 0)) rescale(r, largest(most[0]) * factor);
-    const float shift = top_[r];
+  }
+
+  template <bool CAPPED>
+  void exponentiate(int64_t r, int64_t n) const {
+    const float *score = scores_.data() + r * KEY_BLOCK, factor = CAPPED ? 1.0f : x_.scale.factor, shift = top_[r];
+    Tile* p_row = p() + r * KEY_BLOCK;
     Vec<float> sums[2] = {load(sums_.data() + r * LANES), Vec<float>{}};
     for (int64_t c = 0; c < n; c += 2 * LANES) {
       const Vec<float> a = exp2_of<DEGREE<Tile>>(load(score + c) * factor - shift);
