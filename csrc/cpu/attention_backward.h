@@ -2,69 +2,21 @@
 // and dv; its dq is complete at the end.
 //
 // Everything is transposed, keys by queries: then p and ds are left factors of dv = p do and dk = ds q as they come, and ds is the right
-// factor of dq = k ds. Several sweeps, each over some of a sequence's tiles, run side by side with a dk and dv of their own; those are
-// added up in their order. How many there are depends on the shape alone.
+// factor of dq = k ds. Several sweeps, each over neighbouring tiles of a sequence, about as many pairs as any other, run side by side with
+// a dk and dv of their own for the keys that they meet; those are added up in their order. How many there are depends on the shape alone.
 //
 // Compute-bound: 2 (3 D + 2 Dv) FLOPs for each visible pair. Moved: q, k, v, o, do and the gradients once, and float32 sums of dk and dv.
 #pragma once
-#include "attention_plan.h"
-#include "products.h"
+#include "attention_sweeps.h"
 #include "simd_math.h"
 
 namespace fastprimer {
 inline namespace FASTPRIMER_ISA {
 namespace backward_pass {
 
-// Rows of a tile of queries: what the scores, their gradients and dq take stays in the L2 cache.
-template <class Tile>
-constexpr int64_t ROWS = is_bfloat16<Tile> ? 128 : 64;
-
 // Of the exponential's polynomial: p is rounded to a tile's type.
 template <class Tile>
 constexpr int DEGREE = is_bfloat16<Tile> ? 3 : 6;
-
-constexpr int64_t SWEEPS = 16;  // that run side by side, at least where there are so many tiles
-
-template <class Tile>
-struct Context {
-  const AttentionBackward& args;
-  const Plan plan;
-  const Products<Tile> multiply;
-  const Width<Tile> width, width_v;
-  const Scale scale;
-  const int64_t most_sweeps;  // over a sequence
-  const Pieces blocks, sweeps;
-  const Buffer<Tile> k, v, k_transposed;  // by blocks of keys: as left factors
-  const Buffer<bool> finite;              // by KEY_STEP of padded keys: of the block that begins there, whether the keys are finite
-  const Buffer<float> dk, dv;             // of each sweep, by padded keys
-
-  explicit Context(const AttentionBackward& a)
-      : args(a),
-        plan(a.problem),
-        multiply(library_products()),
-        width(a.problem.D),
-        width_v(a.problem.Dv),
-        scale(a.problem),
-        most_sweeps(larger(SWEEPS / larger(a.problem.B * a.problem.Hk, 1), 1)),
-        blocks(a.problem.B, [&](int64_t b) { return (plan.sequence(b).T + KEY_BLOCK - 1) / KEY_BLOCK; }),
-        sweeps(a.problem.B, [&](int64_t b) { return sweeps_of(b); }),
-        k(plan.padded_keys() * width.ld),
-        v(plan.padded_keys() * width_v.ld),
-        k_transposed(plan.padded_keys() * width.ld),
-        finite(plan.padded_keys() / KEY_STEP),
-        dk(most_sweeps * plan.padded_keys() * width.ld),
-        dv(most_sweeps * plan.padded_keys() * width_v.ld) {}
-  bool ready() const {
-    return plan.ready() && blocks.ready() && sweeps.ready() && k.data() && v.data() && k_transposed.data() && finite.data() && dk.data() &&
-           dv.data();
-  }
-
-  int64_t tiles_of(int64_t b) const { return (plan.sequence(b).S * plan.G + ROWS<Tile> - 1) / ROWS<Tile>; }
-  int64_t sweeps_of(int64_t b) const { return smaller(most_sweeps, tiles_of(b)); }
-  int64_t padded_key(int64_t sweep, int64_t b, int64_t kv_head, int64_t j) const {
-    return sweep * plan.padded_keys() + plan.padded_key(b, kv_head, j);
-  }
-};
 
 template <class T, class Tile>
 class PackKeys {
@@ -135,16 +87,21 @@ class Sweep {
   void operator()(int64_t task) {
     const Plan& plan = x_.plan;
     const auto [b, sweep] = x_.sweeps[task / plan.p.Hk];
-    const int64_t kv_head = task % plan.p.Hk, at = x_.padded_key(sweep, b, kv_head, 0);
+    const int64_t kv_head = task % plan.p.Hk;
     const Sequence s = plan.sequence(b);
-    const int64_t padded = round_up(s.T, KEY_STEP);
-    __builtin_memset(x_.dk.data() + at * x_.width.ld, 0, padded * x_.width.ld * sizeof(float));
-    __builtin_memset(x_.dv.data() + at * x_.width_v.ld, 0, padded * x_.width_v.ld * sizeof(float));
-    for (int64_t i = sweep; i < x_.tiles_of(b); i += x_.sweeps_of(b)) {
+    const Range tiles = x_.tiles_of_sweep(b, sweep), keys = x_.keys_of_sweep(s, b, sweep);
+    if (!keys.empty()) {
+      const int64_t at = x_.padded_key(sweep, b, kv_head, keys.begin);
+      __builtin_memset(x_.dk.data() + at * x_.width.ld, 0, keys.size() * x_.width.ld * sizeof(float));
+      __builtin_memset(x_.dv.data() + at * x_.width_v.ld, 0, keys.size() * x_.width_v.ld * sizeof(float));
+    }
+    for (int64_t i = tiles.begin; i < tiles.end; i++) {
       const int64_t row0 = i * ROWS<Tile>;
       const QueryTile tile(s, b, kv_head, row0, smaller(ROWS<Tile>, s.S * plan.G - row0), plan.G);
       prepare(tile);
-      for_key_blocks(tile, [&](int64_t block, Range keys) { meet(tile, sweep, block, keys); });
+      for_key_blocks(tile, [&](int64_t block, Range keys) {
+        for_strips_of_keys(tile, keys, [&](const Patch& patch) { meet(tile, sweep, block, patch); });
+      });
       write_dq(tile);
     }
   }
@@ -176,30 +133,33 @@ class Sweep {
     });
   }
 
-  void meet(const QueryTile& tile, int64_t sweep, int64_t block, Range keys) const {
-    const int64_t n = keys.end - keys.begin, rows = tile.padded(), ld = ROWS<Tile>, ld_block = x_.plan.block_width(tile.b, block);
+  void meet(const QueryTile& tile, int64_t sweep, int64_t block, const Patch& patch) const {
+    const Range keys = patch.keys, rows = patch.rows;
+    const int64_t n = keys.size(), m = rows.size(), ld = ROWS<Tile>, ld_block = x_.plan.block_width(tile.b, block);
     const int64_t block_at = x_.plan.padded_key(tile.b, tile.kv_head, block), at = block_at + keys.begin - block;
-    const int64_t sum_at = x_.padded_key(sweep, tile.b, tile.kv_head, keys.begin);
+    const int64_t sum_at = x_.padded_key(sweep, tile.b, tile.kv_head, keys.begin), columns = column_of_right_factor<Tile>(rows.begin);
     const Tile *k = x_.k.data() + at * x_.width.ld, *v = x_.v.data() + at * x_.width_v.ld;
     const Tile* k_transposed = x_.k_transposed.data() + block_at * x_.width.ld + keys.begin - block;
     float *dk = x_.dk.data() + sum_at * x_.width.ld, *dv = x_.dv.data() + sum_at * x_.width_v.ld;
-    x_.multiply(n, rows, x_.width.used, k, x_.width.ld, q_.transposed.data(), ld, scores_.data(), ld, false);
-    x_.multiply(n, rows, x_.width_v.used, v, x_.width_v.ld, dout_.transposed.data(), ld, dp_.data(), ld, false);
-    const bool all = tile.sees_all_of(keys);
+    float *scores = scores_.data() + rows.begin, *dp = dp_.data() + rows.begin;
+    x_.multiply(n, m, x_.width.used, k, x_.width.ld, q_.transposed.data() + columns, ld, scores, ld, false);
+    x_.multiply(n, m, x_.width_v.used, v, x_.width_v.ld, dout_.transposed.data() + columns, ld, dp, ld, false);
+    const bool all = patch.seen_by_all(tile);
     if (x_.scale.cap > 0)
-      all ? differentiate<true, false>(tile, keys) : differentiate<true, true>(tile, keys);
+      all ? differentiate<true, false>(tile, patch) : differentiate<true, true>(tile, patch);
     else
-      all ? differentiate<false, false>(tile, keys) : differentiate<false, true>(tile, keys);
+      all ? differentiate<false, false>(tile, patch) : differentiate<false, true>(tile, patch);
+    const Tile *q_right = q_.right + rows.begin * x_.width.ld, *dout_right = dout_.right + rows.begin * x_.width_v.ld;
     if (all || dout_.finite)
-      x_.multiply(n, x_.width_v.used, rows, p(), ld, dout_.right, x_.width_v.ld, dv, x_.width_v.ld, true);
+      x_.multiply(n, x_.width_v.used, m, p() + rows.begin, ld, dout_right, x_.width_v.ld, dv, x_.width_v.ld, true);
     else
       add_seen_rows(tile, keys, p(), dout_, dv);
     if (all || q_.finite)
-      x_.multiply(n, x_.width.used, rows, ds(), ld, q_.right, x_.width.ld, dk, x_.width.ld, true);
+      x_.multiply(n, x_.width.used, m, ds() + rows.begin, ld, q_right, x_.width.ld, dk, x_.width.ld, true);
     else
       add_seen_rows(tile, keys, ds(), q_, dk);
     if (all || x_.finite[block_at / KEY_STEP])
-      x_.multiply(x_.width.used, rows, n, k_transposed, ld_block, ds_right(), ld, dq_.data(), ld, true);
+      x_.multiply(x_.width.used, m, n, k_transposed, ld_block, ds_right() + columns, ld, dq_.data() + rows.begin, ld, true);
     else
       add_seen_keys(tile, keys, k);
   }
@@ -224,12 +184,13 @@ class Sweep {
 
   // From the scores and dp of these keys to p and ds.
   template <bool CAPPED, bool MASKED>
-  void differentiate(const QueryTile& tile, Range keys) const {
+  void differentiate(const QueryTile& tile, const Patch& patch) const {
+    const Range keys = patch.keys;
     const float inner = CAPPED ? x_.scale.factor / x_.scale.cap : 0;
     for (int64_t j = 0; j < keys.end - keys.begin; j += 2) {
       const Range seen[2] = {MASKED ? rows_seeing(tile, keys.begin + j) : Range{},
                              MASKED ? rows_seeing(tile, keys.begin + j + 1) : Range{}};
-      for (int64_t r = 0; r < tile.padded(); r += LANES) {
+      for (int64_t r = patch.rows.begin; r < patch.rows.end; r += LANES) {
         Vec<float> ds[2];
         for (int u = 0; u < 2; u++) {
           const int64_t at = (j + u) * ROWS<Tile> + r;
@@ -324,20 +285,22 @@ class AddSweeps {
     const int64_t kv_head = task % p.Hk;
     const Sequence s = plan.sequence(b);
     const float magnitude = static_cast<float>(p.scale < 0 ? -p.scale : p.scale);  // the sign is in the queries already
+    Range sweeps{};
     for (int64_t j = i * KEY_BLOCK; j < smaller((i + 1) * KEY_BLOCK, s.T); j++) {
-      const int64_t to = plan.key_token(s, j) * p.Hk + kv_head;
-      add(x_.dk, x_.width, b, kv_head, j, magnitude, static_cast<T*>(x_.args.dk) + to * p.D);
-      add(x_.dv, x_.width_v, b, kv_head, j, 1, static_cast<T*>(x_.args.dv) + to * p.Dv);
+      if (j % KEY_STEP == 0) sweeps = x_.sweeps_with_key(s, b, j);
+      const int64_t to = plan.key_token(s, j) * p.Hk + kv_head, from = plan.padded_key(b, kv_head, j);
+      add(x_.dk, x_.width, sweeps, from, magnitude, static_cast<T*>(x_.args.dk) + to * p.D);
+      add(x_.dv, x_.width_v, sweeps, from, 1, static_cast<T*>(x_.args.dv) + to * p.Dv);
     }
   }
 
  private:
-  void add(const Buffer<float>& sums, const Width<Tile>& width, int64_t b, int64_t kv_head, int64_t j, float scale, T* to) const {
-    const int64_t sweeps = x_.sweeps_of(b), stride = x_.plan.padded_keys() * width.ld;
-    const float* from = sums.data() + x_.plan.padded_key(b, kv_head, j) * width.ld;
+  void add(const Buffer<float>& sums, const Width<Tile>& width, Range sweeps, int64_t key, float scale, T* to) const {
+    const int64_t stride = x_.plan.padded_keys() * width.ld;
+    const float* from = sums.data() + key * width.ld;
     for_columns<float>(0, width.C, [&](int64_t c, auto n, int) {
       Vec<float> total{};
-      for (int64_t sweep = 0; sweep < sweeps; sweep++) total += load(from + sweep * stride + c, n);
+      for (int64_t sweep = sweeps.begin; sweep < sweeps.end; sweep++) total += load(from + sweep * stride + c, n);
       store(to + c, total * scale, n);
     });
   }

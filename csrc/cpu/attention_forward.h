@@ -98,30 +98,26 @@ class Attend {
     __builtin_memset(o_.data(), 0, tile.padded() * x_.width_v.ld * sizeof(float));
     __builtin_memset(sums_.data(), 0, tile.rows * LANES * sizeof(float));
     for (int64_t r = 0; r < tile.rows; r++) top_[r] = -__FLT_MAX__;
-    for_key_blocks(tile, [&](int64_t block, Range keys) { meet(tile, block, keys); });
+    for_key_blocks(
+        tile, [&](int64_t block, Range keys) { for_strips_of_rows(tile, keys, [&](const Patch& patch) { meet(tile, block, patch); }); });
     tile.for_rows([&](int64_t r, int64_t position, int64_t head) { finish(s, r, position, head); });
   }
 
  private:
-  void meet(const QueryTile& tile, int64_t block, Range keys) const {
-    const int64_t n = keys.end - keys.begin, ld = x_.plan.block_width(tile.b, block);
-    const int64_t at = x_.plan.padded_key(tile.b, tile.kv_head, block);
-    // Rows of a bfloat16 factor come in pairs, so that key j of the transpose lies 2 j numbers behind key 0.
-    const Tile* k = x_.k.data() + at * x_.width.ld + (keys.begin - block) * (is_bfloat16<Tile> ? 2 : 1);
+  void meet(const QueryTile& tile, int64_t block, const Patch& patch) const {
+    const Range rows = patch.rows, keys = patch.keys;
+    const int64_t n = keys.size(), ld = x_.plan.block_width(tile.b, block), at = x_.plan.padded_key(tile.b, tile.kv_head, block);
+    const Tile* k = x_.k.data() + at * x_.width.ld + column_of_right_factor<Tile>(keys.begin - block);
     const Tile* v = x_.v.data() + (at + keys.begin - block) * x_.width_v.ld;
-    x_.multiply(tile.padded(), n, x_.width.used, q_.data(), x_.width.ld, k, ld, scores_.data(), KEY_BLOCK, false);
-    const bool all = tile.sees_all_of(keys);
-    tile.for_rows([&](int64_t r, int64_t position, int64_t) {
-      const Range seen = all ? Range{0, n} : tile.sequence.keys_of(position).within(keys);
-      if (x_.scale.cap > 0)
-        softmax<true>(r, n, seen);
-      else
-        softmax<false>(r, n, seen);
-    });
+    const Tile* q = q_.data() + rows.begin * x_.width.ld;
+    x_.multiply(rows.size(), n, x_.width.used, q, x_.width.ld, k, ld, scores_.data() + rows.begin * KEY_BLOCK, KEY_BLOCK, false);
+    const bool all = patch.seen_by_all(tile);
+    x_.scale.cap > 0 ? softmax<true>(tile, patch, all) : softmax<false>(tile, patch, all);
     if (all || x_.finite[at / KEY_STEP]) {
-      x_.multiply(tile.padded(), x_.width_v.used, n, p(), KEY_BLOCK, v, x_.width_v.ld, o_.data(), x_.width_v.ld, true);
+      float* o = o_.data() + rows.begin * x_.width_v.ld;
+      x_.multiply(rows.size(), x_.width_v.used, n, p() + rows.begin * KEY_BLOCK, KEY_BLOCK, v, x_.width_v.ld, o, x_.width_v.ld, true);
     } else {
-      add_seen_values(tile, keys);
+      add_seen_values(tile, patch);
     }
   }
 
@@ -132,27 +128,46 @@ class Attend {
       return scores_.data();  // in place
   }
 
+  // From the scores of a patch to p. First the tops of a few rows, which do not wait for each other, then their exponentials, which need
+  // not wait for the tops. Scores are read two registers at a time: what the second may hold behind the patch's keys is not seen.
   template <bool CAPPED>
-  void softmax(int64_t r, int64_t n, Range seen) const {
+  void softmax(const QueryTile& tile, const Patch& patch, bool all) const {
+    constexpr int64_t FEW = 16;
+    const int64_t keys = patch.keys.size(), n = round_up(keys, 2 * LANES);
+    for (int64_t first = patch.rows.begin; first < smaller(patch.rows.end, tile.rows); first += FEW) {
+      const Range few{first, smaller(first + FEW, patch.rows.end)};
+      tile.for_rows(few, [&](int64_t r, int64_t position, int64_t) {
+        find_top<CAPPED>(r, n, all ? Range{0, keys} : tile.sequence.keys_of(position).within(patch.keys));
+      });
+      for (int64_t r = few.begin; r < smaller(few.end, tile.rows); r++) exponentiate<CAPPED>(r, n);
+    }
+  }
+
+  template <bool CAPPED>
+  void find_top(int64_t r, int64_t n, Range seen) const {
     float* score = scores_.data() + r * KEY_BLOCK;
-    Tile* p_row = p() + r * KEY_BLOCK;
     const float factor = CAPPED ? 1.0f : x_.scale.factor;
     if (CAPPED) {
       const float inner = x_.scale.factor / x_.scale.cap;
       for (int64_t c = 0; c < n; c += LANES) store(score + c, tanh_of(load(score + c) * inner) * x_.scale.cap);
     }
-    if (seen.begin > 0 || seen.end < n) {
-      if (seen.empty()) return __builtin_memset(p_row, 0, n * sizeof(Tile)), void();
-      for (int64_t c = 0; c < n; c += LANES) store(score + c, lanes_within(seen, c) ? load(score + c) : Vec<float>{} - __builtin_inff());
-    }
+    const auto hide_rest = [&](int64_t c) { store(score + c, lanes_within(seen, c) ? load(score + c) : Vec<float>{} - __builtin_inff()); };
+    int64_t hidden = 0;
+    for (; hidden < smaller(seen.begin, n); hidden += LANES) hide_rest(hidden);
+    for (int64_t c = larger(hidden, seen.end / LANES * LANES); c < n; c += LANES) hide_rest(c);
     Vec<float> most[2] = {load(score), load(score + LANES)};
     for (int64_t c = 2 * LANES; c < n; c += 2 * LANES) {
       most[0] = at_least(most[0], load(score + c));
       most[1] = at_least(most[1], load(score + c + LANES));
     }
-    const float top = largest(at_least(most[0], most[1])) * factor;
-    if (__builtin_expect(top > top_[r] + GROWTH, 0)) rescale(r, top);
-    const float shift = top_[r];
+    most[0] = at_least(most[0], most[1]);
+    if (__builtin_expect(any(most[0] * factor > top_[r] + GROWTH), 0)) rescale(r, largest(most[0]) * factor);
+  }
+
+  template <bool CAPPED>
+  void exponentiate(int64_t r, int64_t n) const {
+    const float *score = scores_.data() + r * KEY_BLOCK, factor = CAPPED ? 1.0f : x_.scale.factor, shift = top_[r];
+    Tile* p_row = p() + r * KEY_BLOCK;
     Vec<float> sums[2] = {load(sums_.data() + r * LANES), Vec<float>{}};
     for (int64_t c = 0; c < n; c += 2 * LANES) {
       const Vec<float> a = exp2_of<DEGREE<Tile>>(load(score + c) * factor - shift);
@@ -175,14 +190,14 @@ class Attend {
   }
 
   // o += p v row by row, of the keys that a row sees: 0 times what it does not see could be NaN.
-  void add_seen_values(const QueryTile& tile, Range keys) const {
+  void add_seen_values(const QueryTile& tile, const Patch& patch) const {
     const AttentionProblem& problem = x_.plan.p;
     const Sequence& s = tile.sequence;
-    tile.for_rows([&](int64_t r, int64_t position, int64_t) {
-      const Range seen = s.keys_of(position).within(keys);
+    tile.for_rows(patch.rows, [&](int64_t r, int64_t position, int64_t) {
+      const Range seen = s.keys_of(position).within(patch.keys);
       float* o = o_.data() + r * x_.width_v.ld;
       for (int64_t j = seen.begin; j < seen.end; j++) {
-        const T* v = token<T>(problem.v, s, s.k_begin, keys.begin + j, tile.kv_head);
+        const T* v = token<T>(problem.v, s, s.k_begin, patch.keys.begin + j, tile.kv_head);
         const float weight = to_wide(p()[r * KEY_BLOCK + j]);
         for_columns<float>(0, problem.Dv, [&](int64_t c, auto n, int) { store(o + c, load(o + c, n) + weight * load(v + c, n), n); });
       }

@@ -9,10 +9,11 @@ inline namespace FASTPRIMER_ISA {
 
 constexpr int64_t KEY_BLOCK = 128;  // keys that meet a tile of queries at a time
 // Or fewer keys, in steps of these, where a mask or the sequence ends, and fewer queries: short sequences are not padded to long ones.
+constexpr int64_t KEY_STEP = 16;
 #if defined(__AVX512F__)
-constexpr int64_t KEY_STEP = 32, ROW_STEP = 32;  // the library generates code for each size of a product: few of them
+constexpr int64_t ROW_STEP = 32;  // the library generates code for each size of a product: few of them
 #else
-constexpr int64_t KEY_STEP = 16, ROW_STEP = TRANSPOSED;
+constexpr int64_t ROW_STEP = TRANSPOSED;
 #endif
 constexpr float LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
 
@@ -20,8 +21,12 @@ struct Range {
   int64_t begin, end;
 
   bool empty() const { return begin >= end; }
+  int64_t size() const { return end - begin; }
+  bool operator==(const Range& other) const { return begin == other.begin && end == other.end; }
   // Of this range, what lies in `block`, counted from its begin.
   Range within(Range block) const { return {larger(begin, block.begin) - block.begin, smaller(end, block.end) - block.begin}; }
+  // Unless it is empty, the same and as much on either side as makes both ends multiples of `step`.
+  Range widened(int64_t step) const { return empty() ? Range{0, 0} : Range{begin / step * step, round_up(end, step)}; }
 };
 
 // Which of a register's lanes, the first one counted as `first`, are in the range.
@@ -44,6 +49,7 @@ struct Sequence {
     const int64_t diagonal = j + S - T;
     return {right < 0 ? 0 : larger(diagonal - right, 0), left < 0 ? S : smaller(diagonal + left + 1, S)};
   }
+  Range queries_of(Range keys) const { return {queries_of(keys.begin).begin, queries_of(keys.end - 1).end}; }
   Range keys_of(Range queries) const { return {keys_of(queries.begin).begin, keys_of(queries.end - 1).end}; }
 };
 
@@ -100,8 +106,12 @@ struct QueryTile {
   // body(r, position, query head) for every row, by counting: a division takes as long as all else about a row of a short sequence.
   template <class Body>
   void for_rows(const Body& body) const {
-    int64_t position = positions.begin, of_group = row0 - position * G;
-    for (int64_t r = 0; r < rows; r++) {
+    for_rows({0, rows}, body);
+  }
+  template <class Body>
+  void for_rows(Range some, const Body& body) const {
+    int64_t position = (row0 + some.begin) / G, of_group = row0 + some.begin - position * G;
+    for (int64_t r = some.begin; r < smaller(some.end, rows); r++) {
       body(r, position, kv_head * G + of_group);
       if (++of_group < G) continue;
       of_group = 0;
@@ -110,9 +120,18 @@ struct QueryTile {
   }
   // The rows of these queries, counted from row0.
   Range rows_of(Range queries) const { return Range{queries.begin * G, queries.end * G}.within({row0, row0 + rows}); }
-  // Whether every row sees every key of the block.
-  bool sees_all_of(Range keys) const {
-    return sequence.keys_of(positions.end - 1).begin <= keys.begin && sequence.keys_of(positions.begin).end >= keys.end;
+  // The positions of the tile's rows among these; there must be one.
+  Range positions_of(Range some) const { return {(row0 + some.begin) / G, (row0 + smaller(some.end, rows) - 1) / G + 1}; }
+};
+
+// Some rows of a tile and some keys, which meet: both begin and end at multiples of their steps.
+struct Patch {
+  Range rows, keys;
+
+  // Whether every row of the tile that is in the patch sees every key of it.
+  bool seen_by_all(const QueryTile& tile) const {
+    const Range positions = tile.positions_of(rows);
+    return tile.sequence.keys_of(positions.end - 1).begin <= keys.begin && tile.sequence.keys_of(positions.begin).end >= keys.end;
   }
 };
 
@@ -128,6 +147,42 @@ void for_key_blocks(const QueryTile& tile, const Body& body) {
     body(block, Range{begin, stop});
     begin = stop;
   }
+}
+
+// body(patch) for patches that hold all pairs of a tile's rows and of `keys` in which a row sees a key, and few others: rows in strips,
+// each with the keys that it needs. Neighbouring strips that need the same keys are one, for products of few rows take longer.
+template <class Body>
+void for_strips_of_rows(const QueryTile& tile, Range keys, const Body& body) {
+  constexpr int64_t STRIP = 32;
+  Patch patch{};
+  for (int64_t r = 0; r < tile.rows; r += STRIP) {
+    const Range rows{r, smaller(r + STRIP, tile.padded())}, seen = tile.sequence.keys_of(tile.positions_of(rows));
+    const Range needed = Range{larger(seen.begin, keys.begin), smaller(seen.end, keys.end)}.widened(KEY_STEP);
+    if (needed == patch.keys) {
+      patch.rows.end = rows.end;
+    } else {
+      if (!patch.keys.empty()) body(patch);
+      patch = {rows, needed};
+    }
+  }
+  if (!patch.keys.empty()) body(patch);
+}
+
+// The same with keys in strips, each with the rows that it needs.
+template <class Body>
+void for_strips_of_keys(const QueryTile& tile, Range keys, const Body& body) {
+  Patch patch{};
+  for (int64_t j = keys.begin; j < smaller(keys.end, tile.sequence.T); j += KEY_STEP) {
+    const Range strip{j, j + KEY_STEP};
+    const Range needed = tile.rows_of(tile.sequence.queries_of({j, smaller(j + KEY_STEP, tile.sequence.T)})).widened(ROW_STEP);
+    if (needed == patch.rows) {
+      patch.keys.end = strip.end;
+    } else {
+      if (!patch.rows.empty()) body(patch);
+      patch = {needed, strip};
+    }
+  }
+  if (!patch.rows.empty()) body(patch);
 }
 
 // The rows of a tile from a tensor like q.

@@ -18,7 +18,9 @@ struct Width {
 template <class T, class Tile>
 inline void gather_row(const T* x, const Width<Tile>& width, Tile* row) {
   if constexpr (is_bfloat16<Tile> && is_bfloat16<T>) {
-    __builtin_memcpy(row, x, width.C * sizeof(T));
+    int64_t c = 0;
+    for (; c + 16 <= width.C; c += 16) __builtin_memcpy(row + c, x + c, 16 * sizeof(T));
+    for (; c < width.C; c++) row[c] = x[c];
   } else {
     for_columns<float>(0, width.C, [&](int64_t c, auto count, int) { store(row + c, load(x + c, count), count); });
   }
@@ -30,6 +32,12 @@ template <class T, class Tile>
 inline void gather_rows(const T* x, int64_t stride, int64_t n, int64_t padded, const Width<Tile>& width, Tile* tile) {
   for (int64_t r = 0; r < n; r++) gather_row(x + r * stride, width, tile + r * width.ld);
   if (padded > n) __builtin_memset(tile + n * width.ld, 0, (padded - n) * width.ld * sizeof(Tile));
+}
+
+// How far column c of a right factor lies behind its first: rows of bfloat16 come in pairs.
+template <class Tile>
+constexpr int64_t column_of_right_factor(int64_t c) {
+  return is_bfloat16<Tile> ? 2 * c : c;
 }
 
 // Whether n numbers are all finite: infinity and NaN times zero are NaN.
