@@ -110,9 +110,8 @@ class SortTokens {
     gather_tokens<T>(x_.args.dy, x_.args.stride_dy_row, plan, e, i0, n, padded, x_.width, dy);
     transpose_left(dy, padded, x_.width, x_.dy_transposed.data() + begin * x_.width.ld + i0, plan.padded_rows(e));
     Tile* x = x_.x.data() + (begin + i0) * x_.width.ld;
-    Tile* rows = is_bfloat16<Tile> ? tokens_.data() : x;
-    gather_tokens<T>(plan.p.x, plan.p.stride_x_row, plan, e, i0, n, padded, x_.width, rows);
-    right_factor(rows, padded, x_.width, x);
+    const auto token = [&](int64_t r) { return static_cast<const T*>(plan.p.x) + plan.token(e, i0 + r) * plan.p.stride_x_row; };
+    gather_right_factor<T>(token, n, padded, x_.width, is_bfloat16<Tile> ? tokens_.data() : x, x);
   }
 
  private:
@@ -133,8 +132,6 @@ class FeatureSlice {
         rows_(round_up(p_.C, STEP) * columns_.ld),
         down_(is_bfloat16<Tile> ? round_up(p_.C, STEP) * columns_.ld : 0),
         d_(ROWS * columns_.ld),
-        da_(ROWS * columns_.ld),
-        db_(ROWS * columns_.ld),
         u_(is_bfloat16<Tile> ? ROWS * columns_.ld : 0),
         dhidden_transposed_(2 * columns_.ld * chunk_),
         wu_(chunk_ * columns_.ld),
@@ -142,7 +139,7 @@ class FeatureSlice {
         ddown_(in_place_ ? 0 : round_up(p_.C, STEP) * columns_.ld) {}
   ~FeatureSlice() { x_.multiply.release(); }
   bool ready() const {
-    return rows_.data() && down_.data() && d_.data() && da_.data() && db_.data() && u_.data() && dhidden_transposed_.data() && wu_.data() &&
+    return rows_.data() && down_.data() && d_.data() && u_.data() && dhidden_transposed_.data() && wu_.data() &&
            dgate_up_.data() && ddown_.data();
   }
 
@@ -172,20 +169,21 @@ class FeatureSlice {
  private:
   // These columns of down as a right factor.
   const Tile* pack_down(int64_t e, int64_t f, const Width<Tile>& width) const {
-    const int64_t padded = round_up(p_.C, STEP);
-    gather_rows(x_.plan.template down<T>(e, 0) + f, p_.stride_down_row, p_.C, padded, width, rows_.data());
-    return right_factor(rows_.data(), padded, width, down_.data());
+    const auto row = [&](int64_t c) { return x_.plan.template down<T>(e, c) + f; };
+    return gather_right_factor<T>(row, p_.C, round_up(p_.C, STEP), width, rows_.data(), down_.data());
   }
 
   // For n rows from row j of a chunk: d, and all that follows from it.
   void differentiate(int64_t e, int64_t f, int64_t i0, int64_t j, int64_t n, const Width<Tile>& width, const Tile* down) const {
     const int64_t padded = round_up(n, TOKEN_STEP<Tile>), at = x_.begin(e) + i0 + j;
+    for (int64_t r = 0; r < n; r++) ask_for_hidden(x_.plan.pair(e, i0 + j + r), f, width.C);
     x_.multiply(padded, width.used, x_.width.used, x_.dy.data() + at * x_.width.ld, x_.width.ld, down, width.ld, d_.data(), width.ld,
                 false);
     Tile* wu_right = wu_.data() + j * width.ld;
     Tile* wu_rows = is_bfloat16<Tile> ? u_.data() : wu_right;
+    Tile* const dhidden = x_.dhidden.data() + at * range_.stride_dhidden + f - range_.begin;
     for (int64_t r = 0; r < padded; r++) {
-      Tile *da = da_.data() + r * width.ld, *db = db_.data() + r * width.ld, *wu = wu_rows + r * width.ld;
+      Tile *da = dhidden + r * range_.stride_dhidden, *db = da + range_.width.ld, *wu = wu_rows + r * width.ld;
       if (r < n) {
         const int64_t pair = x_.plan.pair(e, i0 + j + r);
         x_.dweights[f / SLICE * p_.N * p_.K + pair] = differentiate_row(pair, f, width.C, d_.data() + r * width.ld, da, db, wu);
@@ -193,13 +191,20 @@ class FeatureSlice {
       const int64_t written = r < n ? width.C : 0;
       Tile* const all[] = {da, db, wu};
       for (Tile* row : all) __builtin_memset(row + written, 0, (width.ld - written) * sizeof(Tile));
-      Tile* dhidden = x_.dhidden.data() + (at + r) * range_.stride_dhidden + f - range_.begin;
-      __builtin_memcpy(dhidden, da, width.ld * sizeof(Tile));
-      __builtin_memcpy(dhidden + range_.width.ld, db, width.ld * sizeof(Tile));
     }
-    transpose_left(da_.data(), padded, width, dhidden_transposed_.data() + j, chunk_);
-    transpose_left(db_.data(), padded, width, dhidden_transposed_.data() + width.ld * chunk_ + j, chunk_);
+    for (int64_t half = 0; half < 2; half++)
+      transpose_left(dhidden + half * range_.width.ld, range_.stride_dhidden, padded, width,
+                     dhidden_transposed_.data() + half * width.ld * chunk_ + j, chunk_);
     right_factor(wu_rows, padded, width, wu_right);
+  }
+
+  // Rows that lie so far apart are not foreseen by the processor; they come while the product before their use is computed.
+  void ask_for_hidden(int64_t pair, int64_t f, int64_t features) const {
+    const T* hidden = static_cast<const T*>(x_.args.hidden) + pair * 2 * p_.F + f;
+    for (int64_t c = 0; c < features; c += LINE<T>) {
+      ask_for(hidden + c);
+      ask_for(hidden + p_.F + c);
+    }
   }
 
   // da, db and w u of a pair, and d u, its share of dweights.
@@ -261,7 +266,7 @@ class FeatureSlice {
   const bool in_place_;
   Buffer<Tile> rows_, down_;
   Buffer<float> d_;
-  Buffer<Tile> da_, db_, u_;
+  Buffer<Tile> u_;
   Buffer<Tile> dhidden_transposed_, wu_;
   Buffer<float> dgate_up_, ddown_;
 };
@@ -300,11 +305,12 @@ class ColumnSlice {
  private:
   // These columns of gate_up as a right factor: a's features of the range and zeros behind them, then b's.
   const Tile* pack_gate_up(int64_t e, int64_t c, const Width<Tile>& width) const {
-    const int64_t half = range_.width.ld;
-    for (int64_t i = 0; i < 2; i++)
-      gather_rows(x_.plan.template gate_up<T>(e, i * p_.F + range_.begin) + c, p_.stride_gate_up_row, range_.end - range_.begin, half,
-                  width, rows_.data() + i * half * width.ld);
-    return right_factor(rows_.data(), 2 * half, width, gate_up_.data());
+    const int64_t half = range_.width.ld, size = half * width.ld;
+    for (int64_t i = 0; i < 2; i++) {
+      const auto row = [&](int64_t f) { return x_.plan.template gate_up<T>(e, i * p_.F + range_.begin + f) + c; };
+      gather_right_factor<T>(row, range_.end - range_.begin, half, width, rows_.data() + i * size, gate_up_.data() + i * size);
+    }
+    return is_bfloat16<Tile> ? gate_up_.data() : rows_.data();
   }
 
   static void add(const float* row, int64_t n, float* sums) {

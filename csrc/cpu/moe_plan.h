@@ -1,6 +1,7 @@
 // What the passes of a mixture of experts share on the CPU: which tokens go to an expert, its weights as factors of products, and the
 // sums over a token's experts.
 #pragma once
+#include "dots.h"
 #include "moe.h"
 #include "pack.h"
 #include "products.h"
