@@ -129,6 +129,8 @@ class FeatureSlice {
         columns_(SLICE),
         chunk_(smaller(CHUNK, larger(x_.rows, TOKEN_STEP<Tile>))),
         in_place_(sizeof(T) == sizeof(float) && p_.C % STEP == 0 && p_.F % STEP == 0),
+        dgate_up_past_cache_(gradient_past_cache<T>(x_.args.dgate_up, 2 * p_.E * p_.F, p_.C)),
+        ddown_past_cache_(gradient_past_cache<T>(x_.args.ddown, p_.E * p_.C, p_.F)),
         rows_(round_up(p_.C, STEP) * columns_.ld),
         down_(is_bfloat16<Tile> ? round_up(p_.C, STEP) * columns_.ld : 0),
         d_(ROWS * columns_.ld),
@@ -186,7 +188,8 @@ class FeatureSlice {
       Tile *da = dhidden + r * range_.stride_dhidden, *db = da + range_.width.ld, *wu = wu_rows + r * width.ld;
       if (r < n) {
         const int64_t pair = x_.plan.pair(e, i0 + j + r);
-        x_.dweights[f / SLICE * p_.N * p_.K + pair] = differentiate_row(pair, f, width.C, d_.data() + r * width.ld, da, db, wu);
+        x_.dweights[f / SLICE * p_.N * p_.K + pair] =
+            differentiate_row(hidden(pair) + f, p_.F, p_.weights[pair], width.C, d_.data() + r * width.ld, da, db, wu);
       }
       const int64_t written = r < n ? width.C : 0;
       Tile* const all[] = {da, db, wu};
@@ -200,26 +203,10 @@ class FeatureSlice {
 
   // Rows that lie so far apart are not foreseen by the processor; they come while the product before their use is computed.
   void ask_for_hidden(int64_t pair, int64_t f, int64_t features) const {
-    const T* hidden = static_cast<const T*>(x_.args.hidden) + pair * 2 * p_.F + f;
-    for (int64_t c = 0; c < features; c += LINE<T>) {
-      ask_for(hidden + c);
-      ask_for(hidden + p_.F + c);
+    for (int64_t c = f; c < f + features; c += LINE<T>) {
+      ask_for(hidden(pair) + c);
+      ask_for(hidden(pair) + p_.F + c);
     }
-  }
-
-  // da, db and w u of a pair, and d u, its share of dweights.
-  float differentiate_row(int64_t pair, int64_t f, int64_t features, const float* d_row, Tile* da, Tile* db, Tile* wu) const {
-    const T* hidden = static_cast<const T*>(x_.args.hidden) + pair * 2 * p_.F + f;
-    const float w = p_.weights[pair];
-    return sum_columns<float>(features, [&](int64_t c, auto count) {
-      const Vec<float> a = load(hidden + c, count), b = load(hidden + p_.F + c, count), d = load(d_row + c, count);
-      const Silu<T> silu(a);
-      const Vec<float> u = silu.value * b, du = w * d;
-      store(da + c, du * b * silu.slope, count);
-      store(db + c, du * silu.value, count);
-      store(wu + c, w * u, count);
-      return d * u;
-    });
   }
 
   // Where products add up a gradient of weights: in the gradient itself if it is of float and they fill it exactly, else in a tile.
@@ -239,23 +226,29 @@ class FeatureSlice {
   }
 
   void write_gradients(int64_t e, int64_t f, int64_t features, const Width<Tile>& width) const {
-    for (int64_t half = 0; half < 2; half++)
-      for (int64_t i = 0; i < features; i++)
-        write_row(dgate_up(e, half, f + i), dgate_up_.data() + (half * width.ld + i) * x_.width.ld, p_.C);
-    for (int64_t c = 0; c < p_.C; c++) write_row(ddown(e, c) + f, ddown_.data() + c * columns_.ld, features);
+    with_stores(dgate_up_past_cache_, [&](auto put) {
+      for (int64_t half = 0; half < 2; half++)
+        for (int64_t i = 0; i < features; i++)
+          write_row(dgate_up(e, half, f + i), dgate_up_.data() + (half * width.ld + i) * x_.width.ld, p_.C, put);
+    });
+    with_stores(ddown_past_cache_, [&](auto put) {
+      for (int64_t c = 0; c < p_.C; c++) write_row(ddown(e, c) + f, ddown_.data() + c * columns_.ld, features, put);
+    });
   }
 
-  static void write_row(T* row, const float* sums, int64_t n) {
-    for_columns<float>(0, n, [&](int64_t c, auto count, int) { store(row + c, load(sums + c, count), count); });
+  template <class Put>
+  static void write_row(T* row, const float* sums, int64_t n, const Put& put) {
+    for_columns<float>(0, n, [&](int64_t c, auto count, int) { put(row + c, load(sums + c, count), count); });
   }
 
   // Of an expert without tokens: this task's part, of ddown as much as these features are of all, but in one piece.
   void clear_gradients(int64_t e, int64_t f, int64_t features) const {
-    for (int64_t half = 0; half < 2; half++) __builtin_memset(dgate_up(e, half, f), 0, features * p_.C * sizeof(T));
-    __builtin_memset(ddown(e, 0) + f * p_.C, 0, features * p_.C * sizeof(T));
+    for (int64_t half = 0; half < 2; half++) clear(dgate_up(e, half, f), features * p_.C, dgate_up_past_cache_);
+    clear(ddown(e, 0) + f * p_.C, features * p_.C, ddown_past_cache_);
   }
 
   T* dgate_up(int64_t e, int64_t half, int64_t f) const { return static_cast<T*>(x_.args.dgate_up) + ((2 * e + half) * p_.F + f) * p_.C; }
+  const T* hidden(int64_t pair) const { return static_cast<const T*>(x_.args.hidden) + pair * 2 * p_.F; }
   T* ddown(int64_t e, int64_t c) const { return static_cast<T*>(x_.args.ddown) + (e * p_.C + c) * p_.F; }
 
   const BackwardContext<Tile>& x_;
@@ -263,7 +256,7 @@ class FeatureSlice {
   const Features<Tile>& range_;
   const Width<Tile> columns_;
   const int64_t chunk_;
-  const bool in_place_;
+  const bool in_place_, dgate_up_past_cache_, ddown_past_cache_;
   Buffer<Tile> rows_, down_;
   Buffer<float> d_;
   Buffer<Tile> u_;

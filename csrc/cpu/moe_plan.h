@@ -116,6 +116,38 @@ struct Silu {
       : value(a * sigma.value), slope(sigma.value + a * sigma.e * sigma.r * sigma.r) {}
 };
 
+// da, db and w u of some features of a pair with weight w, from d and what forward saved, a and F numbers behind it b; and d u, their share
+// of dweights.
+template <class T, class To>
+float differentiate_row(const T* hidden, int64_t F, float w, int64_t features, const float* d_row, To* da, To* db, To* wu) {
+  return sum_columns<float>(features, [&](int64_t c, auto count) {
+    const Vec<float> a = load(hidden + c, count), b = load(hidden + F + c, count), d = load(d_row + c, count);
+    const Silu<T> silu(a);
+    const Vec<float> u = silu.value * b, du = w * d;
+    store(da + c, du * b * silu.slope, count);
+    store(db + c, du * silu.value, count);
+    store(wu + c, w * u, count);
+    return d * u;
+  });
+}
+
+// Whether the gradients of all experts' weights are worth storing past the caches, and may be.
+template <class T>
+bool gradient_past_cache(const void* gradient, int64_t rows, int64_t columns) {
+  return past_cache(gradient, rows, columns * sizeof(T), columns * sizeof(T));
+}
+
+// Of an expert without tokens: zeros for n numbers of a gradient, whole rows or, between features that are multiples of a line, of as many.
+template <class T>
+void clear(T* gradient, int64_t n, bool past_cache) {
+  const int64_t bytes = n * sizeof(T);
+  if (!past_cache) {
+    __builtin_memset(gradient, 0, bytes);
+    return;
+  }
+  for (int64_t i = 0; i < bytes; i += REGISTER_BYTES) stream(reinterpret_cast<float*>(reinterpret_cast<char*>(gradient) + i), Vec<float>{});
+}
+
 // y[n] = sum over a token's K pairs of w[pair] z[pair].
 template <class T>
 void combine(const MoeProblem& p, const float* z, void* y) {

@@ -77,6 +77,7 @@ Error run_tasks(int64_t n, const Context& context) {
         Worker worker(queue.context);
         if (!worker.ready()) return;  // the other threads' workers take its part
         for (int64_t i; (i = __atomic_fetch_add(&queue.next, 1, __ATOMIC_RELAXED)) < queue.n;) worker(i);
+        finish_stores();
       },
       &queue);
   return queue.next < n ? OUT_OF_MEMORY : nullptr;
