@@ -18,7 +18,6 @@ namespace fastprimer {
 inline namespace FASTPRIMER_ISA {
 namespace moe_pass {
 
-constexpr int64_t SLICE = 64;   // hidden features, or columns of gate_up, that one task is about
 constexpr int64_t ROWS = 128;   // tokens of a product
 constexpr int64_t CHUNK = 512;  // tokens whose dhidden and w u are kept for the gradients of the weights: a multiple of ROWS
 
@@ -44,7 +43,7 @@ struct Group {
   }
 };
 
-template <class Tile>
+template <class T, class Tile>
 struct BackwardContext {
   const MoeBackward& args;
   const Plan& plan;
@@ -55,10 +54,10 @@ struct BackwardContext {
   const Pieces blocks;
   const Buffer<Tile> dy, dy_transposed, x;  // padded rows by expert: dy as left factors, and x as a right one
   const Buffer<Tile> dhidden;               // padded rows by expert, a's features of the range then b's
-  float* const dx;                          // (N, C): sums
-  const Buffer<float>& dweights;            // (slices of all features, N, K)
+  const SlicedSums<T>& dx;
+  const Buffer<float>& dweights;  // (slices of all features, N, K)
 
-  BackwardContext(const MoeBackward& a, const Plan& p, Group g, float* dx_, const Buffer<float>& dweights_)
+  BackwardContext(const MoeBackward& a, const Plan& p, Group g, const SlicedSums<T>& dx_, const Buffer<float>& dweights_)
       : args(a),
         plan(p),
         group(g),
@@ -79,14 +78,14 @@ struct BackwardContext {
 };
 
 // A range of the hidden features, of all experts of a group.
-template <class Tile>
+template <class T, class Tile>
 struct Features {
-  const BackwardContext<Tile>& context;
+  const BackwardContext<T, Tile>& context;
   const int64_t begin, end, slices;
   const Width<Tile> width;
   const int64_t stride_dhidden;  // a's features, then b's
 
-  Features(const BackwardContext<Tile>& x, int64_t first)
+  Features(const BackwardContext<T, Tile>& x, int64_t first)
       : context(x),
         begin(first),
         end(smaller(first + x.group.features, x.plan.p.F)),
@@ -98,7 +97,7 @@ struct Features {
 template <class T, class Tile>
 class SortTokens {
  public:
-  explicit SortTokens(const BackwardContext<Tile>& context) : x_(context), tokens_(is_bfloat16<Tile> ? ROWS * x_.width.ld : 0) {}
+  explicit SortTokens(const BackwardContext<T, Tile>& context) : x_(context), tokens_(is_bfloat16<Tile> ? ROWS * x_.width.ld : 0) {}
   bool ready() const { return tokens_.data() != nullptr; }
 
   void operator()(int64_t task) const {
@@ -115,14 +114,14 @@ class SortTokens {
   }
 
  private:
-  const BackwardContext<Tile>& x_;
+  const BackwardContext<T, Tile>& x_;
   Buffer<Tile> tokens_;
 };
 
 template <class T, class Tile>
 class FeatureSlice {
  public:
-  explicit FeatureSlice(const Features<Tile>& range)
+  explicit FeatureSlice(const Features<T, Tile>& range)
       : x_(range.context),
         p_(x_.plan.p),
         range_(range),
@@ -141,8 +140,8 @@ class FeatureSlice {
         ddown_(in_place_ ? 0 : round_up(p_.C, STEP) * columns_.ld) {}
   ~FeatureSlice() { x_.multiply.release(); }
   bool ready() const {
-    return rows_.data() && down_.data() && d_.data() && u_.data() && dhidden_transposed_.data() && wu_.data() &&
-           dgate_up_.data() && ddown_.data();
+    return rows_.data() && down_.data() && d_.data() && u_.data() && dhidden_transposed_.data() && wu_.data() && dgate_up_.data() &&
+           ddown_.data();
   }
 
   void operator()(int64_t task) const {
@@ -158,11 +157,11 @@ class FeatureSlice {
       const Tile* x = x_.x.data() + (begin + i0) * x_.width.ld;
       const Tile* dy = x_.dy_transposed.data() + begin * x_.width.ld + i0;
       for (int64_t half = 0; half < 2; half++) {
-        const Sums sums = sums_of_gate_up(e, half, f, width);
+        const Place sums = sums_of_gate_up(e, half, f, width);
         x_.multiply(width.ld, x_.width.used, padded, dhidden_transposed_.data() + half * width.ld * chunk_, chunk_, x, x_.width.ld,
                     sums.data, sums.ld, i0 > 0);
       }
-      const Sums sums = sums_of_down(e, f);
+      const Place sums = sums_of_down(e, f);
       x_.multiply(round_up(p_.C, STEP), width.used, padded, dy, x_.plan.padded_rows(e), wu_.data(), width.ld, sums.data, sums.ld, i0 > 0);
     }
     if (!in_place_) write_gradients(e, f, features, width);
@@ -178,7 +177,7 @@ class FeatureSlice {
   // For n rows from row j of a chunk: d, and all that follows from it.
   void differentiate(int64_t e, int64_t f, int64_t i0, int64_t j, int64_t n, const Width<Tile>& width, const Tile* down) const {
     const int64_t padded = round_up(n, TOKEN_STEP<Tile>), at = x_.begin(e) + i0 + j;
-    for (int64_t r = 0; r < n; r++) ask_for_hidden(x_.plan.pair(e, i0 + j + r), f, width.C);
+    for (int64_t r = 0; r < n; r++) ask_for_hidden<T>(x_.args.hidden, x_.plan.pair(e, i0 + j + r), p_.F, f, width.C);
     x_.multiply(padded, width.used, x_.width.used, x_.dy.data() + at * x_.width.ld, x_.width.ld, down, width.ld, d_.data(), width.ld,
                 false);
     Tile* wu_right = wu_.data() + j * width.ld;
@@ -201,25 +200,17 @@ class FeatureSlice {
     right_factor(wu_rows, padded, width, wu_right);
   }
 
-  // Rows that lie so far apart are not foreseen by the processor; they come while the product before their use is computed.
-  void ask_for_hidden(int64_t pair, int64_t f, int64_t features) const {
-    for (int64_t c = f; c < f + features; c += LINE<T>) {
-      ask_for(hidden(pair) + c);
-      ask_for(hidden(pair) + p_.F + c);
-    }
-  }
-
   // Where products add up a gradient of weights: in the gradient itself if it is of float and they fill it exactly, else in a tile.
-  struct Sums {
+  struct Place {
     float* data;
     int64_t ld;
   };
-  Sums sums_of_gate_up(int64_t e, int64_t half, int64_t f, const Width<Tile>& width) const {
+  Place sums_of_gate_up(int64_t e, int64_t half, int64_t f, const Width<Tile>& width) const {
     if constexpr (sizeof(T) == sizeof(float))
       if (in_place_) return {dgate_up(e, half, f), p_.C};
     return {dgate_up_.data() + half * width.ld * x_.width.ld, x_.width.ld};
   }
-  Sums sums_of_down(int64_t e, int64_t f) const {
+  Place sums_of_down(int64_t e, int64_t f) const {
     if constexpr (sizeof(T) == sizeof(float))
       if (in_place_) return {ddown(e, 0) + f, p_.F};
     return {ddown_.data(), columns_.ld};
@@ -251,9 +242,9 @@ class FeatureSlice {
   const T* hidden(int64_t pair) const { return static_cast<const T*>(x_.args.hidden) + pair * 2 * p_.F; }
   T* ddown(int64_t e, int64_t c) const { return static_cast<T*>(x_.args.ddown) + (e * p_.C + c) * p_.F; }
 
-  const BackwardContext<Tile>& x_;
+  const BackwardContext<T, Tile>& x_;
   const MoeProblem& p_;
-  const Features<Tile>& range_;
+  const Features<T, Tile>& range_;
   const Width<Tile> columns_;
   const int64_t chunk_;
   const bool in_place_, dgate_up_past_cache_, ddown_past_cache_;
@@ -267,7 +258,7 @@ class FeatureSlice {
 template <class T, class Tile>
 class ColumnSlice {
  public:
-  explicit ColumnSlice(const Features<Tile>& range)
+  explicit ColumnSlice(const Features<T, Tile>& range)
       : x_(range.context),
         p_(x_.plan.p),
         range_(range),
@@ -281,16 +272,18 @@ class ColumnSlice {
   void operator()(int64_t task) const {
     const int64_t c = task * SLICE;
     const Width<Tile> width(smaller(SLICE, p_.C - c));
+    if (x_.group.e0 == 0 && range_.begin == 0) x_.dx.clear(c);
     for (int64_t e = x_.group.e0; e < x_.group.e1; e++) {
       const int64_t n = x_.plan.rows(e);
       if (n == 0) continue;
       const Tile* gate_up = pack_gate_up(e, c, width);
       for (int64_t i0 = 0; i0 < n; i0 += ROWS) {
         const int64_t rows = smaller(ROWS, n - i0);
+        for (int64_t r = 0; r < rows; r++) ask_for_row(x_.dx.row(x_.plan.token(e, i0 + r), c), width.C);
         x_.multiply(round_up(rows, TOKEN_STEP<Tile>), width.used, range_.stride_dhidden,
                     x_.dhidden.data() + (x_.begin(e) + i0) * range_.stride_dhidden, range_.stride_dhidden, gate_up, width.ld, dx_.data(),
                     width.ld, false);
-        for (int64_t r = 0; r < rows; r++) add(dx_.data() + r * width.ld, width.C, x_.dx + x_.plan.token(e, i0 + r) * p_.C + c);
+        for (int64_t r = 0; r < rows; r++) add(dx_.data() + r * width.ld, width.C, x_.dx.row(x_.plan.token(e, i0 + r), c));
       }
     }
   }
@@ -310,9 +303,9 @@ class ColumnSlice {
     for_columns<float>(0, n, [&](int64_t c, auto count, int) { store(sums + c, load(sums + c, count) + load(row + c, count), count); });
   }
 
-  const BackwardContext<Tile>& x_;
+  const BackwardContext<T, Tile>& x_;
   const MoeProblem& p_;
-  const Features<Tile>& range_;
+  const Features<T, Tile>& range_;
   const Width<Tile> columns_;
   Buffer<Tile> rows_, gate_up_;
   Buffer<float> dx_;
@@ -322,29 +315,22 @@ template <class T, class Tile>
 Error backward(const MoeBackward& args, const Plan& plan) {
   const MoeProblem& p = args.problem;
   const int64_t slices = (p.F + SLICE - 1) / SLICE, columns = (p.C + SLICE - 1) / SLICE, pairs = p.N * p.K;
-  constexpr bool in_place = sizeof(T) == sizeof(float);
-  const Buffer<float> dweights(slices * pairs), other(in_place ? 0 : p.N * p.C);
-  float* dx = in_place ? static_cast<float*>(args.dx) : other.data();
-  if (!dx || !dweights.data()) return OUT_OF_MEMORY;
-  __builtin_memset(dx, 0, p.N * p.C * sizeof(float));
+  const Buffer<float> dweights(slices * pairs);
+  const SlicedSums<T> dx(args.dx, p.N, p.C);
+  if (!dx.ready() || !dweights.data()) return OUT_OF_MEMORY;
   for (int64_t e = 0; e < p.E;) {
     const Group group = Group::from<Tile>(plan, e);
-    const BackwardContext<Tile> context(args, plan, group, dx, dweights);
+    const BackwardContext<T, Tile> context(args, plan, group, dx, dweights);
     if (!context.ready()) return OUT_OF_MEMORY;
     if (const Error error = run_tasks<SortTokens<T, Tile>>(context.blocks.size(), context)) return error;
     for (int64_t f = 0; f < p.F; f += group.features) {
-      const Features<Tile> range(context, f);
+      const Features<T, Tile> range(context, f);
       if (const Error error = run_tasks<FeatureSlice<T, Tile>>((group.e1 - group.e0) * range.slices, range)) return error;
       if (const Error error = run_tasks<ColumnSlice<T, Tile>>(columns, range)) return error;
     }
     e = group.e1;
   }
-  if (!in_place) {
-    parallel_for(p.N, GRAIN / p.C + 1, [&](int64_t n) {
-      T* row = static_cast<T*>(args.dx) + n * p.C;
-      for_columns<float>(0, p.C, [&](int64_t c, auto count, int) { store(row + c, load(dx + n * p.C + c, count), count); });
-    });
-  }
+  dx.write();
   for (int64_t i = 0; i < pairs; i++) {
     args.dweights[i] = 0;
     for (int64_t s = 0; s < slices; s++) args.dweights[i] += dweights[s * pairs + i];

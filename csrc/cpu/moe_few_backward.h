@@ -150,7 +150,8 @@ Error backward_of_few(const MoeBackward& args, const Plan& plan) {
   for (int64_t pair = 0; pair < down.pairs; pair++) {
     add_pieces(down, pair, 1, d.data());
     float* da = gate_up.factors.data() + pair * 2 * p.F;
-    args.dweights[pair] = differentiate_row(hidden(pair), p.F, p.weights[pair], p.F, d.data(), da, da + p.F, down.right.data() + pair * p.F);
+    args.dweights[pair] =
+        differentiate_row(hidden(pair), p.F, p.weights[pair], p.F, d.data(), da, da + p.F, down.right.data() + pair * p.F);
   }
   if (const Error error = run_sweep(gate_up, p.stride_gate_up_row, [&](int64_t e, int64_t f) { return plan.gate_up<T>(e, f); }))
     return error;

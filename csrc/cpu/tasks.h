@@ -39,8 +39,13 @@ class Pieces {
 
   // count(b): the pieces of b.
   template <class Count>
-  Pieces(int64_t B, const Count& count) : size_(total(B, count)), pieces_(size_) {
+  Pieces(int64_t B, const Count& count, bool in_order = false) : size_(total(B, count)), pieces_(size_) {
     if (pieces_.data() == nullptr) return;
+    if (in_order) {
+      for (int64_t b = 0, n = 0; b < B; b++)
+        for (int64_t i = 0; i < count(b); i++) pieces_[n++] = {static_cast<int32_t>(b), static_cast<int32_t>(i)};
+      return;
+    }
     int64_t most = 0, n = 0;
     for (int64_t b = 0; b < B; b++) most = larger(most, count(b));
     for (int64_t i = most - 1; i >= 0; i--)
