@@ -30,7 +30,8 @@ class Buffer {
   T* data_;
 };
 
-// Every one of B sequences (or experts) in pieces, the last piece of each first: under a causal mask that is the longest work first.
+// Every one of B sequences (or experts) in pieces, the last piece of each first: under a causal mask that is the longest work first. Or
+// `in_order`, one sequence after another, so that what an expert's pieces read is still in a cache.
 class Pieces {
  public:
   struct Piece {
