@@ -22,6 +22,7 @@ LARGE = [
     moe_case("several-ranges", 400, 48, 1104, 2, 1, skew=1.0),
     moe_case("several-ranges-and-ends", 400, 40, 1100, 2, 2),
     moe_case("several-groups", 450, 60, 500, 12, 2, skew=0.05),
+    moe_case("several-groups-forward", 1300, 8, 1104, 4, 3),
 ]
 """Beyond a block of tokens, a chunk of an expert's rows, a slice or range of hidden features, a slice of columns, a group of experts."""
 

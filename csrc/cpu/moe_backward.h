@@ -18,7 +18,6 @@ namespace fastprimer {
 inline namespace FASTPRIMER_ISA {
 namespace moe_pass {
 
-constexpr int64_t SLICE = 64;   // hidden features, or columns of gate_up, that one task is about
 constexpr int64_t ROWS = 128;   // tokens of a product
 constexpr int64_t CHUNK = 512;  // tokens whose dhidden and w u are kept for the gradients of the weights: a multiple of ROWS
 
@@ -44,7 +43,7 @@ struct Group {
   }
 };
 
-template <class Tile>
+template <class T, class Tile>
 struct BackwardContext {
   const MoeBackward& args;
   const Plan& plan;
@@ -55,10 +54,10 @@ struct BackwardContext {
   const Pieces blocks;
   const Buffer<Tile> dy, dy_transposed, x;  // padded rows by expert: dy as left factors, and x as a right one
   const Buffer<Tile> dhidden;               // padded rows by expert, a's features of the range then b's
-  float* const dx;                          // (N, C): sums
-  const Buffer<float>& dweights;            // (slices of all features, N, K)
+  const SlicedSums<T>& dx;
+  const Buffer<float>& dweights;  // (slices of all features, N, K)
 
-  BackwardContext(const MoeBackward& a, const Plan& p, Group g, float* dx_, const Buffer<float>& dweights_)
+  BackwardContext(const MoeBackward& a, const Plan& p, Group g, const SlicedSums<T>& dx_, const Buffer<float>& dweights_)
       : args(a),
         plan(p),
         group(g),
@@ -79,14 +78,14 @@ struct BackwardContext {
 };
 
 // A range of the hidden features, of all experts of a group.
-template <class Tile>
+template <class T, class Tile>
 struct Features {
-  const BackwardContext<Tile>& context;
+  const BackwardContext<T, Tile>& context;
   const int64_t begin, end, slices;
   const Width<Tile> width;
   const int64_t stride_dhidden;  // a's features, then b's
 
-  Features(const BackwardContext<Tile>& x, int64_t first)
+  Features(const BackwardContext<T, Tile>& x, int64_t first)
       : context(x),
         begin(first),
         end(smaller(first + x.group.features, x.plan.p.F)),
@@ -98,7 +97,7 @@ struct Features {
 template <class T, class Tile>
 class SortTokens {
  public:
-  explicit SortTokens(const BackwardContext<Tile>& context) : x_(context), tokens_(is_bfloat16<Tile> ? ROWS * x_.width.ld : 0) {}
+  explicit SortTokens(const BackwardContext<T, Tile>& context) : x_(context), tokens_(is_bfloat16<Tile> ? ROWS * x_.width.ld : 0) {}
   bool ready() const { return tokens_.data() != nullptr; }
 
   void operator()(int64_t task) const {
@@ -110,31 +109,30 @@ class SortTokens {
     gather_tokens<T>(x_.args.dy, x_.args.stride_dy_row, plan, e, i0, n, padded, x_.width, dy);
     transpose_left(dy, padded, x_.width, x_.dy_transposed.data() + begin * x_.width.ld + i0, plan.padded_rows(e));
     Tile* x = x_.x.data() + (begin + i0) * x_.width.ld;
-    Tile* rows = is_bfloat16<Tile> ? tokens_.data() : x;
-    gather_tokens<T>(plan.p.x, plan.p.stride_x_row, plan, e, i0, n, padded, x_.width, rows);
-    right_factor(rows, padded, x_.width, x);
+    const auto token = [&](int64_t r) { return static_cast<const T*>(plan.p.x) + plan.token(e, i0 + r) * plan.p.stride_x_row; };
+    gather_right_factor<T>(token, n, padded, x_.width, is_bfloat16<Tile> ? tokens_.data() : x, x);
   }
 
  private:
-  const BackwardContext<Tile>& x_;
+  const BackwardContext<T, Tile>& x_;
   Buffer<Tile> tokens_;
 };
 
 template <class T, class Tile>
 class FeatureSlice {
  public:
-  explicit FeatureSlice(const Features<Tile>& range)
+  explicit FeatureSlice(const Features<T, Tile>& range)
       : x_(range.context),
         p_(x_.plan.p),
         range_(range),
         columns_(SLICE),
         chunk_(smaller(CHUNK, larger(x_.rows, TOKEN_STEP<Tile>))),
         in_place_(sizeof(T) == sizeof(float) && p_.C % STEP == 0 && p_.F % STEP == 0),
+        dgate_up_past_cache_(gradient_past_cache<T>(x_.args.dgate_up, 2 * p_.E * p_.F, p_.C)),
+        ddown_past_cache_(gradient_past_cache<T>(x_.args.ddown, p_.E * p_.C, p_.F)),
         rows_(round_up(p_.C, STEP) * columns_.ld),
         down_(is_bfloat16<Tile> ? round_up(p_.C, STEP) * columns_.ld : 0),
         d_(ROWS * columns_.ld),
-        da_(ROWS * columns_.ld),
-        db_(ROWS * columns_.ld),
         u_(is_bfloat16<Tile> ? ROWS * columns_.ld : 0),
         dhidden_transposed_(2 * columns_.ld * chunk_),
         wu_(chunk_ * columns_.ld),
@@ -142,8 +140,8 @@ class FeatureSlice {
         ddown_(in_place_ ? 0 : round_up(p_.C, STEP) * columns_.ld) {}
   ~FeatureSlice() { x_.multiply.release(); }
   bool ready() const {
-    return rows_.data() && down_.data() && d_.data() && da_.data() && db_.data() && u_.data() && dhidden_transposed_.data() && wu_.data() &&
-           dgate_up_.data() && ddown_.data();
+    return rows_.data() && down_.data() && d_.data() && u_.data() && dhidden_transposed_.data() && wu_.data() && dgate_up_.data() &&
+           ddown_.data();
   }
 
   void operator()(int64_t task) const {
@@ -159,11 +157,11 @@ class FeatureSlice {
       const Tile* x = x_.x.data() + (begin + i0) * x_.width.ld;
       const Tile* dy = x_.dy_transposed.data() + begin * x_.width.ld + i0;
       for (int64_t half = 0; half < 2; half++) {
-        const Sums sums = sums_of_gate_up(e, half, f, width);
+        const Place sums = sums_of_gate_up(e, half, f, width);
         x_.multiply(width.ld, x_.width.used, padded, dhidden_transposed_.data() + half * width.ld * chunk_, chunk_, x, x_.width.ld,
                     sums.data, sums.ld, i0 > 0);
       }
-      const Sums sums = sums_of_down(e, f);
+      const Place sums = sums_of_down(e, f);
       x_.multiply(round_up(p_.C, STEP), width.used, padded, dy, x_.plan.padded_rows(e), wu_.data(), width.ld, sums.data, sums.ld, i0 > 0);
     }
     if (!in_place_) write_gradients(e, f, features, width);
@@ -172,96 +170,87 @@ class FeatureSlice {
  private:
   // These columns of down as a right factor.
   const Tile* pack_down(int64_t e, int64_t f, const Width<Tile>& width) const {
-    const int64_t padded = round_up(p_.C, STEP);
-    gather_rows(x_.plan.template down<T>(e, 0) + f, p_.stride_down_row, p_.C, padded, width, rows_.data());
-    return right_factor(rows_.data(), padded, width, down_.data());
+    const auto row = [&](int64_t c) { return x_.plan.template down<T>(e, c) + f; };
+    return gather_right_factor<T>(row, p_.C, round_up(p_.C, STEP), width, rows_.data(), down_.data());
   }
 
   // For n rows from row j of a chunk: d, and all that follows from it.
   void differentiate(int64_t e, int64_t f, int64_t i0, int64_t j, int64_t n, const Width<Tile>& width, const Tile* down) const {
     const int64_t padded = round_up(n, TOKEN_STEP<Tile>), at = x_.begin(e) + i0 + j;
+    for (int64_t r = 0; r < n; r++) ask_for_hidden<T>(x_.args.hidden, x_.plan.pair(e, i0 + j + r), p_.F, f, width.C);
     x_.multiply(padded, width.used, x_.width.used, x_.dy.data() + at * x_.width.ld, x_.width.ld, down, width.ld, d_.data(), width.ld,
                 false);
     Tile* wu_right = wu_.data() + j * width.ld;
     Tile* wu_rows = is_bfloat16<Tile> ? u_.data() : wu_right;
+    Tile* const dhidden = x_.dhidden.data() + at * range_.stride_dhidden + f - range_.begin;
     for (int64_t r = 0; r < padded; r++) {
-      Tile *da = da_.data() + r * width.ld, *db = db_.data() + r * width.ld, *wu = wu_rows + r * width.ld;
+      Tile *da = dhidden + r * range_.stride_dhidden, *db = da + range_.width.ld, *wu = wu_rows + r * width.ld;
       if (r < n) {
         const int64_t pair = x_.plan.pair(e, i0 + j + r);
-        x_.dweights[f / SLICE * p_.N * p_.K + pair] = differentiate_row(pair, f, width.C, d_.data() + r * width.ld, da, db, wu);
+        x_.dweights[f / SLICE * p_.N * p_.K + pair] =
+            differentiate_row(hidden(pair) + f, p_.F, p_.weights[pair], width.C, d_.data() + r * width.ld, da, db, wu);
       }
       const int64_t written = r < n ? width.C : 0;
       Tile* const all[] = {da, db, wu};
       for (Tile* row : all) __builtin_memset(row + written, 0, (width.ld - written) * sizeof(Tile));
-      Tile* dhidden = x_.dhidden.data() + (at + r) * range_.stride_dhidden + f - range_.begin;
-      __builtin_memcpy(dhidden, da, width.ld * sizeof(Tile));
-      __builtin_memcpy(dhidden + range_.width.ld, db, width.ld * sizeof(Tile));
     }
-    transpose_left(da_.data(), padded, width, dhidden_transposed_.data() + j, chunk_);
-    transpose_left(db_.data(), padded, width, dhidden_transposed_.data() + width.ld * chunk_ + j, chunk_);
+    for (int64_t half = 0; half < 2; half++)
+      transpose_left(dhidden + half * range_.width.ld, range_.stride_dhidden, padded, width,
+                     dhidden_transposed_.data() + half * width.ld * chunk_ + j, chunk_);
     right_factor(wu_rows, padded, width, wu_right);
   }
 
-  // da, db and w u of a pair, and d u, its share of dweights.
-  float differentiate_row(int64_t pair, int64_t f, int64_t features, const float* d_row, Tile* da, Tile* db, Tile* wu) const {
-    const T* hidden = static_cast<const T*>(x_.args.hidden) + pair * 2 * p_.F + f;
-    const float w = p_.weights[pair];
-    return sum_columns<float>(features, [&](int64_t c, auto count) {
-      const Vec<float> a = load(hidden + c, count), b = load(hidden + p_.F + c, count), d = load(d_row + c, count);
-      const Silu<T> silu(a);
-      const Vec<float> u = silu.value * b, du = w * d;
-      store(da + c, du * b * silu.slope, count);
-      store(db + c, du * silu.value, count);
-      store(wu + c, w * u, count);
-      return d * u;
-    });
-  }
-
   // Where products add up a gradient of weights: in the gradient itself if it is of float and they fill it exactly, else in a tile.
-  struct Sums {
+  struct Place {
     float* data;
     int64_t ld;
   };
-  Sums sums_of_gate_up(int64_t e, int64_t half, int64_t f, const Width<Tile>& width) const {
+  Place sums_of_gate_up(int64_t e, int64_t half, int64_t f, const Width<Tile>& width) const {
     if constexpr (sizeof(T) == sizeof(float))
       if (in_place_) return {dgate_up(e, half, f), p_.C};
     return {dgate_up_.data() + half * width.ld * x_.width.ld, x_.width.ld};
   }
-  Sums sums_of_down(int64_t e, int64_t f) const {
+  Place sums_of_down(int64_t e, int64_t f) const {
     if constexpr (sizeof(T) == sizeof(float))
       if (in_place_) return {ddown(e, 0) + f, p_.F};
     return {ddown_.data(), columns_.ld};
   }
 
   void write_gradients(int64_t e, int64_t f, int64_t features, const Width<Tile>& width) const {
-    for (int64_t half = 0; half < 2; half++)
-      for (int64_t i = 0; i < features; i++)
-        write_row(dgate_up(e, half, f + i), dgate_up_.data() + (half * width.ld + i) * x_.width.ld, p_.C);
-    for (int64_t c = 0; c < p_.C; c++) write_row(ddown(e, c) + f, ddown_.data() + c * columns_.ld, features);
+    with_stores(dgate_up_past_cache_, [&](auto put) {
+      for (int64_t half = 0; half < 2; half++)
+        for (int64_t i = 0; i < features; i++)
+          write_row(dgate_up(e, half, f + i), dgate_up_.data() + (half * width.ld + i) * x_.width.ld, p_.C, put);
+    });
+    with_stores(ddown_past_cache_, [&](auto put) {
+      for (int64_t c = 0; c < p_.C; c++) write_row(ddown(e, c) + f, ddown_.data() + c * columns_.ld, features, put);
+    });
   }
 
-  static void write_row(T* row, const float* sums, int64_t n) {
-    for_columns<float>(0, n, [&](int64_t c, auto count, int) { store(row + c, load(sums + c, count), count); });
+  template <class Put>
+  static void write_row(T* row, const float* sums, int64_t n, const Put& put) {
+    for_columns<float>(0, n, [&](int64_t c, auto count, int) { put(row + c, load(sums + c, count), count); });
   }
 
   // Of an expert without tokens: this task's part, of ddown as much as these features are of all, but in one piece.
   void clear_gradients(int64_t e, int64_t f, int64_t features) const {
-    for (int64_t half = 0; half < 2; half++) __builtin_memset(dgate_up(e, half, f), 0, features * p_.C * sizeof(T));
-    __builtin_memset(ddown(e, 0) + f * p_.C, 0, features * p_.C * sizeof(T));
+    for (int64_t half = 0; half < 2; half++) clear(dgate_up(e, half, f), features * p_.C, dgate_up_past_cache_);
+    clear(ddown(e, 0) + f * p_.C, features * p_.C, ddown_past_cache_);
   }
 
   T* dgate_up(int64_t e, int64_t half, int64_t f) const { return static_cast<T*>(x_.args.dgate_up) + ((2 * e + half) * p_.F + f) * p_.C; }
+  const T* hidden(int64_t pair) const { return static_cast<const T*>(x_.args.hidden) + pair * 2 * p_.F; }
   T* ddown(int64_t e, int64_t c) const { return static_cast<T*>(x_.args.ddown) + (e * p_.C + c) * p_.F; }
 
-  const BackwardContext<Tile>& x_;
+  const BackwardContext<T, Tile>& x_;
   const MoeProblem& p_;
-  const Features<Tile>& range_;
+  const Features<T, Tile>& range_;
   const Width<Tile> columns_;
   const int64_t chunk_;
-  const bool in_place_;
+  const bool in_place_, dgate_up_past_cache_, ddown_past_cache_;
   Buffer<Tile> rows_, down_;
   Buffer<float> d_;
-  Buffer<Tile> da_, db_, u_;
+  Buffer<Tile> u_;
   Buffer<Tile> dhidden_transposed_, wu_;
   Buffer<float> dgate_up_, ddown_;
 };
@@ -269,7 +258,7 @@ class FeatureSlice {
 template <class T, class Tile>
 class ColumnSlice {
  public:
-  explicit ColumnSlice(const Features<Tile>& range)
+  explicit ColumnSlice(const Features<T, Tile>& range)
       : x_(range.context),
         p_(x_.plan.p),
         range_(range),
@@ -283,16 +272,18 @@ class ColumnSlice {
   void operator()(int64_t task) const {
     const int64_t c = task * SLICE;
     const Width<Tile> width(smaller(SLICE, p_.C - c));
+    if (x_.group.e0 == 0 && range_.begin == 0) x_.dx.clear(c);
     for (int64_t e = x_.group.e0; e < x_.group.e1; e++) {
       const int64_t n = x_.plan.rows(e);
       if (n == 0) continue;
       const Tile* gate_up = pack_gate_up(e, c, width);
       for (int64_t i0 = 0; i0 < n; i0 += ROWS) {
         const int64_t rows = smaller(ROWS, n - i0);
+        for (int64_t r = 0; r < rows; r++) ask_for_row(x_.dx.row(x_.plan.token(e, i0 + r), c), width.C);
         x_.multiply(round_up(rows, TOKEN_STEP<Tile>), width.used, range_.stride_dhidden,
                     x_.dhidden.data() + (x_.begin(e) + i0) * range_.stride_dhidden, range_.stride_dhidden, gate_up, width.ld, dx_.data(),
                     width.ld, false);
-        for (int64_t r = 0; r < rows; r++) add(dx_.data() + r * width.ld, width.C, x_.dx + x_.plan.token(e, i0 + r) * p_.C + c);
+        for (int64_t r = 0; r < rows; r++) add(dx_.data() + r * width.ld, width.C, x_.dx.row(x_.plan.token(e, i0 + r), c));
       }
     }
   }
@@ -300,20 +291,21 @@ class ColumnSlice {
  private:
   // These columns of gate_up as a right factor: a's features of the range and zeros behind them, then b's.
   const Tile* pack_gate_up(int64_t e, int64_t c, const Width<Tile>& width) const {
-    const int64_t half = range_.width.ld;
-    for (int64_t i = 0; i < 2; i++)
-      gather_rows(x_.plan.template gate_up<T>(e, i * p_.F + range_.begin) + c, p_.stride_gate_up_row, range_.end - range_.begin, half,
-                  width, rows_.data() + i * half * width.ld);
-    return right_factor(rows_.data(), 2 * half, width, gate_up_.data());
+    const int64_t half = range_.width.ld, size = half * width.ld;
+    for (int64_t i = 0; i < 2; i++) {
+      const auto row = [&](int64_t f) { return x_.plan.template gate_up<T>(e, i * p_.F + range_.begin + f) + c; };
+      gather_right_factor<T>(row, range_.end - range_.begin, half, width, rows_.data() + i * size, gate_up_.data() + i * size);
+    }
+    return is_bfloat16<Tile> ? gate_up_.data() : rows_.data();
   }
 
   static void add(const float* row, int64_t n, float* sums) {
     for_columns<float>(0, n, [&](int64_t c, auto count, int) { store(sums + c, load(sums + c, count) + load(row + c, count), count); });
   }
 
-  const BackwardContext<Tile>& x_;
+  const BackwardContext<T, Tile>& x_;
   const MoeProblem& p_;
-  const Features<Tile>& range_;
+  const Features<T, Tile>& range_;
   const Width<Tile> columns_;
   Buffer<Tile> rows_, gate_up_;
   Buffer<float> dx_;
@@ -323,29 +315,22 @@ template <class T, class Tile>
 Error backward(const MoeBackward& args, const Plan& plan) {
   const MoeProblem& p = args.problem;
   const int64_t slices = (p.F + SLICE - 1) / SLICE, columns = (p.C + SLICE - 1) / SLICE, pairs = p.N * p.K;
-  constexpr bool in_place = sizeof(T) == sizeof(float);
-  const Buffer<float> dweights(slices * pairs), other(in_place ? 0 : p.N * p.C);
-  float* dx = in_place ? static_cast<float*>(args.dx) : other.data();
-  if (!dx || !dweights.data()) return OUT_OF_MEMORY;
-  __builtin_memset(dx, 0, p.N * p.C * sizeof(float));
+  const Buffer<float> dweights(slices * pairs);
+  const SlicedSums<T> dx(args.dx, p.N, p.C);
+  if (!dx.ready() || !dweights.data()) return OUT_OF_MEMORY;
   for (int64_t e = 0; e < p.E;) {
     const Group group = Group::from<Tile>(plan, e);
-    const BackwardContext<Tile> context(args, plan, group, dx, dweights);
+    const BackwardContext<T, Tile> context(args, plan, group, dx, dweights);
     if (!context.ready()) return OUT_OF_MEMORY;
     if (const Error error = run_tasks<SortTokens<T, Tile>>(context.blocks.size(), context)) return error;
     for (int64_t f = 0; f < p.F; f += group.features) {
-      const Features<Tile> range(context, f);
+      const Features<T, Tile> range(context, f);
       if (const Error error = run_tasks<FeatureSlice<T, Tile>>((group.e1 - group.e0) * range.slices, range)) return error;
       if (const Error error = run_tasks<ColumnSlice<T, Tile>>(columns, range)) return error;
     }
     e = group.e1;
   }
-  if (!in_place) {
-    parallel_for(p.N, GRAIN / p.C + 1, [&](int64_t n) {
-      T* row = static_cast<T*>(args.dx) + n * p.C;
-      for_columns<float>(0, p.C, [&](int64_t c, auto count, int) { store(row + c, load(dx + n * p.C + c, count), count); });
-    });
-  }
+  dx.write();
   for (int64_t i = 0; i < pairs; i++) {
     args.dweights[i] = 0;
     for (int64_t s = 0; s < slices; s++) args.dweights[i] += dweights[s * pairs + i];

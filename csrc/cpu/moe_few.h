@@ -162,6 +162,21 @@ class FewColumns {
   FewTokens<T> tokens_;
 };
 
+// y[n] = sum over a token's K pairs of w[pair] z[pair].
+template <class T>
+void combine(const MoeProblem& p, const float* z, void* y) {
+  parallel_for(p.N, GRAIN / (p.K * p.C) + 1, [&](int64_t n) {
+    T* row = static_cast<T*>(y) + n * p.C;
+    for_columns<float>(0, p.C, [&](int64_t c, auto count, int) {
+      Vec<float> total{};
+      for (int64_t i = n * p.K; i < (n + 1) * p.K; i++) {
+        total += load(z + i * p.C + c, count) * p.weights[i];
+      }
+      store(row + c, total, count);
+    });
+  });
+}
+
 template <class T>
 Error forward_of_few(const MoeForward& args, const Plan& plan) {
   const FewContext<T> context(args, plan);

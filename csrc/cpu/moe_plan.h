@@ -1,6 +1,7 @@
 // What the passes of a mixture of experts share on the CPU: which tokens go to an expert, its weights as factors of products, and the
 // sums over a token's experts.
 #pragma once
+#include "dots.h"
 #include "moe.h"
 #include "pack.h"
 #include "products.h"
@@ -11,7 +12,8 @@ namespace fastprimer {
 inline namespace FASTPRIMER_ISA {
 namespace moe_pass {
 
-constexpr int64_t STEP = 16;  // Sizes of products are multiples of it,
+constexpr int64_t SLICE = 64;  // hidden features, or columns of x and y, that one task is about
+constexpr int64_t STEP = 16;   // Sizes of products are multiples of it,
 
 // but for the numbers of tokens in the backward pass: those are multiples of this.
 template <class Tile>
@@ -23,7 +25,8 @@ class Plan {
  public:
   const MoeProblem& p;
 
-  Plan(const MoeProblem& problem, int64_t step) : p(problem), begin_(p.E + 1), padded_(p.E + 1), next_(p.E), pairs_(p.N * p.K) {
+  Plan(const MoeProblem& problem, int64_t step)
+      : p(problem), begin_(p.E + 1), padded_(p.E + 1), next_(p.E), pairs_(p.N * p.K), tokens_(p.N * p.K) {
     if (!ready()) return;
     __builtin_memset(next_.data(), 0, p.E * sizeof(int64_t));
     for (int64_t i = 0; i < p.N * p.K; i++) next_[p.experts[i]]++;
@@ -34,11 +37,15 @@ class Plan {
       active_ += next_[e] > 0;
       next_[e] = begin_[e];
     }
-    for (int64_t i = 0; i < p.N * p.K; i++) {
-      pairs_[next_[p.experts[i]]++] = i;
+    for (int64_t n = 0; n < p.N; n++) {
+      for (int64_t i = n * p.K; i < (n + 1) * p.K; i++) {
+        const int64_t place = next_[p.experts[i]]++;
+        pairs_[place] = i;
+        tokens_[place] = n;
+      }
     }
   }
-  bool ready() const { return begin_.data() && padded_.data() && next_.data() && pairs_.data(); }
+  bool ready() const { return begin_.data() && padded_.data() && next_.data() && pairs_.data() && tokens_.data(); }
 
   int64_t rows(int64_t e) const { return begin_[e + 1] - begin_[e]; }
   int64_t padded_rows(int64_t e) const { return padded_[e + 1] - padded_[e]; }
@@ -47,7 +54,7 @@ class Plan {
   int64_t active_experts() const { return active_; }
   // Row i of an expert.
   int64_t pair(int64_t e, int64_t i) const { return pairs_[begin_[e] + i]; }
-  int64_t token(int64_t e, int64_t i) const { return pair(e, i) / p.K; }
+  int64_t token(int64_t e, int64_t i) const { return tokens_[begin_[e] + i]; }
 
   template <class T>
   const T* gate_up(int64_t e, int64_t row) const {
@@ -59,7 +66,7 @@ class Plan {
   }
 
  private:
-  Buffer<int64_t> begin_, padded_, next_, pairs_;
+  Buffer<int64_t> begin_, padded_, next_, pairs_, tokens_;
   int64_t active_ = 0;
 };
 
@@ -115,37 +122,110 @@ struct Silu {
       : value(a * sigma.value), slope(sigma.value + a * sigma.e * sigma.r * sigma.r) {}
 };
 
-// y[n] = sum over a token's K pairs of w[pair] z[pair].
-template <class T>
-void combine(const MoeProblem& p, const float* z, void* y) {
-  parallel_for(p.N, GRAIN / (p.K * p.C) + 1, [&](int64_t n) {
-    T* row = static_cast<T*>(y) + n * p.C;
-    for_columns<float>(0, p.C, [&](int64_t c, auto count, int) {
-      Vec<float> total{};
-      for (int64_t i = n * p.K; i < (n + 1) * p.K; i++) {
-        total += load(z + i * p.C + c, count) * p.weights[i];
-      }
-      store(row + c, total, count);
-    });
+// da, db and w u of some features of a pair with weight w, from d and what forward saved, a and F numbers behind it b; and d u, their share
+// of dweights.
+template <class T, class To>
+float differentiate_row(const T* hidden, int64_t F, float w, int64_t features, const float* d_row, To* da, To* db, To* wu) {
+  return sum_columns<float>(features, [&](int64_t c, auto count) {
+    const Vec<float> a = load(hidden + c, count), b = load(hidden + F + c, count), d = load(d_row + c, count);
+    const Silu<T> silu(a);
+    const Vec<float> u = silu.value * b, du = w * d;
+    store(da + c, du * b * silu.slope, count);
+    store(db + c, du * silu.value, count);
+    store(wu + c, w * u, count);
+    return d * u;
   });
 }
 
-// The transpose of a tile of sums (features, rows), ld numbers apart, a multiple of STEP of each: row(r)[c] from tile[c ld + r] for
-// n rows and `columns` features.
-template <class T, class Row>
-void write_transposed(const float* tile, int64_t ld, int64_t n, int64_t columns, const Row& row) {
-  float block[16 * 16];
-  for (int64_t c = 0; c < columns; c += 16) {
-    for (int64_t r0 = 0; r0 < n; r0 += 16) {
+// Whether the gradients of all experts' weights are worth storing past the caches, and may be.
+template <class T>
+bool gradient_past_cache(const void* gradient, int64_t rows, int64_t columns) {
+  return past_cache(gradient, rows, columns * sizeof(T), columns * sizeof(T));
+}
+
+// Of an expert without tokens: zeros for n numbers of a gradient, whole rows or, between features that are multiples of a line, of as many.
+template <class T>
+void clear(T* gradient, int64_t n, bool past_cache) {
+  const int64_t bytes = n * sizeof(T);
+  if (!past_cache) {
+    __builtin_memset(gradient, 0, bytes);
+    return;
+  }
+  for (int64_t i = 0; i < bytes; i += REGISTER_BYTES) stream(reinterpret_cast<float*>(reinterpret_cast<char*>(gradient) + i), Vec<float>{});
+}
+
+// Of a tile of sums (features, rows), rows ld apart, a multiple of STEP of each: body(place(r), c, numbers, count) for n rows r and
+// `columns` features from c on, up to 16 at a time, numbers[i] = tile[(c + i) ld + r].
+template <class Place, class Body>
+void for_transposed(const float* tile, int64_t ld, int64_t n, int64_t columns, const Place& place, const Body& body) {
+  alignas(REGISTER_BYTES) float block[16 * 16];
+  decltype(place(0)) places[16];  // found once for all features
+  for (int64_t r0 = 0; r0 < n; r0 += 16) {
+    const int64_t rows = smaller(16, n - r0);
+    for (int64_t r = 0; r < rows; r++) places[r] = place(r0 + r);
+    for (int64_t c = 0; c < columns; c += 16) {
       transpose_block(words(tile + c * ld + r0), ld, words(block), 16);
-      for (int64_t r = 0; r < smaller(16, n - r0); r++) {
-        T* to = row(r0 + r) + c;
-        for_columns<float>(0, smaller(16, columns - c),
-                           [&](int64_t i, auto count, int) { store(to + i, load(block + 16 * r + i, count), count); });
-      }
+      for (int64_t r = 0; r < rows; r++) body(places[r], c, block + 16 * r, smaller(16, columns - c));
     }
   }
 }
+
+// What follows asks for rows whose place the processor does not foresee: so they come while the product before their use is computed.
+template <class T>
+void ask_for_row(const T* row, int64_t columns) {
+  for (int64_t c = 0; c < columns; c += LINE<T>) ask_for(row + c);
+}
+
+template <class T>
+void ask_for_rows(const T* rows, int64_t stride, int64_t n, int64_t columns) {
+  for (int64_t r = 0; r < n; r++) ask_for_row(rows + r * stride, columns);
+}
+
+// Some features of a pair in hidden.
+template <class T>
+void ask_for_hidden(const void* hidden, int64_t pair, int64_t F, int64_t f, int64_t features) {
+  ask_for_rows(static_cast<const T*>(hidden) + pair * 2 * F + f, F, 2, features);
+}
+
+// Float sums of an output of T (rows, columns), slice by slice of its columns: in the output itself if it is of float, else in scratch
+// memory, each slice in one piece. (Parts of rows a power of two apart would push each other out of the caches.)
+template <class T>
+class SlicedSums {
+ public:
+  SlicedSums(void* output, int64_t rows, int64_t columns)
+      : output_(static_cast<T*>(output)), rows_(rows), columns_(columns), other_(IN_PLACE ? 0 : rows * round_up(columns, SLICE)) {}
+  bool ready() const { return other_.data() != nullptr; }
+
+  // Columns c .. c + SLICE - 1 of a row; c is a multiple of SLICE.
+  float* row(int64_t n, int64_t c) const {
+    if constexpr (IN_PLACE)
+      return output_ + n * columns_ + c;
+    else
+      return other_.data() + c * rows_ + n * SLICE;
+  }
+
+  void clear(int64_t c) const {
+    for (int64_t n = 0; n < rows_; n++) __builtin_memset(row(n, c), 0, smaller(SLICE, columns_ - c) * sizeof(float));
+  }
+
+  void write() const {
+    if constexpr (IN_PLACE) return;
+    parallel_for(rows_, GRAIN / columns_ + 1, [&](int64_t n) {
+      for (int64_t c = 0; c < columns_; c += SLICE) {
+        T* to = output_ + n * columns_ + c;
+        for_columns<float>(0, smaller(SLICE, columns_ - c),
+                           [&](int64_t i, auto count, int) { store(to + i, load(row(n, c) + i, count), count); });
+      }
+    });
+  }
+
+ private:
+  static constexpr bool IN_PLACE = sizeof(T) == sizeof(float);
+
+  T* const output_;
+  const int64_t rows_, columns_;
+  const Buffer<float> other_;
+};
 
 }  // namespace moe_pass
 }  // namespace FASTPRIMER_ISA

@@ -124,28 +124,35 @@ constexpr int64_t TRANSPOSED = 8;
 inline void transpose_step(const Word* x, int64_t stride_x, Word* y, int64_t stride_y) { transpose_quarter(x, stride_x, y, stride_y); }
 #endif
 
-// The transpose of n rows, a multiple of TRANSPOSED, as the right factor of a product: (width, ld). Of bfloat16, feature pairs stay
-// together.
+// The transpose of n rows, a multiple of TRANSPOSED and `stride` numbers apart, as the right factor of a product: (width, ld). Of bfloat16,
+// feature pairs stay together.
+template <class Tile>
+inline void transpose_right(const Tile* tile, int64_t stride, int64_t n, const Width<Tile>& width, Tile* transposed, int64_t ld) {
+  constexpr int64_t in_word = 4 / sizeof(Tile);  // every distance below is one of words
+  for (int64_t w = 0; w < width.ld / in_word; w += TRANSPOSED)
+    for (int64_t r = 0; r < n; r += TRANSPOSED)
+      transpose_step(words(tile + r * stride) + w, stride / in_word, words(transposed) + w * ld + r, ld);
+}
+
 template <class Tile>
 inline void transpose_right(const Tile* tile, int64_t n, const Width<Tile>& width, Tile* transposed, int64_t ld) {
-  const int64_t stride = width.ld * sizeof(Tile) / 4;  // in words, as every distance below
-  for (int64_t w = 0; w < stride; w += TRANSPOSED)
-    for (int64_t r = 0; r < n; r += TRANSPOSED) transpose_step(words(tile) + r * stride + w, stride, words(transposed) + w * ld + r, ld);
+  transpose_right(tile, width.ld, n, width, transposed, ld);
 }
 
 // The transpose of n rows, a multiple of 16 or, of float32, of TRANSPOSED, as the left factor of a product: (width, ld).
-inline void transpose_left(const float* tile, int64_t n, const Width<float>& width, float* transposed, int64_t ld) {
-  transpose_right(tile, n, width, transposed, ld);
+inline void transpose_left(const float* tile, int64_t stride, int64_t n, const Width<float>& width, float* transposed, int64_t ld) {
+  transpose_right(tile, stride, n, width, transposed, ld);
 }
 
 // n rows, an even number, as the right factor of a product; float32 is so already.
 inline const float* right_factor(const float* tile, int64_t, const Width<float>&, float*) { return tile; }
 
-inline void transpose_left(const bfloat16* tile, int64_t n, const Width<bfloat16>& width, bfloat16* transposed, int64_t ld) {
+inline void transpose_left(const bfloat16* tile, int64_t stride, int64_t n, const Width<bfloat16>& width, bfloat16* transposed,
+                           int64_t ld) {
   Word pairs[16 * 16];
   for (int64_t c = 0; c < width.ld; c += 32) {
     for (int64_t r = 0; r < n; r += 16) {
-      transpose_block(words(tile + r * width.ld + c), width.ld / 2, pairs, 16);
+      transpose_block(words(tile + r * stride + c), stride / 2, pairs, 16);
       for (int i = 0; i < 16; i++) {
         bfloat16* even = transposed + (c + 2 * i) * ld + r;
 #if defined(__AVX512F__)
@@ -161,6 +168,11 @@ inline void transpose_left(const bfloat16* tile, int64_t n, const Width<bfloat16
       }
     }
   }
+}
+
+template <class Tile>
+inline void transpose_left(const Tile* tile, int64_t n, const Width<Tile>& width, Tile* transposed, int64_t ld) {
+  transpose_left(tile, width.ld, n, width, transposed, ld);
 }
 
 #if defined(__AVX512BW__)
@@ -210,6 +222,23 @@ inline const bfloat16* right_factor(const bfloat16* tile, int64_t n, const Width
     for (int64_t c = 0; c < width.ld; c += 16) store_alternating(row + c, row + width.ld + c, paired + r * width.ld + 2 * c);
   }
   return paired;
+}
+
+// `padded` rows, an even number, as the right factor of a product: n of T, row(r), then zeros. It is in `paired` or, of float32, in `rows`,
+// which has room for them all and else holds those that are not interleaved straight from where they lie.
+template <class T, class Tile, class Row>
+inline const Tile* gather_right_factor(const Row& row, int64_t n, int64_t padded, const Width<Tile>& width, Tile* rows, Tile* paired) {
+  int64_t done = 0;
+  if constexpr (is_bfloat16<T> && is_bfloat16<Tile>) {
+    for (; width.C == width.ld && done + 2 <= n; done += 2) {
+      const T *even = row(done), *odd = row(done + 1);
+      for (int64_t c = 0; c < width.ld; c += 16) store_alternating(even + c, odd + c, paired + done * width.ld + 2 * c);
+    }
+  }
+  for (int64_t r = done; r < n; r++) gather_row(row(r), width, rows + r * width.ld);
+  if (padded > n) __builtin_memset(rows + n * width.ld, 0, (padded - n) * width.ld * sizeof(Tile));
+  right_factor(rows + done * width.ld, padded - done, width, paired + done * width.ld);
+  return is_bfloat16<Tile> ? paired : rows;
 }
 
 }  // namespace FASTPRIMER_ISA

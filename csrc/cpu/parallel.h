@@ -12,6 +12,13 @@ inline namespace FASTPRIMER_ISA {
 
 constexpr int64_t GRAIN = 1 << 15;  // numbers that are worth a thread of their own
 
+// Makes this thread's stores past the caches (simd.h) visible to the others.
+inline void finish_stores() {
+#if defined(__x86_64__)
+  __builtin_ia32_sfence();
+#endif
+}
+
 // body(i) for i = 0..n-1. What i computes must not depend on which thread runs it, nor on how many threads there are.
 template <class Body>
 inline void parallel_for(int64_t n, int64_t grain, const Body& body) {
@@ -19,9 +26,7 @@ inline void parallel_for(int64_t n, int64_t grain, const Body& body) {
       n, grain,
       [](void* context, int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++) (*static_cast<const Body*>(context))(i);
-#if defined(__x86_64__)
-        __builtin_ia32_sfence();  // for stores past the caches (simd.h)
-#endif
+        finish_stores();
       },
       const_cast<Body*>(&body));
 }

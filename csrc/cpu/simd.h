@@ -201,7 +201,7 @@ inline void stream(T* p, V v) {
 }
 
 // How an operation stores an output, body(put): put(p, v, n), as store. A thread's stores past the caches are visible to others
-// when its part of a parallel_for ends.
+// when its part of a parallel_for or of run_tasks ends.
 struct ToCache {
   template <class T, class V, class N>
   void operator()(T* p, V v, N n) const {

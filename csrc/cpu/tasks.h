@@ -30,7 +30,8 @@ class Buffer {
   T* data_;
 };
 
-// Every one of B sequences (or experts) in pieces, the last piece of each first: under a causal mask that is the longest work first.
+// Every one of B sequences (or experts) in pieces, the last piece of each first: under a causal mask that is the longest work first. Or
+// `in_order`, one sequence after another, so that what an expert's pieces read is still in a cache.
 class Pieces {
  public:
   struct Piece {
@@ -39,8 +40,13 @@ class Pieces {
 
   // count(b): the pieces of b.
   template <class Count>
-  Pieces(int64_t B, const Count& count) : size_(total(B, count)), pieces_(size_) {
+  Pieces(int64_t B, const Count& count, bool in_order = false) : size_(total(B, count)), pieces_(size_) {
     if (pieces_.data() == nullptr) return;
+    if (in_order) {
+      for (int64_t b = 0, n = 0; b < B; b++)
+        for (int64_t i = 0; i < count(b); i++) pieces_[n++] = {static_cast<int32_t>(b), static_cast<int32_t>(i)};
+      return;
+    }
     int64_t most = 0, n = 0;
     for (int64_t b = 0; b < B; b++) most = larger(most, count(b));
     for (int64_t i = most - 1; i >= 0; i--)
@@ -77,6 +83,7 @@ Error run_tasks(int64_t n, const Context& context) {
         Worker worker(queue.context);
         if (!worker.ready()) return;  // the other threads' workers take its part
         for (int64_t i; (i = __atomic_fetch_add(&queue.next, 1, __ATOMIC_RELAXED)) < queue.n;) worker(i);
+        finish_stores();
       },
       &queue);
   return queue.next < n ? OUT_OF_MEMORY : nullptr;
