@@ -18,6 +18,7 @@ EVERY = {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 5.0, "return_lse": T
 LARGE = [
     loss_case("linear_cross_entropy", "several-ranges", 300, 4400, 24, ignored=range(0, 300, 7), bias=True, reduction="none", **EVERY),
     loss_case("linear_cross_entropy", "several-columns", 140, 530, 530, ignored=(139,), memory_budget=0, reduction="none"),
+    loss_case("linear_cross_entropy", "x-as-it-lies", 160, 300, 64, memory_budget=160 * 4 * 256, reduction="none"),
     loss_case("linear_cross_entropy", "many-tokens", 2100, 650, 16, memory_budget=2100 * 4 * 256, reduction="none", z_loss=0.01),
 ]
 """Beyond a range of the vocabulary, the 256 columns of a block, and the numbers that make a range short."""

@@ -15,7 +15,7 @@ constexpr int64_t ROWS = 128;     // tokens of a product
 
 inline int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-// The tokens that are not ignored, in their order, and their x as the left factor of products.
+// The tokens that are not ignored, in their order, and their x as the left factor of products: a copy, unless x is one as it lies.
 template <class T, class Tile>
 class Tokens {
  public:
@@ -23,11 +23,17 @@ class Tokens {
   const Width<Tile> width;
 
   explicit Tokens(const LinearCrossEntropyProblem& problem)
-      : p(problem), width(p.C), count_(counted(p)), numbers_(count_), x_(padded() * width.ld) {
+      : p(problem),
+        width(p.C),
+        count_(counted(p)),
+        as_it_lies_(sizeof(T) == sizeof(Tile) && p.stride_x_row == width.ld && p.C == width.ld && count_ == p.N && count_ % STEP == 0),
+        numbers_(count_),
+        x_(as_it_lies_ ? 0 : padded() * width.ld) {
     if (!ready()) return;
     int64_t n = 0;
     for (int64_t i = 0; i < p.N; i++)
       if (p.target[i] != p.options.ignore_index) numbers_[n++] = i;
+    if (as_it_lies_) return;
     parallel_for(count_, GRAIN / p.C + 1, [&](int64_t i) {
       gather_row(static_cast<const T*>(p.x) + numbers_[i] * p.stride_x_row, width, x_.data() + i * width.ld);
     });
@@ -38,7 +44,7 @@ class Tokens {
   int64_t count() const { return count_; }
   int64_t padded() const { return round_up(count_, STEP); }
   int64_t operator[](int64_t i) const { return numbers_[i]; }
-  const Tile* x(int64_t i) const { return x_.data() + i * width.ld; }
+  const Tile* x(int64_t i) const { return (as_it_lies_ ? static_cast<const Tile*>(p.x) : x_.data()) + i * width.ld; }
 
  private:
   static int64_t counted(const LinearCrossEntropyProblem& p) {
@@ -48,6 +54,7 @@ class Tokens {
   }
 
   int64_t count_;
+  bool as_it_lies_;
   Buffer<int64_t> numbers_;
   Buffer<Tile> x_;
 };
