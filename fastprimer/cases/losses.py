@@ -53,7 +53,7 @@ def loss_cases(op: str, C: int, bias: bool) -> list[Case]:
         loss_case(op, "strided", 13, 37, C, views=_STRIDED_LINEAR if C else _STRIDED, reduction="none"),
         *_large(op, C, bias, every, asked),
         loss_case(op, "bench", 1024, 32000, C and 512, bench=True),
-        *(loss_case(op, f"bench-{mb}-mb", 1024, 32000, C, bench=True, memory_budget=budget) for mb, budget in _BUDGETS.items() if C),
+        *(loss_case(op, f"bench-{mb}-mb", 1024, 32000, 512, bench=True, memory_budget=budget) for mb, budget in _BUDGETS.items() if C),
     ]
 
 
