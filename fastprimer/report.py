@@ -11,6 +11,7 @@ from fastprimer.backends import operations
 from fastprimer.benchmark import tables
 from fastprimer.benchmark.models import MODEL
 from fastprimer.benchmark.rows import Results, ResultsError, Row
+from fastprimer.benchmark.timing import BACKWARD, BOTH
 from fastprimer.doctor import markdown as backend_table
 
 FOLDER = Path("benchmarks/results")
@@ -83,9 +84,18 @@ def _about(results: Results) -> str:
 
 
 def readme_table(results: list[Results]) -> str:
-    """What stands between the markers: a line about the machine and a table, for each run; cost over size is the page's."""
-    shown = [(r, tables.markdown(_single(r))) for r in results]
+    """What stands between the markers: a line about the machine and a table, for each run. Cost over size, and the backward pass by itself
+    where there is a row of both passes, are the page's."""
+    shown = [(r, tables.markdown(_shortened(_single(r)))) for r in results]
     return "\n\n".join(f"{_about(r)}:\n\n{table}" for r, table in shown if table)
+
+
+def _shortened(rows: list[Row]) -> list[Row]:
+    def about(row: Row) -> tuple:
+        return row.op, row.case, row.dtype, row.backend
+
+    both = {about(row) for row in rows if row.measured == BOTH}
+    return [row for row in rows if row.measured != BACKWARD or about(row) not in both]
 
 
 def _rewritten(path: Path, results: list[Results]) -> str:

@@ -1,5 +1,6 @@
 """`fastprimer bench`, its comparison, and `fastprimer report`: what they say is tested, never how fast something is."""
 
+import dataclasses
 import json
 import random
 import re
@@ -18,6 +19,7 @@ from fastprimer.benchmark.rows import MATRIX, Results, Row
 from fastprimer.benchmark.timing import PASSES, Timing
 from fastprimer.cases import CASES, rms_norm_case
 from fastprimer.peers import EAGER, PEERS, peers
+from fastprimer.report import readme_table
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("bench", "--memory", "fresh", "--op", "rms_norm", "--dtype", "float32", "--rounds", "7", "--peers", "eager")
@@ -317,6 +319,13 @@ def test_readme_is_rewritten_between_its_markers_and_plots_are_files(tmp_path, c
     readme.write_text("no markers")
     assert report(tmp_path, "--readme", readme, of=short) == 2
     assert "argument --readme: expected the line <!-- results -->" in capsys.readouterr().err
+
+
+def test_readme_leaves_out_the_backward_pass_where_both_passes_are_there():
+    row = REPORTED.rows[0]
+    passes = [dataclasses.replace(row, measured=measured) for measured in ("forward", "backward", "forward+backward")]
+    alone = dataclasses.replace(row, case="bench-alone", measured="backward")
+    assert tables.markdown([passes[0], passes[2], alone]) in readme_table([results(*passes, alone)])
 
 
 def test_a_report_of_nothing_says_so(tmp_path, capsys):

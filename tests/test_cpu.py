@@ -32,6 +32,7 @@ ATTENTION = [
     attention_case("blocks", (1, 300, 4, 64), (1, 300, 2, 64), causal=True),
     attention_case("window", (1, 400, 3, 80), (1, 400, 1, 80), causal=True, window=(130, None), sinks=True),
     attention_case("both-sides", (2, 150, 4, 24), (2, 333, 2, 24), window=(100, 31), softcap=4.0, Dv=100),
+    attention_case("both-sides-of-one-head", (1, 700, 2, 16), (1, 600, 1, 16), window=(100, 60)),
     attention_case("packed", (700, 2, 64), (700, 1, 64), cu_q=[0, 300, 300, 333, 700], causal=True, sinks=True),
     attention_case("many-heads", (1, 9, 130, 16), (1, 150, 1, 16), causal=True),
     attention_case("rows-without-keys", (1, 300, 2, 32), (1, 140, 1, 32), causal=True),
