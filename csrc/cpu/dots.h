@@ -69,15 +69,6 @@ inline Vec<float> sums_of(const Vec<float> (&v)[LANES]) {
 #endif
 }
 
-// Asks for the line that holds p[0], in the second-level cache. One between some multiplications and the next is faster than many at once
-// (benchmarks/NOTES.md).
-template <class T>
-constexpr int64_t LINE = 64 / sizeof(T);
-template <class T>
-ALWAYS_INLINE void ask_for(const T* p) {
-  __builtin_prefetch(p, 0, 2);
-}
-
 // dots[r][j] = left row r . right row j for ROWS left rows and n right rows of C columns. Left rows are ld numbers apart and zero behind
 // their columns up to a register's end; right rows are `stride` apart, and as many from `next` on, if there is one, are asked for. Of dots,
 // up to LANES - 1 numbers behind a row's n are spoiled.

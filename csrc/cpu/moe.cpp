@@ -15,13 +15,11 @@ Error moe_forward(const MoeForward& args) {
 }
 
 Error moe_backward(const MoeBackward& args) {
-  const moe_pass::Plan routed(args.problem, moe_pass::STEP);
-  if (!routed.ready()) return OUT_OF_MEMORY;
-  if (moe_pass::few_tokens(routed))
-    return by_tile(args.problem.dtype, [&](auto element, auto) { return moe_pass::backward_of_few<decltype(element)>(args, routed); });
-  return by_tile_or_force(args.problem.dtype, [&](auto element, auto tile) {
+  return by_tile_or_force(args.problem.dtype, [&](auto element, auto tile) -> Error {
     const moe_pass::Plan plan(args.problem, moe_pass::TOKEN_STEP<decltype(tile)>);
-    return plan.ready() ? moe_pass::backward<decltype(element), decltype(tile)>(args, plan) : OUT_OF_MEMORY;
+    if (!plan.ready()) return OUT_OF_MEMORY;
+    if (moe_pass::few_tokens(plan)) return moe_pass::backward_of_few<decltype(element)>(args, plan);
+    return moe_pass::backward<decltype(element), decltype(tile)>(args, plan);
   });
 }
 

@@ -95,7 +95,6 @@ Error forward(const RmsNormForward& a) {
 // The second sweep over a row reads nothing but the caches: it asks for the next row, into the L2 cache, so that the memory does not
 // rest. Short rows come by themselves, as the processor reads on. Behind the last row nothing is read.
 constexpr int64_t LONG_ROW = 2048;  // bytes
-inline void ask_for(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // One row of the backward pass. dweight is null, or this row's share is added to it.
 template <class T>

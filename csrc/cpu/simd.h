@@ -237,6 +237,15 @@ inline bool past_cache(const void* p, int64_t rows, int64_t row_bytes, int64_t s
   return rows * row_bytes >= PAST_CACHE && (reinterpret_cast<uintptr_t>(p) | step) % REGISTER_BYTES == 0;
 }
 
+// Asks for the line that holds p[0], in the second-level cache. One between some multiplications and the next is faster than many at once
+// (benchmarks/NOTES.md).
+template <class T>
+constexpr int64_t LINE = 64 / sizeof(T);
+template <class T>
+ALWAYS_INLINE void ask_for(const T* p) {
+  __builtin_prefetch(p, 0, 2);
+}
+
 // Two registers, one behind the other.
 template <class T>
 inline void store_both(T* p, Vec<Wide<T>> a, Vec<Wide<T>> b) {

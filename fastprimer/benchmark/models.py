@@ -39,8 +39,8 @@ TRAINING, DECODING = "training", "decoding"
 MODEL_PASSES = (TRAINING, DECODING)
 MODEL_PEERS = ("eager", "compiled", "transformers", "hf-compiled", "liger")
 SHORT = 10**10
-"""Operations of a step that on a CPU is timed right after one of its own, as in training. After another contestant and a copy of memory the
-processor would first have to fetch Python itself again, which takes as long as the step."""
+"""Operations of a step that on a CPU is timed right after one of its own, as in training: what the processor did before, such as the
+copy that is the roof, is no part of it."""
 PROVEN_TOKENS = 256
 """Of the first sequence, in the proof against float64."""
 
