@@ -40,6 +40,8 @@ ATTENTION = [
     attention_case("one-feature", (1, 40, 2, 1), (1, 140, 1, 1)),
     attention_case("negative-scale", (1, 140, 2, 32), (1, 140, 1, 32), scale=-0.3, causal=True),
     attention_case("no-scale", (1, 140, 2, 32), (1, 140, 1, 32), scale=0.0, causal=True),
+    attention_case("short", (3, 13, 6, 40), (3, 16, 2, 40), Dv=24, window=(5, 2), softcap=2.0, sinks=True),
+    attention_case("short-causal", (3, 16, 8, 128), (3, 16, 1, 128), causal=True, scale=-0.1),
     attention_case("no-sequences", (0, 3, 2, 16), (0, 3, 1, 16), sinks=True),
 ]
 """Several blocks of keys and tiles of queries, and what only this kernel takes."""
@@ -69,10 +71,10 @@ def attention_results(q, k, v, do, dlse, **options):
 @pytest.mark.parametrize("dtype", dtypes_of("cpu", "attention"), ids=name)
 @pytest.mark.parametrize("spoiled", range(4), ids=["q", "k", "v", "do"])
 @pytest.mark.parametrize("library", [True, False])
-def test_nan_stays_where_the_mask_leaves_it(spoiled, dtype, library):
-    """Token 150 of 200 is NaN: outputs and gradients of all tokens that have no part in it keep their bits."""
+@pytest.mark.parametrize("S, token, left", [(200, 150, 20), (14, 9, 3)])
+def test_nan_stays_where_the_mask_leaves_it(S, token, left, spoiled, dtype, library):
+    """One token is NaN: outputs and gradients of all tokens that have no part in it stay what they are."""
     device_or_skip("attention", "cpu")
-    S, token, left = 200, 150, 20
     generator = torch.Generator().manual_seed(0)
     shapes = (1, S, 4, 40), (1, S, 2, 40), (1, S, 2, 24), (1, S, 4, 24)
     clean = [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes]
@@ -93,22 +95,25 @@ def test_nan_stays_where_the_mask_leaves_it(spoiled, dtype, library):
 
 
 @pytest.mark.parametrize("dtype", dtypes_of("cpu", "attention"), ids=name)
-def test_nan_stays_in_its_sequence(dtype):
+@pytest.mark.parametrize("first, second", [(40, 37), (10, 12)])
+def test_nan_stays_in_its_sequence(first, second, dtype):
     device_or_skip("attention", "cpu")
-    lengths = torch.tensor([0, 40, 40, 77], dtype=torch.int32)
+    N = first + second
+    lengths = torch.tensor([0, first, first, N], dtype=torch.int32)
     generator = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(77, h, 16, generator=generator).to(dtype).requires_grad_() for h in (4, 2, 2, 4)]
-    dlse = torch.randn(4, 77, generator=generator)
+    tensors = [torch.randn(N, h, 16, generator=generator).to(dtype).requires_grad_() for h in (4, 2, 2, 4)]
+    dlse = torch.randn(4, N, generator=generator)
     expected = attention_results(*tensors, dlse, cu_seqlens_q=lengths)
-    got = attention_results(*(spoil(t, slice(40, None)) for t in tensors), dlse, cu_seqlens_q=lengths)
+    got = attention_results(*(spoil(t, slice(first, None)) for t in tensors), dlse, cu_seqlens_q=lengths)
     for n, (a, b) in enumerate(zip(expected, got, strict=True)):
-        assert torch.equal(*(t[:, :40] if n == 1 else t[:40] for t in (a, b))), n
+        assert torch.equal(*(t[:, :first] if n == 1 else t[:first] for t in (a, b))), n
 
 
-def test_upstream_gradients_of_rows_without_keys_are_ignored():
+@pytest.mark.parametrize("S, T", [(40, 30), (20, 10)])
+def test_upstream_gradients_of_rows_without_keys_are_ignored(S, T):
     device_or_skip("attention", "cpu")
-    q, k, v = (torch.randn(1, n, 2, 16, requires_grad=True) for n in (40, 30, 30))
-    do, dlse = torch.randn(1, 40, 2, 16), torch.randn(1, 2, 40)
+    q, k, v = (torch.randn(1, n, 2, 16, requires_grad=True) for n in (S, T, T))
+    do, dlse = torch.randn(1, S, 2, 16), torch.randn(1, 2, S)
     expected = attention_results(q, k, v, do, dlse, causal=True)
     dlse[:, :, :10] = torch.tensor([torch.nan, torch.inf]).repeat(5)
     got = attention_results(q, k, v, do, dlse, causal=True)

@@ -1,5 +1,5 @@
-// Functions of registers: the exponential and the reciprocal. Each takes the element type T that the result is rounded to in the
-// end: 16 bits need fewer terms.
+// Functions of registers: the exponential, the logarithm and the reciprocal. Each takes the element type T that the result is rounded to in
+// the end: 16 bits need fewer terms.
 #pragma once
 #include "simd.h"
 
@@ -68,6 +68,23 @@ ALWAYS_INLINE Vec<float> exp2_of(Vec<float> x) {
 #else
   return p * reinterpret_cast<Vec<float>>(reinterpret_cast<Bits>(shifted) << 23);
 #endif
+}
+
+// ln x of normal x > 0, to about one unit in the last place; NaN stays NaN. x = 2^n m with m in [sqrt(1/2), sqrt(2)): ln 2 is taken in two
+// parts, and ln m is Cephes' polynomial in m - 1.
+ALWAYS_INLINE Vec<float> log_of(Vec<float> x) {
+  constexpr uint32_t half = 0x3F3504F3;  // the bits of sqrt(1/2)
+  typedef int32_t Integers __attribute__((vector_size(REGISTER_BYTES)));
+  const Bits bits = reinterpret_cast<Bits>(x);
+  const Integers exponent = reinterpret_cast<Integers>(bits - half) >> 23;
+  const Vec<float> n = __builtin_convertvector(exponent, Vec<float>);
+  const Vec<float> f = reinterpret_cast<Vec<float>>(bits - (reinterpret_cast<Bits>(exponent) << 23)) - 1.0f, square = f * f;
+  constexpr float coefficients[] = {1.1676998740e-1f, -1.2420140846e-1f, 1.4249322787e-1f, -1.6668057665e-1f,
+                                    2.0000714765e-1f, -2.4999993993e-1f, 3.3333331174e-1f};
+  Vec<float> p = f * 7.0376836292e-2f - 1.1514610310e-1f;
+  for (const float a : coefficients) p = p * f + a;
+  const Vec<float> ln = n * 0.693359375f + (f + (p * f * square + (n * -2.12194440e-4f - 0.5f * square)));
+  return x == x ? ln : x;
 }
 
 // tanh(x) to a few units in the last place.

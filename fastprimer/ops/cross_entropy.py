@@ -251,14 +251,14 @@ def cross_entropy(
     arguments.check_floating("cross_entropy: logits", logits)
     arguments.check(logits.dim() >= 1 and logits.shape[-1] > 0, "cross_entropy: logits", "shape (..., V), V >= 1", tuple(logits.shape))
     options = _options("cross_entropy", ignore_index, reduction, label_smoothing, z_loss, softcap, return_lse, return_argmax)
-    _check_target("cross_entropy", target, logits, logits.shape[-1], ignore_index)
+    all_count = _check_target("cross_entropy", target, logits, logits.shape[-1], ignore_index)
     rows, flat = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
     backend = choose("cross_entropy", rows, flat, *options)
     if arguments.needs_gradient(logits):
         outputs = CrossEntropy.apply(backend, rows, None, None, flat, 0, options)
     else:
         outputs = implementation("cross_entropy", backend).cross_entropy_forward(rows, flat, *options)
-    return _asked_for(outputs, target, ignore_index, reduction, return_lse, return_argmax)
+    return _asked_for(outputs, target, all_count, ignore_index, reduction, return_lse, return_argmax)
 
 
 def linear_cross_entropy(
@@ -308,7 +308,7 @@ def linear_cross_entropy(
     if bias is not None:
         arguments.check_shape(f"{name}: bias", bias, weight.shape[:1], "(V,)")
         arguments.check_device(f"{name}: bias", bias, x, "x")
-    _check_target(name, target, x, weight.shape[0], ignore_index)
+    all_count = _check_target(name, target, x, weight.shape[0], ignore_index)
     rows, flat = x.reshape(-1, x.shape[-1]), target.reshape(-1)
     gradient = arguments.needs_gradient(x, weight, bias)
     budget = DEFAULT_BUDGET * x.numel() * x.element_size() if memory_budget is None else memory_budget
@@ -319,7 +319,7 @@ def linear_cross_entropy(
         outputs = CrossEntropy.apply(backend, rows, weight, bias, flat, budget, options)
     else:
         outputs = implementation(name, backend).linear_cross_entropy_forward(rows, weight, flat, bias, *options, budget)
-    return _asked_for(outputs, target, ignore_index, reduction, return_lse, return_argmax)
+    return _asked_for(outputs, target, all_count, ignore_index, reduction, return_lse, return_argmax)
 
 
 def _options(name, ignore_index, reduction, label_smoothing, z_loss, softcap, return_lse, return_argmax):
@@ -332,23 +332,29 @@ def _options(name, ignore_index, reduction, label_smoothing, z_loss, softcap, re
     return int(ignore_index), float(label_smoothing), float(z_loss), None if softcap is None else float(softcap)
 
 
-def _check_target(name: str, target: Tensor, x: Tensor, V: int, ignore_index: int) -> None:
+def _check_target(name: str, target: Tensor, x: Tensor, V: int, ignore_index: int) -> bool:
+    """Whether every token is known to count: the usual case, in which one look at the targets is enough, and none at their number."""
     arguments.check_integer(f"{name}: target", target)
     arguments.check_shape(f"{name}: target", target, x.shape[:-1], "of the tokens")
     arguments.check_device(f"{name}: target", target, x, "the logits")
-    if arguments.inspectable(target):
-        wrong = (target != ignore_index) & ((target < 0) | (target >= V))
-        if bool(wrong.any()):
-            raise ValueError(
-                f"{name}: target: expected numbers in 0..{V - 1} or ignore_index={ignore_index}, got {target[wrong][0].item()}"
-            )
+    if not arguments.inspectable(target) or target.numel() == 0:
+        return False
+    least, most = torch.aminmax(target)
+    if 0 <= least.item() and most.item() < V:
+        return not 0 <= ignore_index < V
+    wrong = (target != ignore_index) & ((target < 0) | (target >= V))
+    if bool(wrong.any()):
+        raise ValueError(f"{name}: target: expected numbers in 0..{V - 1} or ignore_index={ignore_index}, got {target[wrong][0].item()}")
+    return False
 
 
-def _asked_for(outputs, target: Tensor, ignore_index: int, reduction: str, return_lse: bool, return_argmax: bool):
+def _asked_for(outputs, target: Tensor, all_count: bool, ignore_index: int, reduction: str, return_lse: bool, return_argmax: bool):
     loss, lse, argmax = outputs[:3]
     if reduction == "none":
         loss = loss.reshape(target.shape)
+    elif reduction == "sum":
+        loss = loss.sum()
     else:
-        loss = loss.sum() if reduction == "sum" else loss.sum() / (target != ignore_index).sum()
+        loss = loss.mean() if all_count else loss.sum() / (target != ignore_index).sum()
     extra = ((lse.reshape(target.shape),) if return_lse else ()) + ((argmax.reshape(target.shape),) if return_argmax else ())
     return (loss, *extra) if extra else loss
