@@ -84,9 +84,9 @@ class Attend {
         p_(is_bfloat16<Tile> ? ROWS * KEY_BLOCK : 0),
         o_(ROWS * x_.width_v.ld),
         sums_(ROWS * LANES),
-        top_(ROWS) {}
+        softmax_(ROWS) {}
   ~Attend() { x_.multiply.release(); }
-  bool ready() const { return q_.data() && scores_.data() && p_.data() && o_.data() && sums_.data() && top_.data(); }
+  bool ready() const { return q_.data() && scores_.data() && p_.data() && o_.data() && sums_.data() && softmax_.ready(); }
 
   void operator()(int64_t task) const {
     const Plan& plan = x_.plan;
@@ -97,10 +97,15 @@ class Attend {
     x_.scale.apply_sign(q_.data(), tile.rows * x_.width.ld);
     __builtin_memset(o_.data(), 0, tile.padded() * x_.width_v.ld * sizeof(float));
     __builtin_memset(sums_.data(), 0, tile.rows * LANES * sizeof(float));
-    for (int64_t r = 0; r < tile.rows; r++) top_[r] = -__FLT_MAX__;
+    for (int64_t r = 0; r < tile.rows; r++) softmax_.top[r] = -__FLT_MAX__;
     for_key_blocks(
         tile, [&](int64_t block, Range keys) { for_strips_of_rows(tile, keys, [&](const Patch& patch) { meet(tile, block, patch); }); });
-    tile.for_rows([&](int64_t r, int64_t position, int64_t head) { finish(s, r, position, head); });
+    tile.for_rows([&](int64_t r, int64_t, int64_t head) {
+      softmax_.total[r] = sum<float>(load(sums_.data() + r * LANES));
+      if (plan.p.sinks) softmax_.sink[r] = plan.p.sinks[head] * LOG2_E;
+    });
+    softmax_.finish(tile.rows, plan.p.sinks);
+    tile.for_rows([&](int64_t r, int64_t position, int64_t head) { write(s, r, position, head); });
   }
 
  private:
@@ -112,7 +117,7 @@ class Attend {
     const Tile* q = q_.data() + rows.begin * x_.width.ld;
     x_.multiply(rows.size(), n, x_.width.used, q, x_.width.ld, k, ld, scores_.data() + rows.begin * KEY_BLOCK, KEY_BLOCK, false);
     const bool all = patch.seen_by_all(tile);
-    x_.scale.cap > 0 ? softmax<true>(tile, patch, all) : softmax<false>(tile, patch, all);
+    x_.scale.cap > 0 ? exponentiate_patch<true>(tile, patch, all) : exponentiate_patch<false>(tile, patch, all);
     if (all || x_.finite[at / KEY_STEP]) {
       float* o = o_.data() + rows.begin * x_.width_v.ld;
       x_.multiply(rows.size(), x_.width_v.used, n, p() + rows.begin * KEY_BLOCK, KEY_BLOCK, v, x_.width_v.ld, o, x_.width_v.ld, true);
@@ -131,7 +136,7 @@ class Attend {
   // From the scores of a patch to p. First the tops of a few rows, which do not wait for each other, then their exponentials, which need
   // not wait for the tops. Scores are read two registers at a time: what the second may hold behind the patch's keys is not seen.
   template <bool CAPPED>
-  void softmax(const QueryTile& tile, const Patch& patch, bool all) const {
+  void exponentiate_patch(const QueryTile& tile, const Patch& patch, bool all) const {
     constexpr int64_t FEW = 16;
     const int64_t keys = patch.keys.size(), n = round_up(keys, 2 * LANES);
     for (int64_t first = patch.rows.begin; first < smaller(patch.rows.end, tile.rows); first += FEW) {
@@ -161,12 +166,12 @@ class Attend {
       most[1] = at_least(most[1], load(score + c + LANES));
     }
     most[0] = at_least(most[0], most[1]);
-    if (__builtin_expect(any(most[0] * factor > top_[r] + GROWTH), 0)) rescale(r, largest(most[0]) * factor);
+    if (__builtin_expect(any(most[0] * factor > softmax_.top[r] + GROWTH), 0)) rescale(r, largest(most[0]) * factor);
   }
 
   template <bool CAPPED>
   void exponentiate(int64_t r, int64_t n) const {
-    const float *score = scores_.data() + r * KEY_BLOCK, factor = CAPPED ? 1.0f : x_.scale.factor, shift = top_[r];
+    const float *score = scores_.data() + r * KEY_BLOCK, factor = CAPPED ? 1.0f : x_.scale.factor, shift = softmax_.top[r];
     Tile* p_row = p() + r * KEY_BLOCK;
     Vec<float> sums[2] = {load(sums_.data() + r * LANES), Vec<float>{}};
     for (int64_t c = 0; c < n; c += 2 * LANES) {
@@ -180,8 +185,8 @@ class Attend {
   }
 
   void rescale(int64_t r, float top) const {
-    const float before = top_[r];
-    top_[r] = top;
+    const float before = softmax_.top[r];
+    softmax_.top[r] = top;
     if (before == -__FLT_MAX__) return;  // the first keys that the row sees
     const float shrink = exp2_of<6>(Vec<float>{} + (before - top))[0];
     float *sums = sums_.data() + r * LANES, *o = o_.data() + r * x_.width_v.ld;
@@ -204,22 +209,10 @@ class Attend {
     });
   }
 
-  // o and lse of a row, with the sink.
-  void finish(const Sequence& s, int64_t r, int64_t position, int64_t head) const {
+  void write(const Sequence& s, int64_t r, int64_t position, int64_t head) const {
     const AttentionForward& a = x_.args;
-    double top = top_[r], total = sum<float>(load(sums_.data() + r * LANES)), scale = 1;
-    if (a.problem.sinks) {
-      const double sink = a.problem.sinks[head] * 1.4426950408889634;
-      const double higher = sink > top ? sink : top;
-      scale = __builtin_exp2(top - higher);
-      total = total * scale + __builtin_exp2(sink - higher);
-      top = higher;
-    }
-    const bool sees_nothing = total == 0;
-    a.lse[x_.plan.lse_offset(s, head, a.stride_lse_batch, a.stride_lse_head) + position] =
-        sees_nothing ? -__builtin_inff() : static_cast<float>((top + __builtin_log2(total)) * 0.6931471805599453);
-    const float share = sees_nothing ? 0.0f : static_cast<float>(scale / total);
-    const float* row = o_.data() + r * x_.width_v.ld;
+    a.lse[x_.plan.lse_offset(s, head, a.stride_lse_batch, a.stride_lse_head) + position] = softmax_.top[r];
+    const float *row = o_.data() + r * x_.width_v.ld, share = softmax_.total[r];
     T* o = static_cast<T*>(a.o) + (x_.plan.query_token(s, position) * a.problem.H + head) * a.problem.Dv;
     for_columns<float>(0, a.problem.Dv, [&](int64_t c, auto n, int) { store(o + c, load(row + c, n) * share, n); });
   }
@@ -228,7 +221,8 @@ class Attend {
   Buffer<Tile> q_;
   Buffer<float> scores_;
   Buffer<Tile> p_;
-  Buffer<float> o_, sums_, top_;
+  Buffer<float> o_, sums_;
+  const Softmax softmax_;
 };
 
 template <class T, class Tile>

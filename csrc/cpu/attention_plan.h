@@ -2,6 +2,7 @@
 #pragma once
 #include "attention.h"
 #include "pack.h"
+#include "simd_math.h"
 #include "tasks.h"
 
 namespace fastprimer {
@@ -210,6 +211,31 @@ struct Scale {
   void apply_sign(Tile* queries, int64_t n) const {
     if (sign == 1) return;
     for_columns<float>(0, n, [&](int64_t c, auto count, int) { store(queries + c, load(queries + c, count) * sign, count); });
+  }
+};
+
+// Of some rows, the running softmax in units of log 2: the top that scores are taken from, the total of p = exp2(score - top), and where
+// there are sinks, the row's. A row that sees nothing has the total 0.
+struct Softmax {
+  const Buffer<float> top, total, sink;
+
+  explicit Softmax(int64_t rows) : top(rows), total(rows), sink(rows) {}
+  bool ready() const { return top.data() && total.data() && sink.data(); }
+
+  // In place of the tops of n rows lse, and of their totals what o is to be multiplied by. The buffers hold a multiple of LANES.
+  void finish(int64_t n, bool sinks) const {
+    for (int64_t r = 0; r < n; r += LANES) {
+      Vec<float> highest = load(top.data() + r), sum = load(total.data() + r), scale = Vec<float>{} + 1.0f;
+      if (sinks) {
+        const Vec<float> own = load(sink.data() + r), before = highest;
+        highest = at_least(before, own);
+        scale = exp2_of<6>(before - highest);
+        sum = sum * scale + exp2_of<6>(own - highest);
+      }
+      const auto sees_nothing = sum == 0.0f;
+      store(top.data() + r, sees_nothing ? Vec<float>{} - __builtin_inff() : highest * LN_2 + log_of(sum));
+      store(total.data() + r, sees_nothing ? Vec<float>{} : scale / sum);
+    }
   }
 };
 

@@ -112,12 +112,8 @@ class Forward {
         q_(ROWS * k_.width.ld),
         p_(ROWS * KEYS),
         o_(ROWS * v_.width.ld),
-        top_(ROWS),
-        total_(ROWS),
-        sink_(ROWS) {}
-  bool ready() const {
-    return k_.ready() && v_.ready() && q_.data() && p_.data() && o_.data() && top_.data() && total_.data() && sink_.data();
-  }
+        softmax_(ROWS) {}
+  bool ready() const { return k_.ready() && v_.ready() && q_.data() && p_.data() && o_.data() && softmax_.ready(); }
 
   void operator()(int64_t i) const {
     const Task task(plan_, i);
@@ -128,22 +124,22 @@ class Forward {
     gather_queries<T>(plan_.p.q, tile, k_.width, q_.data());
     multiply(q_.data(), tile.rows, k_, p_.data());
     tile.for_rows([&](int64_t r, int64_t position, int64_t head) {
-      softmax(r, task.s.keys_of(position));
-      if (plan_.p.sinks) sink_[r] = plan_.p.sinks[head] * LOG2_E;
+      exponentiate(r, task.s.keys_of(position));
+      if (plan_.p.sinks) softmax_.sink[r] = plan_.p.sinks[head] * LOG2_E;
     });
-    for (int64_t r = 0; r < tile.rows; r += LANES) finish(r);
+    softmax_.finish(tile.rows, plan_.p.sinks);
     const auto seen = [&](int64_t r) { return task.keys_of_row(r); };
     add_up(tile.rows, task.s.T, p_.data(), KEYS, v_.rows.data(), v_.width, v_.finite(), seen, o_.data());
     tile.for_rows([&](int64_t r, int64_t position, int64_t head) {
-      a_.lse[plan_.lse_offset(task.s, head, a_.stride_lse_batch, a_.stride_lse_head) + position] = top_[r];
+      a_.lse[plan_.lse_offset(task.s, head, a_.stride_lse_batch, a_.stride_lse_head) + position] = softmax_.top[r];
       T* o = static_cast<T*>(a_.o) + (plan_.query_token(task.s, position) * plan_.p.H + head) * plan_.p.Dv;
-      write_row(o_.data() + r * v_.width.ld, v_.width, total_[r], o);
+      write_row(o_.data() + r * v_.width.ld, v_.width, softmax_.total[r], o);
     });
   }
 
  private:
   // From a row's products to p = exp2(score - top), their sum, and top.
-  void softmax(int64_t r, Range seen) const {
+  void exponentiate(int64_t r, Range seen) const {
     float* row = p_.data() + r * KEYS;
     Vec<float> z[REGISTERS], most = Vec<float>{} - __FLT_MAX__, sums{};
     for (int i = 0; i < REGISTERS; i++) {
@@ -156,30 +152,16 @@ class Forward {
       store(row + i * LANES, p);
       sums += p;
     }
-    top_[r] = top;
-    total_[r] = sum<float>(sums);
-  }
-
-  // A register of rows, with the sinks: lse for their tops, and for their totals what o is to be multiplied by. A row that sees nothing has
-  // the total 0.
-  void finish(int64_t r) const {
-    Vec<float> top = load(top_.data() + r), total = load(total_.data() + r), scale = Vec<float>{} + 1.0f;
-    if (plan_.p.sinks) {
-      const Vec<float> sink = load(sink_.data() + r), higher = at_least(top, sink);
-      scale = exp2_of<6>(top - higher);
-      total = total * scale + exp2_of<6>(sink - higher);
-      top = higher;
-    }
-    const auto sees_nothing = total == 0.0f;
-    store(top_.data() + r, sees_nothing ? Vec<float>{} - __builtin_inff() : top * LN_2 + log_of(total));
-    store(total_.data() + r, sees_nothing ? Vec<float>{} : scale / total);
+    softmax_.top[r] = top;
+    softmax_.total[r] = sum<float>(sums);
   }
 
   const AttentionForward& a_;
   const Plan& plan_;
   const Scores scores_of_;
   const KeyRows k_, v_;
-  const Buffer<float> q_, p_, o_, top_, total_, sink_;
+  const Buffer<float> q_, p_, o_;
+  const Softmax softmax_;
 };
 
 template <class T>

@@ -27,9 +27,8 @@ from torch import Tensor, nn
 
 from fastprimer import reference
 from fastprimer.backends import use_backend
-from fastprimer.benchmark.contest import Settings, contest
+from fastprimer.benchmark.contest import SHORT, Settings, contest
 from fastprimer.benchmark.rows import Row
-from fastprimer.benchmark.timing import Staged
 from fastprimer.config import Config
 from fastprimer.model import Model
 from fastprimer.testing import FORWARD_FACTOR, GRADIENT_FACTOR, poisoned_empty, share_of_budget
@@ -38,9 +37,6 @@ MODEL = "model"
 TRAINING, DECODING = "training", "decoding"
 MODEL_PASSES = (TRAINING, DECODING)
 MODEL_PEERS = ("eager", "compiled", "transformers", "hf-compiled", "liger")
-SHORT = 10**10
-"""Operations of a step that on a CPU is timed right after one of its own, as in training: what the processor did before, such as the
-copy that is the roof, is no part of it."""
 PROVEN_TOKENS = 256
 """Of the first sequence, in the proof against float64."""
 
@@ -143,24 +139,12 @@ def _time(row: Row, case: ModelCase, weights: dict[str, Tensor], settings: Setti
     training = row.measured == TRAINING
     tokens = case.tokens(*((case.batch, case.length) if training else (case.streams, case.cached + 1)), settings)
     prepare = _training_call if training else _decoding_call
-    if row.flops < SHORT and settings.device == "cpu":
-        prepare = functools.partial(_after_another, prepare)
     ours = prepare(lambda: _compiled(Model(case.config)) if case.compiled else Model(case.config), weights, tokens)
     if not training and settings.device == "cuda":
         ours, reason = _captured(ours)
         row.left_out |= {"ours in a CUDA graph": reason} if reason else {}
-    makers = _peers(case, row.measured, settings)
-    contest(row, ours, {name: functools.partial(prepare, make, weights, tokens) for name, make in makers.items()}, settings)
-
-
-def _after_another(prepare: Callable, *args) -> Staged:
-    call = prepare(*args)
-
-    def stage() -> Callable:
-        call()
-        return call
-
-    return Staged(stage)
+    makers = {name: functools.partial(prepare, make, weights, tokens) for name, make in _peers(case, row.measured, settings).items()}
+    contest(row, ours, makers, settings, warm=row.flops < SHORT)
 
 
 def _peers(case: ModelCase, measured: str, settings: Settings) -> dict[str, Callable[[], nn.Module]]:

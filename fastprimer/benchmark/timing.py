@@ -67,6 +67,16 @@ class Staged:
         return self.stage()()
 
 
+def after_another(call: Callable) -> Staged:
+    """The call right after one of its own."""
+
+    def stage() -> Callable:
+        call()
+        return _ready(call)
+
+    return Staged(stage)
+
+
 def prepared(function: Callable, arguments: dict, measured: str, seed: int = 0) -> Callable[[], object]:
     """What is timed: the call, its gradients for random gradients of its outputs (after a forward pass that is not timed), or both."""
     if measured == FORWARD:
