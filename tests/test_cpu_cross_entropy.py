@@ -115,6 +115,92 @@ def test_words_that_are_ruled_out_have_probability_zero(op):
     assert not answers[1][2][100:650].any()
 
 
+def forward(logits):
+    """lse and argmax of the kernel, which must not depend on how the rows lie in the registers."""
+    target = torch.zeros(len(logits), dtype=torch.int64)
+    shifted = torch.nn.functional.pad(logits, (1, 2), value=torch.nan)[:, 1:-2]
+    (_, lse, argmax), (_, other_lse, other_argmax) = (
+        torch.ops.fastprimer.cross_entropy_forward(rows, target, -100, 0.0, 0.0, None) for rows in (logits, shifted)
+    )
+    torch.testing.assert_close(lse, other_lse, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(argmax, other_argmax)
+    return lse, argmax
+
+
+def assert_right(logits):
+    lse, argmax = forward(logits)
+    torch.testing.assert_close(lse, torch.logsumexp(logits.double(), -1).float(), rtol=5e-7, atol=5e-7)
+    assert torch.equal(argmax, logits.double().argmax(-1))
+
+
+def at_all_sizes(test):
+    """On either side of what one register, two of them, a group and a piece of the row hold; with every instruction set."""
+    test = pytest.mark.parametrize("V", [1, 15, 31, 32, 33, 63, 64, 65, 127, 128, 129, 190, 2047, 2049])(test)
+    test = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=name)(test)
+    return pytest.mark.parametrize("limit", [0, 1, 2])(test)
+
+
+def different(V, dtype):
+    """V negative numbers down to -100 in random order."""
+    order = torch.randperm(V, generator=torch.Generator().manual_seed(V))
+    return torch.linspace(-100, -3, V).to(dtype)[order]
+
+
+@at_all_sizes
+def test_the_largest_is_found_wherever_it_is(V, dtype, limit):
+    """Where all are negative, or it alone is not, or is a zero of either sign, or -infinity is all else."""
+    places = torch.arange(V) if V < 200 else torch.tensor([0, 1, V // 2, V - 33, V - 2, V - 1])
+    row = different(V, dtype)
+    with instruction_set(limit):
+        for largest in (-1.0, 0.0, -0.0, 2.0, 30000.0):
+            for others in (row, torch.full_like(row, -torch.inf)):
+                logits = others.repeat(len(places), 1)
+                logits[torch.arange(len(places)), places] = largest
+                assert_right(logits)
+
+
+def nan_of_both_signs(dtype):
+    nan = torch.tensor(torch.nan, dtype=dtype)
+    integer = nan.view(torch.int16 if dtype.itemsize == 2 else torch.int32)
+    return nan, (integer | torch.iinfo(integer.dtype).min).view(dtype)
+
+
+@at_all_sizes
+def test_special_numbers(V, dtype, limit):
+    row = different(V, dtype)
+    every = row.repeat(V, 1) if V < 200 else row.repeat(3, 1)
+    diagonal = torch.arange(len(every)), torch.arange(len(every)) * (V - 1) // max(len(every) - 1, 1)
+    with instruction_set(limit):
+        assert_right(torch.stack([row, -row, torch.zeros_like(row), -torch.zeros_like(row), torch.full_like(row, -torch.inf)]))
+        zeros = torch.zeros(2, V, dtype=dtype)
+        zeros[0, ::2] = zeros[1, 1::2] = -0.0
+        assert_right(zeros)  # of which the first is the largest
+        for nan in nan_of_both_signs(dtype):
+            for sign in (1, -1):
+                logits = sign * every
+                logits[diagonal] = nan
+                lse, argmax = forward(logits)
+                logits[diagonal] = -torch.inf
+                assert lse.isnan().all() and torch.equal(argmax, logits.double().argmax(-1))
+        logits = every.clone()
+        logits[diagonal] = torch.inf
+        lse, argmax = forward(logits)
+        assert not lse.isfinite().any() and torch.equal(argmax, diagonal[1])
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=name)
+def test_exponentials_of_every_size(dtype, limit):
+    """Two logits whose distance is in their sum, up to where it is too small to be seen; a constant makes no difference."""
+    for distance in (0, *(2.0**e for e in range(-8, 8)), 0.6875, 1.375, 2.78125, 87.5, 88.0, 104.0, 1000.0, 30000.0, torch.inf):
+        for top in (0.0, 1.0, -1.0, 100.0, -100.0, 1024.0):
+            logits = torch.full((2, 130), -torch.inf)
+            logits[:, 7] = top
+            logits[0, 128] = logits[1, 64:] = top - distance
+            with instruction_set(limit):
+                assert_right(logits.to(dtype))
+
+
 @pytest.mark.parametrize("V", [1 << 18, 256_001])
 def test_large_vocabularies(V):
     device_or_skip("linear_cross_entropy", "cpu")

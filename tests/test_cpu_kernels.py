@@ -24,7 +24,7 @@ CASES = {
     "attention": ("window", "window-both", "softcap", "sinks", "long-keys", "long-queries", "head-24", "packed-window", "packed-unlike"),
     "attention_with_kv_cache": ("speculative", "paged", "value-size", "many-queries", "large-values", "splits", "odd-features"),
     "route": ("deepseek-v3", "unnormalised", "topk-first", "biased", "ties", "ties-of-groups", "sigmoid-unnormalised"),
-    "cross_entropy": ("mean", "per-token", "every-option", "lse", "everything", "several-pieces", "strided"),
+    "cross_entropy": ("mean", "per-token", "every-option", "lse", "everything", "several-pieces", "one-token", "strided"),
     "linear_cross_entropy": ("every-option", "lse", "several-blocks", "nothing-kept", "partly-kept", "all-kept", "strided"),
     "moe": ("top-2", "empty-experts", "skewed", "several-tiles", "odd-sizes", "one-token", "few-tokens", "transposed-weights"),
 }
@@ -133,6 +133,12 @@ PLANTED = {
             "dloss * options.label_smoothing",
         ),
         "argmax counted from its piece": ("cross_entropy_row.h", "first + find(z, n, most);", "find(z, n, most);"),
+        "the smallest of 16-bit numbers": (
+            "cross_entropy_row.h",
+            "(Signed a, Signed b) { return a > b",
+            "(Signed a, Signed b) { return a < b",
+        ),
+        "sums no better than gradients": ("cross_entropy_row.h", "SUM_DEGREE = sizeof(T) == 4 ? 6 : 5", "SUM_DEGREE = GRADIENT_DEGREE<T>"),
         "argmax the first of its register": ("cross_entropy_row.h", "  while (to_wide(z[v]) != wanted) v++;\n", ""),
         "the target looked for in every block": ("cross_entropy.cpp", "here = target - first;", "here = target;"),
         "an ignored token's gradient not cleared": ("cross_entropy.cpp", "    __builtin_memset(dlogits, 0, p.V * sizeof(T));\n", ""),

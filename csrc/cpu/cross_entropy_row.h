@@ -21,13 +21,17 @@ inline Vec<Wide<T>> load_or(const T* p, int64_t n, Wide<T> other) {
   return v;
 }
 
-// e^x for x <= 0, as good as T needs it: in base 2, with nine multiplications where exp_of_negative has twelve. An exponential is most of
-// what a pass over logits computes.
+// e^x for x <= 0, by a power of two whose polynomial is as good as it needs to be for a gradient of T, or for a sum, in float32, of
+// exponentials of T. They are most of what a pass over logits computes.
 template <class T>
+constexpr int GRADIENT_DEGREE = sizeof(T) == 4 ? 6 : (is_bfloat16<T> ? 3 : 4);
+template <class T>
+constexpr int SUM_DEGREE = sizeof(T) == 4 ? 6 : 5;
+template <int DEGREE>
 ALWAYS_INLINE Vec<float> exponential(Vec<float> x) {
-  return exp2_of<sizeof(T) == 4 ? 6 : is_bfloat16<T> ? 3 : 4>(x * 1.44269504f);
+  return exp2_of<DEGREE>(x * LOG2_E);
 }
-template <class T>
+template <int>
 inline Vec<double> exponential(Vec<double> x) {
   return exp_of_negative<double>(x);
 }
@@ -60,12 +64,121 @@ inline void cap(const T* logits, const float* bias, int64_t n, double softcap, A
   });
 }
 
+// The largest of n numbers, a register of them at a time. NaN is none of them.
+template <class T>
+inline Wide<T> largest_number(const T* z, int64_t n) {
+  using A = Wide<T>;
+  Vec<A> tops[4];
+  for (Vec<A>& v : tops) v = Vec<A>{} - A(INFINITE);
+  for_columns<A, 4>(0, n, [&](int64_t v, auto count, int i) { tops[i] = at_least(tops[i], load_or(z + v, count, -A(INFINITE))); });
+  for (int i = 1; i < 4; i++) tops[0] = at_least(tops[0], tops[i]);
+  return largest(tops[0]);
+}
+
+// The best of at least WORDS numbers of 16 bits, by their bits as integers, of which better(a, b) are the better ones: twice as many at a
+// time as numbers are, and none of them is converted. NaN where it met NaN.
+constexpr int64_t WORDS = REGISTER_BYTES / 2;
+template <class Integers, class T, class Better>
+ALWAYS_INLINE float best_of(const T* z, int64_t n, const Better& better) {
+  constexpr uint16_t minus_infinity = is_bfloat16<T> ? 0xFF80 : 0xFC00;
+  Integers best = reinterpret_cast<Integers>(Bits{} + minus_infinity * 0x10001u);
+  const auto see = [&](const T* p) {
+    best = better(reinterpret_cast<Integers>(*reinterpret_cast<const Unaligned<uint32_t>::type*>(p)), best);
+  };
+  for (int64_t v = 0; v + WORDS <= n; v += WORDS) see(z + v);
+  see(z + n - WORDS);  // some for the second time
+  alignas(REGISTER_BYTES) T found[WORDS];
+  __builtin_memcpy(found, &best, sizeof(found));
+  Vec<float> a, b;
+  load_both(found, a, b);
+  return any((a != a) | (b != b)) ? __builtin_nanf("") : largest(at_least(a, b));
+}
+
+// The largest number is the largest integer with a sign or, where all numbers are negative, the smallest one without.
+template <class T>
+inline Wide<T> largest_of(const T* z, int64_t n) {
+  if constexpr (sizeof(T) == 2) {
+    typedef int16_t Signed __attribute__((vector_size(REGISTER_BYTES)));
+    typedef uint16_t Unsigned __attribute__((vector_size(REGISTER_BYTES)));
+    float most = __builtin_nanf("");
+    if (n >= WORDS) most = best_of<Signed>(z, n, [](Signed a, Signed b) { return a > b ? a : b; });
+    if (most == -float(INFINITE)) most = best_of<Unsigned>(z, n, [](Unsigned a, Unsigned b) { return a < b ? a : b; });
+    if (most == most) return most;
+  }
+  return largest_number(z, n);
+}
+
+// Four registers of exp(z - shift) in two steps: each is a chain of instructions that wait for each other, on units of the processor that
+// the other step leaves free.
+template <class T>
+class Exponentials {
+ public:
+  static constexpr int REGISTERS = 4;
+  static constexpr int64_t COUNT = REGISTERS * LANES;
+
+  ALWAYS_INLINE void begin(const T* z, float shift) {
+#pragma GCC unroll 4
+    for (int i = 0; i < REGISTERS; i += 2) {
+      Vec<float> a, b;
+      load_both(z + i * LANES, a, b);
+      powers_.begin(i, (a - shift) * LOG2_E);
+      powers_.begin(i + 1, (b - shift) * LOG2_E);
+    }
+  }
+  ALWAYS_INLINE void add_to(Vec<float>* sums) const {
+    Vec<float> values[REGISTERS];
+    powers_.finish(values);
+#pragma GCC unroll 4
+    for (int i = 0; i < REGISTERS; i++) sums[i] += values[i];
+  }
+
+ private:
+  Exp2<SUM_DEGREE<T>, REGISTERS> powers_;
+};
+
+// The sum of exp(z - shift) over n columns. The next ones are asked for in the meantime.
+template <class T>
+inline Wide<T> sum_one_by_one(const T* z, int64_t n, Wide<T> shift) {
+  using A = Wide<T>;
+  return sum_columns<A>(n, [&](int64_t v, auto count) {
+    __builtin_prefetch(z + n + v);
+    return exponential<SUM_DEGREE<T>>(load_or(z + v, count, -A(INFINITE)) - shift);
+  });
+}
+// The same, each step of four registers beside the other step of those before them.
+template <class T>
+inline float sum_overlapping(const T* z, int64_t n, float shift) {
+  constexpr int64_t step = Exponentials<T>::COUNT;
+  Exponentials<T> now, next;
+  Vec<float> sums[Exponentials<T>::REGISTERS] = {};
+  now.begin(z, shift);
+  int64_t v = step;
+  for (; v + step <= n; v += step) {
+    for (int64_t i = 0; i < step; i += LINE<T>) __builtin_prefetch(z + n + v + i);
+    next.begin(z + v, shift);
+    now.add_to(sums);
+    now = next;
+  }
+  now.add_to(sums);
+  return sum<float>((sums[0] + sums[1]) + (sums[2] + sums[3])) + sum_one_by_one(z + v, n - v, shift);
+}
+template <class T>
+inline Wide<T> sum_of_exponentials(const T* z, int64_t n, Wide<T> shift) {
+  constexpr bool room = REGISTER_BYTES == 64;  // for two times four: AVX-512 has 32 registers
+  if constexpr (room && sizeof(Wide<T>) == sizeof(float))
+    if (n >= Exponentials<T>::COUNT) return sum_overlapping(z, n, shift);
+  return sum_one_by_one(z, n, shift);
+}
+
 // Where among n numbers the first one is that equals `wanted`, which is there.
 template <class T>
 inline int64_t find(const T* z, int64_t n, Wide<T> wanted) {
   constexpr int64_t size = VecOf<Wide<T>>::size;
   int64_t v = 0;
-  while (v + size <= n && !any(load(z + v) == wanted)) v += size;
+  for (Vec<Wide<T>> a, b; v + 2 * size <= n; v += 2 * size) {
+    load_both(z + v, a, b);
+    if (any((a == wanted) | (b == wanted))) break;
+  }
   while (to_wide(z[v]) != wanted) v++;
   return v;
 }
@@ -83,21 +196,14 @@ struct Statistics {
   // for all of them and nothing to rescale. The next ones are asked for in the meantime. The sum of z only where `smoothed`.
   template <class T>
   void add(const T* z, int64_t n, int64_t first, bool smoothed) {
-    Vec<A> tops[4];
-    for (Vec<A>& v : tops) v = Vec<A>{} - A(INFINITE);
-    for_columns<A, 4>(0, n, [&](int64_t v, auto count, int i) { tops[i] = at_least(tops[i], load_or(z + v, count, -A(INFINITE))); });
-    for (int i = 1; i < 4; i++) tops[0] = at_least(tops[0], tops[i]);
-    const A most = largest(tops[0]);
+    const A most = largest_of(z, n);
     if (most > top) {
       argmax = first + find(z, n, most);
       if (sum > 0) sum *= A(__builtin_exp(double(top - most)));
       top = most;
     }
     const A shift = top == -A(INFINITE) ? 0 : top;  // where all is -infinity, so that the sum is 0 and not NaN
-    sum += sum_columns<A>(n, [&](int64_t v, auto count) {
-      __builtin_prefetch(z + n + v);
-      return exponential<A>(load_or(z + v, count, -A(INFINITE)) - shift);
-    });
+    sum += sum_of_exponentials(z, n, shift);
     if (smoothed) total += sum_columns<A>(n, [&](int64_t v, auto count) { return load(z + v, count); });
   }
 
@@ -138,7 +244,7 @@ class Gradient {
   // From z of words that are not the target. T: what it is rounded to in the end.
   template <class T>
   Vec<A> of(Vec<A> z) const {
-    const Vec<A> dz = p_ * exponential<T>(z - lse_) - uniform_;
+    const Vec<A> dz = p_ * exponential<GRADIENT_DEGREE<T>>(z - lse_) - uniform_;
     return CAPPED ? dz * slope(z) : dz;
   }
 

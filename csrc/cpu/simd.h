@@ -97,6 +97,18 @@ inline void store(float16* p, Vec<float> v) {
 #endif
 }
 
+// Two registers of numbers that follow each other, in whatever order is fastest: for sums and the like.
+template <class T>
+ALWAYS_INLINE void load_both(const T* p, Vec<Wide<T>>& a, Vec<Wide<T>>& b) {
+  a = load(p);
+  b = load(p + VecOf<Wide<T>>::size);
+}
+ALWAYS_INLINE void load_both(const bfloat16* p, Vec<float>& even, Vec<float>& odd) {
+  const Bits pairs = *reinterpret_cast<const Unaligned<uint32_t>::type*>(p);
+  even = reinterpret_cast<Vec<float>>(pairs << 16);
+  odd = reinterpret_cast<Vec<float>>(pairs & 0xFFFF0000u);
+}
+
 // The first n < size numbers, zeros behind them.
 template <class T>
 inline Vec<Wide<T>> load(const T* p, int64_t n) {

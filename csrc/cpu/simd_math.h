@@ -6,6 +6,8 @@
 namespace fastprimer {
 inline namespace FASTPRIMER_ISA {
 
+constexpr float LOG2_E = 1.44269504f;
+
 ALWAYS_INLINE Vec<float> minus_magnitude(Vec<float> v) { return reinterpret_cast<Vec<float>>(reinterpret_cast<Bits>(v) | 0x80000000u); }
 ALWAYS_INLINE Vec<double> minus_magnitude(Vec<double> v) { return v > 0 ? -v : v; }
 
@@ -40,34 +42,67 @@ ALWAYS_INLINE Vec<double> exp_of_negative(Vec<double> x) {
   return x;
 }
 
-// 2^x for x < 127: a polynomial of DEGREE in the distance to the nearest integer, at most 1/2, with 2^0 = 1 exactly. Relative errors:
-// 1.0e-4, 2.8e-6, 9e-8, 2e-9 for degrees 3 to 6, to which float32 adds its own. What is smaller than 2^-126 is 0; NaN stays NaN.
+// 2^x of N registers for x < 127, in two steps, so that a loop can begin the next ones before it finishes these: x is an integer and a
+// rest, and 2^rest a polynomial of DEGREE, with 2^0 = 1 exactly. Relative errors: 1.0e-4, 2.9e-6, 1.1e-7, 2e-8 for degrees 3 to 6, to
+// which float32 adds its own. What is smaller than 2^-126 is 0; NaN stays NaN.
+template <int DEGREE, int N = 1>
+class Exp2 {
+ public:
+  ALWAYS_INLINE void begin(int i, Vec<float> x) {
+#if defined(__AVX512F__)
+    constexpr int round_down = 9;
+    x_[i] = x;
+    rest_[i] = reinterpret_cast<Vec<float>>(_mm512_reduce_ps(reinterpret_cast<__m512>(x), round_down));  // of -infinity: 0
+#else
+    constexpr float magic = 0x1.8p23f + 127;  // as in exp_of_negative
+    x = at_least(x, -127.0f);
+    x_[i] = x + magic;
+    rest_[i] = x - (x_[i] - magic);
+#endif
+  }
+
+  // Term by term: the registers do not wait for each other.
+  ALWAYS_INLINE void finish(Vec<float>* values) const {
+    static_assert(DEGREE >= 3 && DEGREE <= 6);
+    const auto& a = COEFFICIENTS[DEGREE - 3];
+    Vec<float> p[N];
+#pragma GCC unroll 4
+    for (int i = 0; i < N; i++) p[i] = Vec<float>{} + a[DEGREE];
+#pragma GCC unroll 6
+    for (int k = DEGREE - 1; k >= 0; k--)
+#pragma GCC unroll 4
+      for (int i = 0; i < N; i++) p[i] = p[i] * rest_[i] + a[k];
+#pragma GCC unroll 4
+    for (int i = 0; i < N; i++) {
+#if defined(__AVX512F__)  // which rounds x down itself
+      values[i] = reinterpret_cast<Vec<float>>(_mm512_scalef_ps(reinterpret_cast<__m512>(p[i]), reinterpret_cast<__m512>(x_[i])));
+#else
+      values[i] = p[i] * reinterpret_cast<Vec<float>>(reinterpret_cast<Bits>(x_[i]) << 23);
+#endif
+    }
+  }
+
+ private:
+#if defined(__AVX512F__)  // the rest is from 0 to 1
+  static constexpr float COEFFICIENTS[][7] = {{1, 0.69511682f, 0.22764491f, 0.077067062f},
+                                              {1, 0.69304484f, 0.24128021f, 0.052242506f, 0.013426642f},
+                                              {1, 0.69315130f, 0.24016450f, 0.055799901f, 0.0090169972f, 0.0018671363f},
+                                              {1, 0.69314706f, 0.24022923f, 0.055485327f, 0.0096754683f, 0.0012467816f, 2.1612718e-4f}};
+#else  // from -1/2 to 1/2, and the low bits of x_ are the integer + 127
+  static constexpr float COEFFICIENTS[][7] = {{1, 0.69328290f, 0.24221097f, 0.055008929f},
+                                              {1, 0.69312418f, 0.24024099f, 0.055906426f, 0.0095828529f},
+                                              {1, 0.69314700f, 0.24022242f, 0.055507336f, 0.0096715130f, 0.0013264727f},
+                                              {1, 0.69314718f, 0.24022648f, 0.055503324f, 0.0096184369f, 0.0013398875f, 1.5353362e-4f}};
+#endif
+  Vec<float> x_[N], rest_[N];
+};
+
 template <int DEGREE>
 ALWAYS_INLINE Vec<float> exp2_of(Vec<float> x) {
-  static_assert(DEGREE >= 3 && DEGREE <= 6);
-  constexpr float coefficients[][6] = {{0.69328290f, 0.24221097f, 0.055008929f, 0, 0, 0},
-                                       {0.69312418f, 0.24024099f, 0.055906426f, 0.0095828529f, 0, 0},
-                                       {0.69314700f, 0.24022242f, 0.055507336f, 0.0096715130f, 0.0013264727f, 0},
-                                       {0.69314718f, 0.24022648f, 0.055503324f, 0.0096184369f, 0.0013398875f, 1.5353362e-4f}};
-#if defined(__AVX512F__)
-  const __m512 n = _mm512_roundscale_ps(reinterpret_cast<__m512>(x), 8);
-  const Vec<float> f = x - reinterpret_cast<Vec<float>>(n);
-#else
-  constexpr float magic = 0x1.8p23f + 127;  // as in exp_of_negative
-  x = at_least(x, -127.0f);
-  const Vec<float> shifted = x + magic;
-  const Vec<float> f = x - (shifted - magic);
-#endif
-  const auto& a = coefficients[DEGREE - 3];
-  const Vec<float> square = f * f;
-  Vec<float> p = DEGREE == 3 ? Vec<float>{} + a[2] : f * a[3] + a[2];  // by pairs of terms, as in exp_of_negative
-  if (DEGREE > 4) p += square * (DEGREE == 5 ? Vec<float>{} + a[4] : f * a[5] + a[4]);
-  p = f * (square * p + (f * a[1] + a[0])) + 1.0f;
-#if defined(__AVX512F__)
-  return reinterpret_cast<Vec<float>>(_mm512_scalef_ps(reinterpret_cast<__m512>(p), n));  // of -infinity: f is NaN, and the result 0
-#else
-  return p * reinterpret_cast<Vec<float>>(reinterpret_cast<Bits>(shifted) << 23);
-#endif
+  Exp2<DEGREE> power;
+  power.begin(0, x);
+  power.finish(&x);
+  return x;
 }
 
 // ln x of normal x > 0, to about one unit in the last place; NaN stays NaN. x = 2^n m with m in [sqrt(1/2), sqrt(2)): ln 2 is taken in two
