@@ -17,6 +17,7 @@ inline Vec<Wide<T>> load_or(const T* p, All, Wide<T>) {
 template <class T>
 inline Vec<Wide<T>> load_or(const T* p, int64_t n, Wide<T> other) {
   Vec<Wide<T>> v = load(p, n);
+  if constexpr (sizeof(v[0]) == sizeof(float)) return lane_numbers() < static_cast<float>(n) ? v : Vec<float>{} + other;
   for (int64_t i = n; i < VecOf<Wide<T>>::size; i++) v[i] = other;
   return v;
 }
