@@ -204,7 +204,7 @@ def assert_like_its_parts(function, tensors, dys, parts=4):
 
 @pytest.mark.parametrize("width", [2048, 2035])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=name)
-@pytest.mark.parametrize("op", ["rms_norm", "rope", "swiglu", "swiglu-packed"])
+@pytest.mark.parametrize("op", ["rms_norm", "rope", "swiglu", "swiglu-packed", "route"])
 @pytest.mark.parametrize("limit", [1, 2])
 def test_large_outputs_are_stored_right(op, dtype, width, limit):
     """Beyond 8 MiB they go past the caches, if their rows are aligned; a part of them is small enough not to."""
@@ -225,5 +225,8 @@ def test_large_outputs_are_stored_right(op, dtype, width, limit):
             assert_like_its_parts(lambda q: fp.rope(q, None, cos, sin)[0], heads[:1], heads[1:])
         elif op == "swiglu":
             assert_like_its_parts(fp.swiglu, [x, other], [dy])
+        elif op == "route":
+            dweights = dy[:, :4].to(torch.promote_types(dtype, torch.float32))
+            assert_like_its_parts(lambda logits: fp.route(logits, 4, score="sigmoid")[0], [x], [dweights])
         else:
             assert_like_its_parts(fp.swiglu, [torch.cat((x, other), -1)], [dy])

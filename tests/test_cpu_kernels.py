@@ -115,7 +115,8 @@ PLANTED = {
         ),
         "the scale has no gradient": ("routing.cpp", "(dr_[k] = weighting.scale * dweights[k])", "(dr_[k] = dweights[k])"),
         "only the chosen have a gradient": ("routing.cpp", "from_wide<T>(-scores_[e] * mean)", "from_wide<T>(0.0)"),
-        "a sigmoid without its slope": ("routing.cpp", "sigmoids ? sigmoid(-double(chosen_[k])) : 1", "1"),
+        "rows past the caches are not written": ("routing.cpp", "if (!past_cache_) return;", "return;"),
+        "a sigmoid without its slope": ("routing.cpp", "slopes[k] = sigma.slope;", ""),
         "the last group never looked at": (
             "routing.cpp",
             "for (int64_t g = 0; g < a_.groups; g++) {\n      choose",
@@ -258,7 +259,7 @@ large = {{
     "swiglu": swiglu_case("large", 1024, 4352),
     "attention": attention_case("large", (1, 300, 2, 64), (1, 300, 1, 64), causal=True, scale=1.0),
     "attention_with_kv_cache": decoding_case("large", [700, 80], 5, 8, 2, 72, window=(300, None), scale=1.0),
-    "route": route_case("large", 200, 70, 5, renormalize=False, scale=2.0),
+    "route": route_case("large", 33000, 64, 5, renormalize=False, scale=2.0),
     "cross_entropy": loss_case("cross_entropy", "large", 512, 4224, reduction="none", softcap=3.0, return_lse=True),
     "linear_cross_entropy": loss_case("linear_cross_entropy", "large", 300, 4400, 280, ignored=range(9), bias=True, reduction="none"),
     "moe": moe_case("large", 330, 40, 1100, 2, 2, skew=0.2),

@@ -58,26 +58,38 @@ void softmax(A* values, int64_t n) {
   for (int64_t i = 0; i < n; i++) values[i] /= total;
 }
 
-double sigmoid(double l) {
-  const double e = __builtin_exp(-__builtin_fabs(l));
-  return l >= 0 ? 1 / (1 + e) : e / (1 + e);
-}
+struct Logistic {
+  double value, slope;  // sigma(l), and the slope of log sigma(l), sigma(-l)
+
+  explicit Logistic(double l) {
+    const double e = __builtin_exp(-__builtin_fabs(l)), large = 1 / (1 + e), small = e * large;
+    value = l >= 0 ? large : small;
+    slope = l >= 0 ? small : large;
+  }
+};
 
 // Sums of sigmoids from here on divide them exactly; below, some may have lost digits, or all be 0.
 constexpr double LEAST_TOTAL = 1e-280;
 
 double log_sigmoid(double l) { return (l < 0 ? l : 0) - __builtin_log1p(__builtin_exp(-__builtin_fabs(l))); }
 
-// The weights of K chosen logits, without the scale: `scores` are all experts', which only a softmax over all needs.
+// The weights r of K chosen logits, without the scale, and the slopes of their scores' logarithms: `scores` are all experts', which only a
+// softmax over all needs.
 template <class A>
-void shares(const Weighting& weighting, const A* chosen, const A* scores, const int64_t* experts, int64_t K, double* r) {
+void shares(const Weighting& weighting, const A* chosen, const A* scores, const int64_t* experts, int64_t K, double* r, double* slopes) {
   const bool sigmoids = weighting.score == Score::sigmoid;
+  double total = 0;
+  for (int64_t k = 0; k < K; k++) {
+    slopes[k] = 1;
+    if (!sigmoids) continue;
+    const Logistic sigma(chosen[k]);
+    total += r[k] = sigma.value;
+    slopes[k] = sigma.slope;
+  }
   if (!weighting.renormalize && weighting.score != Score::softmax_topk) {
-    for (int64_t k = 0; k < K; k++) r[k] = sigmoids ? sigmoid(chosen[k]) : scores[experts[k]];
+    for (int64_t k = 0; !sigmoids && k < K; k++) r[k] = scores[experts[k]];
     return;
   }
-  double total = 0;
-  for (int64_t k = 0; sigmoids && k < K; k++) total += r[k] = sigmoid(chosen[k]);
   if (!(total > LEAST_TOTAL)) {
     double most = -__builtin_inf();
     for (int64_t k = 0; k < K; k++) {
@@ -103,9 +115,17 @@ class Route {
   using A = Wide<T>;
 
   explicit Route(const RouteForward& args)
-      : a_(args), l_(args.E), scores_(args.E), choice_(args.E), best_(args.E), worth_(args.groups), numbers_(args.groups), r_(args.K) {}
+      : a_(args),
+        l_(args.E),
+        scores_(args.E),
+        choice_(args.E),
+        best_(args.E),
+        worth_(args.groups),
+        numbers_(args.groups),
+        r_(args.K),
+        slopes_(args.K) {}
   bool ready() const {
-    return l_.data() && scores_.data() && choice_.data() && best_.data() && worth_.data() && numbers_.data() && r_.data();
+    return l_.data() && scores_.data() && choice_.data() && best_.data() && worth_.data() && numbers_.data() && r_.data() && slopes_.data();
   }
 
   void operator()(int64_t task) const {
@@ -124,7 +144,7 @@ class Route {
     choose(choice_.data(), E, K, experts, best_.data());
     A* weights = static_cast<A*>(a_.weights) + n * K;
     for (int64_t k = 0; k < K; k++) best_[k] = l_[experts[k]];
-    shares(a_.weighting, best_.data(), scores_.data(), experts, K, r_.data());
+    shares(a_.weighting, best_.data(), scores_.data(), experts, K, r_.data(), slopes_.data());
     for (int64_t k = 0; k < K; k++) weights[k] = A(a_.weighting.scale * r_[k]);
   }
 
@@ -156,7 +176,7 @@ class Route {
   const RouteForward& a_;
   Buffer<A> l_, scores_, choice_, best_, worth_;
   Buffer<int64_t> numbers_;
-  Buffer<double> r_;
+  Buffer<double> r_, slopes_;
 };
 
 template <class T>
@@ -164,8 +184,16 @@ class RouteGradient {
  public:
   using A = Wide<T>;
 
-  explicit RouteGradient(const RouteBackward& args) : a_(args), scores_(args.E), chosen_(args.K), r_(args.K), dr_(args.K) {}
-  bool ready() const { return scores_.data() && chosen_.data() && r_.data() && dr_.data(); }
+  explicit RouteGradient(const RouteBackward& args)
+      : a_(args),
+        past_cache_(past_cache(args.dlogits, args.N, args.E * sizeof(T), args.E * sizeof(T))),
+        row_(args.E),
+        scores_(args.E),
+        chosen_(args.K),
+        r_(args.K),
+        slopes_(args.K),
+        dr_(args.K) {}
+  bool ready() const { return row_.data() && scores_.data() && chosen_.data() && r_.data() && slopes_.data() && dr_.data(); }
 
   void operator()(int64_t task) const {
     for (int64_t n = task * TOKENS; n < smaller((task + 1) * TOKENS, a_.N); n++) differentiate(n);
@@ -177,29 +205,33 @@ class RouteGradient {
     const Weighting& weighting = a_.weighting;
     const bool sigmoids = weighting.score == Score::sigmoid, all = needs_all_scores(weighting);
     const int64_t* experts = a_.experts + n * K;
-    T* dlogits = static_cast<T*>(a_.dlogits) + n * E;
+    T* dlogits = past_cache_ ? row_.data() : static_cast<T*>(a_.dlogits) + n * E;
     const T* logits = static_cast<const T*>(a_.logits) + n * a_.stride_logits_row;
     if (all) {
       read_row(logits, E, scores_.data());
       softmax(scores_.data(), E);
     }
     for (int64_t k = 0; k < K; k++) chosen_[k] = A(to_wide(logits[experts[k]]));
-    shares(weighting, chosen_.data(), scores_.data(), experts, K, r_.data());
+    shares(weighting, chosen_.data(), scores_.data(), experts, K, r_.data(), slopes_.data());
     const A* dweights = static_cast<const A*>(a_.dweights) + n * K;
     double mean = 0;  // sum r dr
     for (int64_t k = 0; k < K; k++) mean += r_[k] * (dr_[k] = weighting.scale * dweights[k]);
     for (int64_t e = 0; all && e < E; e++) dlogits[e] = from_wide<T>(-scores_[e] * mean);
     if (!all) __builtin_memset(dlogits, 0, E * sizeof(T));
     for (int64_t k = 0; k < K; k++) {
-      const double slope = sigmoids ? sigmoid(-double(chosen_[k])) : 1;
       const bool alone = sigmoids && !weighting.renormalize;
-      dlogits[experts[k]] = from_wide<T>(r_[k] * (alone ? dr_[k] : dr_[k] - mean) * slope);
+      dlogits[experts[k]] = from_wide<T>(r_[k] * (alone ? dr_[k] : dr_[k] - mean) * slopes_[k]);
     }
+    if (!past_cache_) return;
+    T* row = static_cast<T*>(a_.dlogits) + n * E;
+    for_columns<A>(0, E, [&](int64_t e, auto count, int) { PastCache{}(row + e, load(dlogits + e, count), count); });
   }
 
   const RouteBackward& a_;
+  const bool past_cache_;
+  const Buffer<T> row_;
   Buffer<A> scores_, chosen_;
-  Buffer<double> r_, dr_;
+  Buffer<double> r_, slopes_, dr_;
 };
 
 }  // namespace
