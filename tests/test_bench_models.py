@@ -123,6 +123,30 @@ def test_memory_of_a_call():
     assert timing.peak_megabytes(gradient, "cpu") == pytest.approx((1 << 24) / 1e6, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    "flops, moved, warm, staged",
+    [(10**8, 10**6, False, True), (10**8, 10**7, False, False), (10**10, 10**6, False, False), (0, 1, True, True)],
+)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_short_arithmetic_calls_are_timed_after_one_of_their_own(flops, moved, warm, staged, device, monkeypatch):
+    timed = {}
+
+    def record(calls, *_):
+        timed.update(calls)
+        return {name: [1.0] * 7 for name in calls}
+
+    monkeypatch.setattr(contest, "interleaved", record)
+    monkeypatch.setattr(contest.roofs, "roofs", lambda *_: roofs.Roofs({"copy": lambda: None}, {}, {"copy": 1}))
+    monkeypatch.setattr(contest, "peak_megabytes", lambda *_: None)
+    monkeypatch.setattr(contest, "host_microseconds", lambda *_: None)
+    called = []
+    row = Row("attention", "", "float32", timing.FORWARD, "cpu", bytes=moved, flops=flops)
+    contest.contest(row, lambda: called.append(1) or torch.ones(1), {}, contest.Settings(device, 7), warm=warm)
+    before = len(called)
+    timing._ready(timed["ours"])
+    assert len(called) - before == (1 if staged and device == "cpu" else 0)
+
+
 def point(size: int, ours: float, eager: float, **more) -> Row:
     timings = {"ours": Timing.of([ours] * 6), "peers": {"eager": Timing.of([eager] * 6)}, "peak_mb": {"ours": size / 100, "eager": ours}}
     series = {

@@ -128,6 +128,7 @@ def forward(logits):
 
 
 def assert_right(logits):
+    """lse to four units in the last place of float32, in which it is summed and returned."""
     lse, argmax = forward(logits)
     torch.testing.assert_close(lse, torch.logsumexp(logits.double(), -1).float(), rtol=5e-7, atol=5e-7)
     assert torch.equal(argmax, logits.double().argmax(-1))

@@ -123,7 +123,7 @@ class Sweep {
     tile.for_rows([&](int64_t r, int64_t position, int64_t head) {
       const int64_t at = x_.plan.lse_offset(tile.sequence, head, a.stride_lse_batch, a.stride_lse_head) + position;
       if (a.lse[at] != -__builtin_inff()) {
-        const T* o = static_cast<const T*>(a.o) + (x_.plan.query_token(tile.sequence, position) * a.problem.H + head) * a.problem.Dv;
+        const T* o = static_cast<const T*>(a.o) + x_.plan.query_row(tile.sequence, position, head) * a.problem.Dv;
         const Tile* dout = dout_.rows.data() + r * x_.width_v.ld;
         const float product = sum_columns<float>(a.problem.Dv, [&](int64_t c, auto n) { return load(o + c, n) * load(dout + c, n); });
         lse_[r] = a.lse[at] * LOG2_E;
@@ -259,8 +259,7 @@ class Sweep {
       for (int64_t c = 0; r % 16 == 0 && c < x_.width.used; c += 16)
         transpose_block(words(dq_.data() + c * ROWS<Tile> + r), ROWS<Tile>, words(dq_rows_.data() + c), x_.width.ld);
       const float* row = dq_rows_.data() + r % 16 * x_.width.ld;
-      T* dq = static_cast<T*>(x_.args.dq) + (x_.plan.query_token(tile.sequence, position) * p.H + head) * p.D;
-      for_columns<float>(0, p.D, [&](int64_t c, auto n, int) { store(dq + c, load(row + c, n) * scale, n); });
+      write_row(row, p.D, scale, static_cast<T*>(x_.args.dq) + x_.plan.query_row(tile.sequence, position, head) * p.D);
     });
   }
 

@@ -212,9 +212,8 @@ class Attend {
   void write(const Sequence& s, int64_t r, int64_t position, int64_t head) const {
     const AttentionForward& a = x_.args;
     a.lse[x_.plan.lse_offset(s, head, a.stride_lse_batch, a.stride_lse_head) + position] = softmax_.top[r];
-    const float *row = o_.data() + r * x_.width_v.ld, share = softmax_.total[r];
-    T* o = static_cast<T*>(a.o) + (x_.plan.query_token(s, position) * a.problem.H + head) * a.problem.Dv;
-    for_columns<float>(0, a.problem.Dv, [&](int64_t c, auto n, int) { store(o + c, load(row + c, n) * share, n); });
+    T* o = static_cast<T*>(a.o) + x_.plan.query_row(s, position, head) * a.problem.Dv;
+    write_row(o_.data() + r * x_.width_v.ld, a.problem.Dv, softmax_.total[r], o);
   }
 
   const Context<Tile>& x_;

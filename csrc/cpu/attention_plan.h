@@ -88,6 +88,8 @@ class Plan {
     return s.batch * stride_batch + h * stride_head + s.q_begin;
   }
   int64_t query_token(const Sequence& s, int64_t i) const { return (p.cu_seqlens_q ? s.q_begin : s.batch * p.S) + i; }
+  // Of the rows of o, and of dq.
+  int64_t query_row(const Sequence& s, int64_t i, int64_t h) const { return query_token(s, i) * p.H + h; }
   int64_t key_token(const Sequence& s, int64_t j) const { return (p.cu_seqlens_k ? s.k_begin : s.batch * p.T) + j; }
 
  private:
@@ -212,7 +214,23 @@ struct Scale {
     if (sign == 1) return;
     for_columns<float>(0, n, [&](int64_t c, auto count, int) { store(queries + c, load(queries + c, count) * sign, count); });
   }
+
+  // The scores of some products of queries, with their sign, and keys; tanh: of the softcap.
+  struct Capped {
+    Vec<float> z, tanh;
+  };
+  ALWAYS_INLINE Capped operator()(Vec<float> products) const {
+    if (cap == 0) return {products * factor, Vec<float>{}};
+    const Vec<float> t = tanh_of(products * (factor / cap));
+    return {t * cap, t};
+  }
 };
+
+// n sums times a factor, in T.
+template <class T>
+inline void write_row(const float* sums, int64_t n, float factor, T* to) {
+  for_columns<float>(0, n, [&](int64_t c, auto count, int) { store(to + c, load(sums + c, count) * factor, count); });
+}
 
 // Of some rows, the running softmax in units of log 2: the top that scores are taken from, the total of p = exp2(score - top), and where
 // there are sinks, the row's. A row that sees nothing has the total 0.

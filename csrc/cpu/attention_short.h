@@ -56,29 +56,6 @@ inline void add_up(int64_t n, int64_t terms, const float* weights, int64_t ld, c
   }
 }
 
-// A row of sums times a factor.
-template <class T>
-inline void write_row(const float* sums, const Width<float>& width, float factor, T* to) {
-  for_columns<float>(0, width.C, [&](int64_t c, auto n, int) { store(to + c, load(sums + c, n) * factor, n); });
-}
-
-// Scores in units of log 2.
-struct Scores {
-  const float factor, cap;
-
-  explicit Scores(const AttentionProblem& p) : factor(static_cast<float>(p.scale) * LOG2_E), cap(static_cast<float>(p.softcap) * LOG2_E) {}
-
-  // Of some products of a query with keys; tanh: of the softcap.
-  struct Capped {
-    Vec<float> z, tanh;
-  };
-  ALWAYS_INLINE Capped operator()(Vec<float> products) const {
-    if (cap == 0) return {products * factor, Vec<float>{}};
-    const Vec<float> t = tanh_of(products * (factor / cap));
-    return {t * cap, t};
-  }
-};
-
 template <class Args>
 struct Context {
   const Args& args;
@@ -100,50 +77,64 @@ struct Task {
   Range rows_of_key(int64_t j) const { return tile.rows_of(s.queries_of(j)); }
 };
 
+// What both passes have at hand: a task's keys and values, and its queries, with the sign of the scale, and what becomes of their products.
+template <class T, class Args>
+struct Pass {
+  const Args& a;
+  const Plan& plan;
+  const Scale scale;
+  const KeyRows k, v;
+  const Buffer<float> q, p;
+
+  explicit Pass(const Context<Args>& context)
+      : a(context.args), plan(context.plan), scale(plan.p), k(plan.p.D), v(plan.p.Dv), q(ROWS * k.width.ld), p(ROWS * KEYS) {}
+  bool ready() const { return k.ready() && v.ready() && q.data() && p.data(); }
+
+  void gather(const Task& task) const {
+    k.template gather<T>(plan.p.k, task.s, task.kv_head);
+    v.template gather<T>(plan.p.v, task.s, task.kv_head);
+    gather_queries<T>(plan.p.q, task.tile, k.width, q.data());
+    scale.apply_sign(q.data(), task.tile.rows * k.width.ld);
+    k.transpose();
+    multiply(q.data(), task.tile.rows, k, p.data());
+  }
+  int64_t lse_at(const Task& task, int64_t position, int64_t head) const {
+    return plan.lse_offset(task.s, head, a.stride_lse_batch, a.stride_lse_head) + position;
+  }
+};
+
 template <class T>
 class Forward {
  public:
-  explicit Forward(const Context<AttentionForward>& context)
-      : a_(context.args),
-        plan_(context.plan),
-        scores_of_(plan_.p),
-        k_(plan_.p.D),
-        v_(plan_.p.Dv),
-        q_(ROWS * k_.width.ld),
-        p_(ROWS * KEYS),
-        o_(ROWS * v_.width.ld),
-        softmax_(ROWS) {}
-  bool ready() const { return k_.ready() && v_.ready() && q_.data() && p_.data() && o_.data() && softmax_.ready(); }
+  explicit Forward(const Context<AttentionForward>& context) : x_(context), o_(ROWS * x_.v.width.ld), softmax_(ROWS) {}
+  bool ready() const { return x_.ready() && o_.data() && softmax_.ready(); }
 
   void operator()(int64_t i) const {
-    const Task task(plan_, i);
+    const AttentionProblem& problem = x_.plan.p;
+    const Task task(x_.plan, i);
     const QueryTile& tile = task.tile;
-    k_.gather<T>(plan_.p.k, task.s, task.kv_head);
-    k_.transpose();
-    v_.gather<T>(plan_.p.v, task.s, task.kv_head);
-    gather_queries<T>(plan_.p.q, tile, k_.width, q_.data());
-    multiply(q_.data(), tile.rows, k_, p_.data());
+    x_.gather(task);
     tile.for_rows([&](int64_t r, int64_t position, int64_t head) {
       exponentiate(r, task.s.keys_of(position));
-      if (plan_.p.sinks) softmax_.sink[r] = plan_.p.sinks[head] * LOG2_E;
+      if (problem.sinks) softmax_.sink[r] = problem.sinks[head] * LOG2_E;
     });
-    softmax_.finish(tile.rows, plan_.p.sinks);
+    softmax_.finish(tile.rows, problem.sinks);
     const auto seen = [&](int64_t r) { return task.keys_of_row(r); };
-    add_up(tile.rows, task.s.T, p_.data(), KEYS, v_.rows.data(), v_.width, v_.finite(), seen, o_.data());
+    add_up(tile.rows, task.s.T, x_.p.data(), KEYS, x_.v.rows.data(), x_.v.width, x_.v.finite(), seen, o_.data());
     tile.for_rows([&](int64_t r, int64_t position, int64_t head) {
-      a_.lse[plan_.lse_offset(task.s, head, a_.stride_lse_batch, a_.stride_lse_head) + position] = softmax_.top[r];
-      T* o = static_cast<T*>(a_.o) + (plan_.query_token(task.s, position) * plan_.p.H + head) * plan_.p.Dv;
-      write_row(o_.data() + r * v_.width.ld, v_.width, softmax_.total[r], o);
+      x_.a.lse[x_.lse_at(task, position, head)] = softmax_.top[r];
+      T* o = static_cast<T*>(x_.a.o) + x_.plan.query_row(task.s, position, head) * problem.Dv;
+      write_row(o_.data() + r * x_.v.width.ld, problem.Dv, softmax_.total[r], o);
     });
   }
 
  private:
   // From a row's products to p = exp2(score - top), their sum, and top.
   void exponentiate(int64_t r, Range seen) const {
-    float* row = p_.data() + r * KEYS;
+    float* row = x_.p.data() + r * KEYS;
     Vec<float> z[REGISTERS], most = Vec<float>{} - __FLT_MAX__, sums{};
     for (int i = 0; i < REGISTERS; i++) {
-      z[i] = lanes_within(seen, i * LANES) ? scores_of_(load(row + i * LANES)).z : Vec<float>{} - __builtin_inff();
+      z[i] = lanes_within(seen, i * LANES) ? x_.scale(load(row + i * LANES)).z : Vec<float>{} - __builtin_inff();
       most = at_least(z[i], most);
     }
     const float top = largest(most);
@@ -156,11 +147,8 @@ class Forward {
     softmax_.total[r] = sum<float>(sums);
   }
 
-  const AttentionForward& a_;
-  const Plan& plan_;
-  const Scores scores_of_;
-  const KeyRows k_, v_;
-  const Buffer<float> q_, p_, o_;
+  const Pass<T, AttentionForward> x_;
+  const Buffer<float> o_;
   const Softmax softmax_;
 };
 
@@ -168,37 +156,23 @@ template <class T>
 class Backward {
  public:
   explicit Backward(const Context<AttentionBackward>& context)
-      : a_(context.args),
-        plan_(context.plan),
-        scores_of_(plan_.p),
-        k_(plan_.p.D),
-        v_(plan_.p.Dv),
-        q_(ROWS * k_.width.ld),
-        dout_(ROWS * v_.width.ld),
-        p_(ROWS * KEYS),
+      : x_(context),
+        dout_(ROWS * x_.v.width.ld),
         ds_(ROWS * KEYS),
         weights_(KEYS * ROWS),
-        sums_(ROWS * larger(k_.width.ld, v_.width.ld)),
-        scale_(static_cast<float>(plan_.p.scale)) {}
-  bool ready() const {
-    return k_.ready() && v_.ready() && q_.data() && dout_.data() && p_.data() && ds_.data() && weights_.data() && sums_.data();
-  }
+        sums_(ROWS * larger(x_.k.width.ld, x_.v.width.ld)) {}
+  bool ready() const { return x_.ready() && dout_.data() && ds_.data() && weights_.data() && sums_.data(); }
 
   void operator()(int64_t i) const {
-    const AttentionProblem& p = plan_.p;
-    const Task task(plan_, i);
+    const Task task(x_.plan, i);
     const QueryTile& tile = task.tile;
-    k_.gather<T>(p.k, task.s, task.kv_head);
-    v_.gather<T>(p.v, task.s, task.kv_head);
-    k_.transpose();
-    v_.transpose();
-    gather_queries<T>(p.q, tile, k_.width, q_.data());
-    gather_queries<T>(a_.dout, tile, v_.width, dout_.data());
-    multiply(q_.data(), tile.rows, k_, p_.data());
-    multiply(dout_.data(), tile.rows, v_, ds_.data());
+    x_.gather(task);
+    x_.v.transpose();
+    gather_queries<T>(x_.a.dout, tile, x_.v.width, dout_.data());
+    multiply(dout_.data(), tile.rows, x_.v, ds_.data());
     tile.for_rows([&](int64_t r, int64_t position, int64_t head) {
-      differentiate(r, task.s.keys_of(position), plan_.lse_offset(task.s, head, a_.stride_lse_batch, a_.stride_lse_head) + position,
-                    static_cast<const T*>(a_.o) + row_of_query(task.s, position, head) * p.Dv);
+      const T* o = static_cast<const T*>(x_.a.o) + x_.plan.query_row(task.s, position, head) * x_.plan.p.Dv;
+      differentiate(r, task.s.keys_of(position), x_.lse_at(task, position, head), o);
     });
     write_dq(task);
     write_dk_dv(task);
@@ -207,14 +181,15 @@ class Backward {
  private:
   // From a row's products with the keys, and those of its gradient with the values, to p and ds; `at`: where its lse lies.
   void differentiate(int64_t r, Range seen, int64_t at, const T* o) const {
-    const bool sees = a_.lse[at] != -__builtin_inff();
-    const float* dout = dout_.data() + r * v_.width.ld;
-    const float product = sum_columns<float>(v_.width.C, [&](int64_t c, auto n) { return load(o + c, n) * load(dout + c, n); });
-    const float lse = sees ? a_.lse[at] * LOG2_E : __builtin_inff(), delta = sees ? product - (a_.dlse ? a_.dlse[at] : 0.0f) : 0.0f;
-    a_.delta[at] = delta;
+    const AttentionBackward& a = x_.a;
+    const bool sees = a.lse[at] != -__builtin_inff();
+    const float* dout = dout_.data() + r * x_.v.width.ld;
+    const float product = sum_columns<float>(x_.v.width.C, [&](int64_t c, auto n) { return load(o + c, n) * load(dout + c, n); });
+    const float lse = sees ? a.lse[at] * LOG2_E : __builtin_inff(), delta = sees ? product - (a.dlse ? a.dlse[at] : 0.0f) : 0.0f;
+    a.delta[at] = delta;
     for (int i = 0; i < REGISTERS; i++) {
-      float *p_row = p_.data() + r * KEYS + i * LANES, *ds_row = ds_.data() + r * KEYS + i * LANES;
-      const Scores::Capped score = scores_of_(load(p_row));
+      float *p_row = x_.p.data() + r * KEYS + i * LANES, *ds_row = ds_.data() + r * KEYS + i * LANES;
+      const Scale::Capped score = x_.scale(load(p_row));
       const Vec<float> p = exp2_of<6>(score.z - lse), ds = p * (load(ds_row) - delta) * (1 - score.tanh * score.tanh);
       const auto is_seen = lanes_within(seen, i * LANES);
       store(p_row, is_seen ? p : Vec<float>{});
@@ -222,22 +197,20 @@ class Backward {
     }
   }
 
-  int64_t row_of_query(const Sequence& s, int64_t position, int64_t head) const {
-    return plan_.query_token(s, position) * plan_.p.H + head;
-  }
-
   void write_dq(const Task& task) const {
+    const int64_t D = x_.plan.p.D;
+    const float scale = static_cast<float>(x_.plan.p.scale);
     const auto seen = [&](int64_t r) { return task.keys_of_row(r); };
-    add_up(task.tile.rows, task.s.T, ds_.data(), KEYS, k_.rows.data(), k_.width, k_.finite(), seen, sums_.data());
+    add_up(task.tile.rows, task.s.T, ds_.data(), KEYS, x_.k.rows.data(), x_.k.width, x_.k.finite(), seen, sums_.data());
     task.tile.for_rows([&](int64_t r, int64_t position, int64_t head) {
-      T* dq = static_cast<T*>(a_.dq) + row_of_query(task.s, position, head) * plan_.p.D;
-      write_row(sums_.data() + r * k_.width.ld, k_.width, scale_, dq);
+      write_row(sums_.data() + r * x_.k.width.ld, D, scale, static_cast<T*>(x_.a.dq) + x_.plan.query_row(task.s, position, head) * D);
     });
   }
 
   void write_dk_dv(const Task& task) const {
-    write_key_rows(task, ds_.data(), q_.data(), k_.width, scale_, static_cast<T*>(a_.dk));
-    write_key_rows(task, p_.data(), dout_.data(), v_.width, 1, static_cast<T*>(a_.dv));
+    const float magnitude = static_cast<float>(x_.plan.p.scale < 0 ? -x_.plan.p.scale : x_.plan.p.scale);  // the sign is in the queries
+    write_key_rows(task, ds_.data(), x_.q.data(), x_.k.width, magnitude, static_cast<T*>(x_.a.dk));
+    write_key_rows(task, x_.p.data(), dout_.data(), x_.v.width, 1, static_cast<T*>(x_.a.dv));
   }
 
   // The keys' gradients from weights (rows, KEYS) of rows of q or do.
@@ -247,20 +220,16 @@ class Backward {
     const auto seen = [&](int64_t j) { return task.rows_of_key(j); };
     add_up(task.s.T, n, weights_.data(), ROWS, rows, width, all_finite(rows, n * width.ld), seen, sums_.data());
     for (int64_t j = 0; j < task.s.T; j++)
-      write_row(sums_.data() + j * width.ld, width, factor, to + (plan_.key_token(task.s, j) * plan_.p.Hk + task.kv_head) * width.C);
+      write_row(sums_.data() + j * width.ld, width.C, factor, to + (x_.plan.key_token(task.s, j) * x_.plan.p.Hk + task.kv_head) * width.C);
   }
 
-  const AttentionBackward& a_;
-  const Plan& plan_;
-  const Scores scores_of_;
-  const KeyRows k_, v_;
-  const Buffer<float> q_, dout_, p_, ds_, weights_, sums_;
-  const float scale_;
+  const Pass<T, AttentionBackward> x_;
+  const Buffer<float> dout_, ds_, weights_, sums_;
 };
 
-template <class Pass, class Args>
+template <class Worker, class Args>
 Error run(const Context<Args>& context) {
-  return context.ready() ? run_tasks<Pass>(context.plan.p.B * context.plan.p.Hk, context) : OUT_OF_MEMORY;
+  return context.ready() ? run_tasks<Worker>(context.plan.p.B * context.plan.p.Hk, context) : OUT_OF_MEMORY;
 }
 
 template <class T>
