@@ -16,12 +16,13 @@ from fastprimer.verify import dtypes_of
 
 EVERY = {"label_smoothing": 0.1, "z_loss": 0.01, "softcap": 5.0, "return_lse": True, "return_argmax": True}
 LARGE = [
+    loss_case("cross_entropy", "pieces-of-16-bits", 5, 17001, ignored=(1,), reduction="none", **EVERY),
     loss_case("linear_cross_entropy", "several-ranges", 300, 4400, 24, ignored=range(0, 300, 7), bias=True, reduction="none", **EVERY),
     loss_case("linear_cross_entropy", "several-columns", 140, 530, 530, ignored=(139,), memory_budget=0, reduction="none"),
     loss_case("linear_cross_entropy", "x-as-it-lies", 160, 300, 64, memory_budget=160 * 4 * 256, reduction="none"),
     loss_case("linear_cross_entropy", "many-tokens", 2100, 650, 16, memory_budget=2100 * 4 * 256, reduction="none", z_loss=0.01),
 ]
-"""Beyond a range of the vocabulary, the 256 columns of a block, and the numbers that make a range short."""
+"""Beyond pieces of a row, a range of the vocabulary, the 256 columns of a block, and the numbers that make a range short."""
 
 SMALL = [c for c in CASES if c.op in ("cross_entropy", "linear_cross_entropy") and not c.bench]
 FUSED = [c for c in SMALL if c.op == "linear_cross_entropy"]
@@ -136,7 +137,7 @@ def assert_right(logits):
 
 def at_all_sizes(test):
     """On either side of what one register, two of them, a group and a piece of the row hold; with every instruction set."""
-    test = pytest.mark.parametrize("V", [1, 15, 31, 32, 33, 63, 64, 65, 127, 128, 129, 190, 2047, 2049])(test)
+    test = pytest.mark.parametrize("V", [1, 15, 31, 32, 33, 63, 64, 65, 127, 128, 129, 190, 4097, 8191, 8193])(test)
     test = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=name)(test)
     return pytest.mark.parametrize("limit", [0, 1, 2])(test)
 
@@ -173,8 +174,8 @@ def test_special_numbers(V, dtype, limit):
     diagonal = torch.arange(len(every)), torch.arange(len(every)) * (V - 1) // max(len(every) - 1, 1)
     with instruction_set(limit):
         assert_right(torch.stack([row, -row, torch.zeros_like(row), -torch.zeros_like(row), torch.full_like(row, -torch.inf)]))
-        zeros = torch.zeros(2, V, dtype=dtype)
-        zeros[0, ::2] = zeros[1, 1::2] = -0.0
+        zeros = torch.zeros(3, V, dtype=dtype)
+        zeros[0, ::2] = zeros[1, 1::2] = zeros[2, : V // 2] = -0.0
         assert_right(zeros)  # of which the first is the largest
         for nan in nan_of_both_signs(dtype):
             for sign in (1, -1):
@@ -200,6 +201,21 @@ def test_exponentials_of_every_size(dtype, limit):
             logits[0, 128] = logits[1, 64:] = top - distance
             with instruction_set(limit):
                 assert_right(logits.to(dtype))
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=name)
+def test_large_logits_cost_no_accuracy(dtype, limit):
+    """lse is rounded once, however far from zero its logits are, but for what a sum in float32 is off by."""
+    random = torch.rand(300, generator=torch.Generator().manual_seed(0))
+    for top in (3.0, 17.25, 99.5, -99.5, 501.0, -1000.0, 1028.0, -5000.0, 30000.0, 1e30, -1e30):
+        if abs(top) < torch.finfo(dtype).max:
+            logits = (top - 8 * random).to(dtype).unsqueeze(0)
+            with instruction_set(limit):
+                lse, _ = forward(logits)
+            exact = torch.logsumexp(logits.double(), -1)
+            unit = torch.nextafter(exact.float().abs(), torch.tensor(torch.inf)) - exact.float().abs()
+            assert (lse - exact).abs() <= 0.5 * unit.double() + 3e-7, top
 
 
 @pytest.mark.parametrize("V", [1 << 18, 256_001])

@@ -16,7 +16,6 @@ constexpr int64_t ROW_STEP = 32;  // the library generates code for each size of
 #else
 constexpr int64_t ROW_STEP = TRANSPOSED;
 #endif
-constexpr float LN_2 = 0.69314718f;
 
 struct Range {
   int64_t begin, end;

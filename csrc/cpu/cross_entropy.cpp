@@ -12,9 +12,9 @@ namespace {
 using namespace surprise;
 
 template <class T>
-constexpr int64_t PIECE = 4096 / sizeof(T);  // numbers of a row: two sweeps of them meet them, and the next ones, in the L1 cache
-constexpr int64_t BLOCK = 256;               // the same, in backward
-constexpr int64_t AHEAD = 512;               // numbers further on are asked for there
+constexpr int64_t PIECE = 16384 / sizeof(T);  // numbers of a row: two sweeps of them meet them, and the next ones, in the L1 cache
+constexpr int64_t BLOCK = 256;                // the same, in backward
+constexpr int64_t AHEAD = 512;                // numbers further on are asked for there
 
 template <class T>
 const T* row_of(const CrossEntropyProblem& p, int64_t token) {

@@ -79,15 +79,23 @@ inline Wide<T> largest_number(const T* z, int64_t n) {
 // The best of at least WORDS numbers of 16 bits, by their bits as integers, of which better(a, b) are the better ones: twice as many at a
 // time as numbers are, and none of them is converted. NaN where it met NaN.
 constexpr int64_t WORDS = REGISTER_BYTES / 2;
+typedef uint16_t Words __attribute__((vector_size(REGISTER_BYTES)));
+template <class T>
+ALWAYS_INLINE Words words_at(const T* z) {
+  return *reinterpret_cast<const Unaligned<uint16_t>::type*>(z);
+}
 template <class Integers, class T, class Better>
 ALWAYS_INLINE float best_of(const T* z, int64_t n, const Better& better) {
   constexpr uint16_t minus_infinity = is_bfloat16<T> ? 0xFF80 : 0xFC00;
-  Integers best = reinterpret_cast<Integers>(Bits{} + minus_infinity * 0x10001u);
-  const auto see = [&](const T* p) {
-    best = better(reinterpret_cast<Integers>(*reinterpret_cast<const Unaligned<uint32_t>::type*>(p)), best);
-  };
-  for (int64_t v = 0; v + WORDS <= n; v += WORDS) see(z + v);
-  see(z + n - WORDS);  // some for the second time
+  const auto at = [z](int64_t v) { return reinterpret_cast<Integers>(words_at(z + v)); };
+  Integers best = reinterpret_cast<Integers>(Words{} + minus_infinity), others = best;
+  int64_t v = 0;
+  for (; v + 4 * WORDS <= n; v += 4 * WORDS) {
+    best = better(better(at(v), at(v + WORDS)), best);
+    others = better(better(at(v + 2 * WORDS), at(v + 3 * WORDS)), others);
+  }
+  for (; v + WORDS <= n; v += WORDS) best = better(at(v), best);
+  best = better(better(at(n - WORDS), others), best);  // some for the second time
   alignas(REGISTER_BYTES) T found[WORDS];
   __builtin_memcpy(found, &best, sizeof(found));
   Vec<float> a, b;
@@ -100,10 +108,9 @@ template <class T>
 inline Wide<T> largest_of(const T* z, int64_t n) {
   if constexpr (sizeof(T) == 2) {
     typedef int16_t Signed __attribute__((vector_size(REGISTER_BYTES)));
-    typedef uint16_t Unsigned __attribute__((vector_size(REGISTER_BYTES)));
     float most = __builtin_nanf("");
     if (n >= WORDS) most = best_of<Signed>(z, n, [](Signed a, Signed b) { return a > b ? a : b; });
-    if (most == -float(INFINITE)) most = best_of<Unsigned>(z, n, [](Unsigned a, Unsigned b) { return a < b ? a : b; });
+    if (most == -float(INFINITE)) most = best_of<Words>(z, n, [](Words a, Words b) { return a < b ? a : b; });
     if (most == most) return most;
   }
   return largest_number(z, n);
@@ -117,20 +124,21 @@ class Exponentials {
   static constexpr int REGISTERS = 4;
   static constexpr int64_t COUNT = REGISTERS * LANES;
 
+  // shift: in units of log 2.
   ALWAYS_INLINE void begin(const T* z, float shift) {
 #pragma GCC unroll 4
     for (int i = 0; i < REGISTERS; i += 2) {
       Vec<float> a, b;
       load_both(z + i * LANES, a, b);
-      powers_.begin(i, (a - shift) * LOG2_E);
-      powers_.begin(i + 1, (b - shift) * LOG2_E);
+      powers_.begin(i, a * LOG2_E - shift);
+      powers_.begin(i + 1, b * LOG2_E - shift);
     }
   }
-  ALWAYS_INLINE void add_to(Vec<float>* sums) const {
+  ALWAYS_INLINE void add_to(Vec<float> (&sums)[2]) const {
     Vec<float> values[REGISTERS];
     powers_.finish(values);
 #pragma GCC unroll 4
-    for (int i = 0; i < REGISTERS; i++) sums[i] += values[i];
+    for (int i = 0; i < REGISTERS; i++) sums[i % 2] += values[i];
   }
 
  private:
@@ -146,36 +154,60 @@ inline Wide<T> sum_one_by_one(const T* z, int64_t n, Wide<T> shift) {
     return exponential<SUM_DEGREE<T>>(load_or(z + v, count, -A(INFINITE)) - shift);
   });
 }
-// The same, each step of four registers beside the other step of those before them.
+
+// The same, each step of four registers beside the other step of those before them. A product and the difference from the shift are one
+// instruction; what the shift was rounded by in units of log 2 is made good in the sum.
+constexpr float OVERLAPPING_SHIFT = 1024;  // at most: so that this is little
 template <class T>
 inline float sum_overlapping(const T* z, int64_t n, float shift) {
   constexpr int64_t step = Exponentials<T>::COUNT;
-  Exponentials<T> now, next;
-  Vec<float> sums[Exponentials<T>::REGISTERS] = {};
-  now.begin(z, shift);
-  int64_t v = step;
-  for (; v + step <= n; v += step) {
+  const float scaled = shift * LOG2_E, rounded = __builtin_fmaf(shift, LOG2_E, -scaled);
+  const auto ask = [=](int64_t v) {
     for (int64_t i = 0; i < step; i += LINE<T>) __builtin_prefetch(z + n + v + i);
-    next.begin(z + v, shift);
-    now.add_to(sums);
-    now = next;
+  };
+  Exponentials<T> even, odd;
+  Vec<float> sums[2] = {};
+  even.begin(z, scaled);
+  int64_t v = step;
+  for (; v + 2 * step <= n; v += 2 * step) {
+    ask(v);
+    odd.begin(z + v, scaled);
+    even.add_to(sums);
+    ask(v + step);
+    even.begin(z + v + step, scaled);
+    odd.add_to(sums);
   }
-  now.add_to(sums);
-  return sum<float>((sums[0] + sums[1]) + (sums[2] + sums[3])) + sum_one_by_one(z + v, n - v, shift);
+  const bool one_more = v + step <= n;
+  if (one_more) odd.begin(z + v, scaled);
+  even.add_to(sums);
+  if (one_more) {
+    odd.add_to(sums);
+    v += step;
+  }
+  return sum<float>(sums[0] + sums[1]) * (1 - rounded * LN_2) + sum_one_by_one(z + v, n - v, shift);
 }
+
 template <class T>
 inline Wide<T> sum_of_exponentials(const T* z, int64_t n, Wide<T> shift) {
   constexpr bool room = REGISTER_BYTES == 64;  // for two times four: AVX-512 has 32 registers
   if constexpr (room && sizeof(Wide<T>) == sizeof(float))
-    if (n >= Exponentials<T>::COUNT) return sum_overlapping(z, n, shift);
+    if (n >= Exponentials<T>::COUNT && -OVERLAPPING_SHIFT <= shift && shift <= OVERLAPPING_SHIFT) return sum_overlapping(z, n, shift);
   return sum_one_by_one(z, n, shift);
 }
 
-// Where among n numbers the first one is that equals `wanted`, which is there.
+// Where among n numbers the first one is that equals `wanted`, which is there. Those of 16 bits are compared as integers, but for zeros,
+// which are equal with both signs.
 template <class T>
 inline int64_t find(const T* z, int64_t n, Wide<T> wanted) {
   constexpr int64_t size = VecOf<Wide<T>>::size;
   int64_t v = 0;
+  if constexpr (sizeof(T) == 2) {
+    const Words bits = Words{} + from_wide<T>(wanted).bits;
+    for (; wanted != 0 && v + 4 * WORDS <= n; v += 4 * WORDS)
+      if (any(((words_at(z + v) == bits) | (words_at(z + v + WORDS) == bits)) |
+              ((words_at(z + v + 2 * WORDS) == bits) | (words_at(z + v + 3 * WORDS) == bits))))
+        break;
+  }
   for (Vec<Wide<T>> a, b; v + 2 * size <= n; v += 2 * size) {
     load_both(z + v, a, b);
     if (any((a == wanted) | (b == wanted))) break;

@@ -322,7 +322,7 @@ inline float largest(Vec<float> v) {
 template <class M>
 inline bool any(M mask) {
 #if defined(__AVX512F__)
-  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask)) != 0;
+  return _mm512_test_epi32_mask(reinterpret_cast<__m512i>(mask), reinterpret_cast<__m512i>(mask)) != 0;
 #elif defined(__AVX2__)
   return _mm256_movemask_epi8(reinterpret_cast<__m256i>(mask)) != 0;
 #else
