@@ -1,5 +1,8 @@
 #include "memory.h"
 
+#include <cstdlib>
+#include <vector>
+
 #include "parallel.h"
 
 #if defined(__linux__)
@@ -10,6 +13,71 @@
 #endif
 
 namespace fastprimer {
+namespace {
+
+// Sizes of blocks: four between a power of two and the next one.
+int64_t size_of_block(int64_t bytes) {
+  int64_t step = 64;
+  while (step <= bytes / 8) step *= 2;
+  return (bytes / step + (bytes % step != 0 || bytes == 0)) * step;
+}
+
+// What a thread has given back, the oldest first.
+class Kept {
+ public:
+  ~Kept() { keep_at_most(0); }
+
+  void* take(int64_t size) {
+    for (auto block = blocks_.end(); block != blocks_.begin();)
+      if ((--block)->size == size) {
+        void* const data = block->data;
+        blocks_.erase(block);
+        total_ -= size;
+        return data;
+      }
+    return nullptr;
+  }
+
+  void add(void* data, int64_t size) {
+    if (size > MOST / 2) return std::free(data);  // and not all others for it
+    blocks_.push_back({data, size});
+    total_ += size;
+    keep_at_most(MOST);
+  }
+
+ private:
+  static constexpr int64_t MOST = 4 << 20;
+  struct Block {
+    void* data;
+    int64_t size;
+  };
+
+  void keep_at_most(int64_t bytes) {
+    auto block = blocks_.begin();
+    for (; total_ > bytes; ++block) {
+      total_ -= block->size;
+      std::free(block->data);
+    }
+    blocks_.erase(blocks_.begin(), block);
+  }
+
+  std::vector<Block> blocks_;
+  int64_t total_ = 0;
+};
+
+thread_local Kept kept;
+
+}  // namespace
+
+void* borrow(int64_t bytes) {
+  const int64_t size = size_of_block(bytes);
+  void* const data = kept.take(size);
+  return data ? data : std::aligned_alloc(64, size);
+}
+
+void give_back(void* data, int64_t bytes) {
+  if (data) kept.add(data, size_of_block(bytes));
+}
 
 #if defined(__linux__)
 namespace {

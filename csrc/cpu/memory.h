@@ -1,4 +1,4 @@
-// Large outputs.
+// Large outputs, and scratch memory.
 #pragma once
 #include <cstdint>
 
@@ -11,5 +11,10 @@ namespace fastprimer {
 // has to back them, where they make it several times slower. So huge pages are taken one by one, and given up for the rest
 // of this output as soon as one came slowly.
 void expect_writes(void* data, int64_t bytes);
+
+// Memory for a while, aligned to 64 bytes; null where there is none. A thread keeps some megabytes of what it has given back: the C library
+// would return them to the system, and the next call would meet a page fault for every 4 KiB.
+void* borrow(int64_t bytes);
+void give_back(void* data, int64_t bytes);
 
 }  // namespace fastprimer

@@ -7,34 +7,18 @@
 // not depend on the number of threads.
 #include "rms_norm.h"
 
-#include <cstdlib>
-
 #include "memory.h"
 #include "parallel.h"
 #include "simd.h"
+#include "tasks.h"
 
 namespace fastprimer {
 inline namespace FASTPRIMER_ISA {
 namespace {
 
 constexpr int64_t FEW = 32;  // rows that are summed up before they join a longer sum: its rounding error stays small
-constexpr Error OUT_OF_MEMORY = "out of memory";
 
 int64_t grain_rows(int64_t C) { return C < GRAIN ? GRAIN / C : 1; }
-
-// Scratch memory of n numbers; data() is null when there was none.
-template <class T>
-class Scratch {
- public:
-  explicit Scratch(int64_t n) : data_(static_cast<T*>(std::malloc(n * sizeof(T)))) {}
-  ~Scratch() { std::free(data_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  T* data() const { return data_; }
-
- private:
-  T* data_;
-};
 
 template <class T, class W>
 void convert(const void* weight, double offset, int64_t C, T* w) {
@@ -57,7 +41,7 @@ void widen_weight(const void* weight, Dtype dtype, double offset, int64_t C, T* 
 template <class T>
 Error forward(const RmsNormForward& a) {
   using A = Wide<T>;
-  const Scratch<A> wide_weight(a.C);
+  const Buffer<A> wide_weight(a.C);
   if (wide_weight.data() == nullptr) return OUT_OF_MEMORY;
   widen_weight(a.weight, a.weight_dtype, a.weight_offset, a.C, wide_weight.data());
   expect_writes(a.y, a.N * a.C * sizeof(T));
@@ -151,7 +135,7 @@ void add_partials(const RmsNormBackward& a) {
 template <class T>
 Error backward(const RmsNormBackward& a) {
   using A = Wide<T>;
-  const Scratch<A> w(a.C);
+  const Buffer<A> w(a.C);
   if (w.data() == nullptr) return OUT_OF_MEMORY;
   widen_weight(a.weight, a.weight_dtype, a.weight_offset, a.C, w.data());
   expect_writes(a.dx, a.N * a.C * sizeof(T));
@@ -160,7 +144,7 @@ Error backward(const RmsNormBackward& a) {
     parallel_for(a.N, grain_rows(a.C), [&](int64_t row) { backward_row<T>(a, row, w.data(), nullptr, past); });
     return nullptr;
   }
-  const Scratch<A> sums_of_few(a.partials * a.C);
+  const Buffer<A> sums_of_few(a.partials * a.C);
   if (sums_of_few.data() == nullptr) return OUT_OF_MEMORY;
   parallel_for(a.partials, 1, [&](int64_t p) {
     A* partial = static_cast<A*>(a.partial) + p * a.C;

@@ -1,8 +1,7 @@
 // Scratch memory, and tasks for threads that have some.
 #pragma once
-#include <cstdlib>
-
 #include "kernel.h"
+#include "memory.h"
 #include "parallel.h"
 
 namespace fastprimer {
@@ -19,14 +18,15 @@ constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple -
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(int64_t n) : data_(static_cast<T*>(std::aligned_alloc(64, round_up(larger(n, 1) * sizeof(T), 64)))) {}
-  ~Buffer() { std::free(data_); }
+  explicit Buffer(int64_t n) : bytes_(n * sizeof(T)), data_(static_cast<T*>(borrow(bytes_))) {}
+  ~Buffer() { give_back(data_, bytes_); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   T* data() const { return data_; }
   T& operator[](int64_t i) const { return data_[i]; }
 
  private:
+  int64_t bytes_;
   T* data_;
 };
 
