@@ -10,7 +10,7 @@ Native and Triton functions are registered operators whose fake is the chapter's
 them. Without a GPU, CPU tensors may run the Triton kernels in Triton's interpreter (TRITON_INTERPRET=1) and the CUDA
 kernels in the emulator (`load_emulator`); neither is ever chosen automatically.
 
-The choice in force is one module global, for it is the one kind of state that torch.compile guards on: a compiled
+The choice in force stands in one list of this module, for globals are the one kind of state that torch.compile guards on: a compiled
 function recompiles when the backend changes. It therefore holds for the whole process, not for one thread.
 """
 
@@ -60,7 +60,8 @@ class _Explained(Exception):
 
 
 class _Explaining(threading.local):
-    active = False
+    def __init__(self):  # of each thread; not of the class, or compiled code would be guarded by its absence
+        self.active = False
 
 
 _explaining = _Explaining()
@@ -72,8 +73,23 @@ def _valid(name: str, source: str) -> str:
     return name
 
 
-_requested = _valid(os.environ.get(VARIABLE) or "auto", VARIABLE)
-_missing = "raise"
+@dataclass(eq=False)
+class _Request(contextlib.AbstractContextManager):
+    """A block of `use_backend`. Where threads leave theirs in another order than they entered them, those still open stay in force."""
+
+    name: str
+    missing: str
+
+    def __enter__(self) -> None:
+        _requests.append(self)
+
+    def __exit__(self, *_) -> None:
+        _requests.remove(self)
+
+
+_requests = [_Request(_valid(os.environ.get(VARIABLE) or "auto", VARIABLE), "raise")]
+"""The last one is in force."""
+
 _chapters: dict[str, object] = {}
 _faster: dict[str, object] = {}
 _functions: dict[tuple[str, str], SimpleNamespace] = {}
@@ -126,18 +142,7 @@ def use_backend(name: str, *, missing: str = "raise") -> contextlib.AbstractCont
     _valid(name, "use_backend: name")
     if missing not in ("raise", "auto"):
         raise ValueError(f"use_backend: missing: expected 'raise' or 'auto', got {missing!r}")
-    return _using(name, missing)
-
-
-@contextlib.contextmanager
-def _using(name: str, missing: str):
-    global _requested, _missing
-    before = _requested, _missing
-    _requested, _missing = name, missing
-    try:
-        yield
-    finally:
-        _requested, _missing = before
+    return _Request(name, missing)
 
 
 def choose(op: str, *args) -> str:
@@ -149,25 +154,34 @@ def choose(op: str, *args) -> str:
         reason = refusal(op, backend, device, args)
         if not reason:
             return backend
-    raise BackendError(f"{op}: backend {_requested!r} was asked for, but {reason}")
+    raise BackendError(f"{op}: backend {_requests[-1].name!r} was asked for, but {reason}")
 
 
 def _candidates(op: str, device: str, args: tuple) -> tuple[str, ...]:
     """The backends that may serve a call, best first: the one asked for, or all that are preferred on this device."""
-    if _requested == "auto" or (_missing == "auto" and _requested != "reference" and _requested not in _chapters[op].LIMITS[op]):
+    request = _requests[-1]
+    name = request.name
+    if name == "auto" or (request.missing == "auto" and name != "reference" and name not in _chapters[op].LIMITS[op]):
         usual = PREFERENCE.get(device, ("reference",))
         if op not in _faster or device != "cuda":  # only there several are fast
             return usual
         first = _faster[op](*args)
         return (first, *(backend for backend in usual if backend != first)) if first in usual else usual
-    return (_requested,)
+    return (name,)
 
 
 def refusal(op: str, backend: str, device: str, args: tuple) -> str:
     """Why this backend cannot serve this call, or ""."""
     if backend == "reference":
         return ""
+    if transforming():
+        return "the transforms of torch.func (grad, vmap, ...) see through the reference alone"
     return unavailable(op, backend, device) or _chapters[op].LIMITS[op][backend](*args)
+
+
+def transforming() -> bool:
+    """Whether a transform of torch.func is at work. (Compiled code is traced with it, or not at all.)"""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def implementation(op: str, backend: str):
@@ -379,6 +393,6 @@ def _explain(op: str, args: tuple) -> Explanation:
 
 
 def _reason_not_preferred(device: str, chosen: str | None) -> str:
-    if _requested != "auto":
-        return f"{_requested!r} was asked for by name"
+    if (name := _requests[-1].name) != "auto":
+        return f"{name!r} was asked for by name"
     return f"{chosen!r} is preferred for {device} tensors"

@@ -7,6 +7,8 @@ from torch.nn.functional import pad
 
 from fastprimer import ops
 
+OPTIONS = ("ignore_index", "label_smoothing", "z_loss", "softcap", "memory_budget")
+
 
 class LinearCrossEntropy(nn.Module):
     """fp.linear_cross_entropy of hidden states with the labels of a language model, shifted as Hugging Face's models do.
@@ -15,10 +17,15 @@ class LinearCrossEntropy(nn.Module):
         shift: position s is asked for the label of position s + 1, and the last for nothing; False: for its own label.
         return_accuracy: forward returns (loss, accuracy): the share of counted tokens that the model would have said.
         options: ignore_index, label_smoothing, z_loss, softcap, memory_budget, as in `linear_cross_entropy`.
+
+    Raises:
+        TypeError: another option; the reduction is forward's business, and lse is not returned.
     """
 
     def __init__(self, *, shift: bool = True, return_accuracy: bool = False, **options):
         super().__init__()
+        for name in options.keys() - set(OPTIONS):
+            raise TypeError(f"LinearCrossEntropy: options: expected {', '.join(OPTIONS)}, got {name!r}")
         self.shift, self.return_accuracy, self.options = shift, return_accuracy, options
         self.ignore_index = options.get("ignore_index", -100)
 
@@ -39,7 +46,8 @@ class LinearCrossEntropy(nn.Module):
         loss = loss if num_items_in_batch is None else loss / num_items_in_batch
         if not self.return_accuracy:
             return loss
-        return loss, (result[1] == labels).sum() / (labels != self.ignore_index).sum()  # argmax of an ignored token is -1
+        counted = labels != self.ignore_index
+        return loss, ((result[1] == labels) & counted).sum() / counted.sum()
 
 
 __all__ = ["LinearCrossEntropy"]

@@ -52,6 +52,20 @@ def test_packed_equals_one_by_one(backend, options):
 
 
 @backends_of("attention")
+@pytest.mark.parametrize("S", [1, 3, 17, 40])
+def test_a_sink_far_above_the_scores_takes_it_all(backend, S):
+    """Then o is 0 and lse the sink, whose gradient is what lse's is; the exponential of the sink alone would be infinite."""
+    device = device_or_skip("attention", backend)
+    q, k = random(device, 1, S, 2, 16), random(device, 1, 40, 1, 16, seed=1)
+    sinks = torch.tensor([200.0, 0.0], device=device, requires_grad=True)
+    with use_backend(backend):
+        o, lse = fp.attention(q, k, k, sinks=sinks, return_lse=True)
+        (dsinks,) = torch.autograd.grad(lse.sum(), sinks)
+    assert not o[:, :, 0].any() and (lse[:, 0] == 200).all()
+    assert dsinks[0] == S and 0 < dsinks[1] < S
+
+
+@backends_of("attention")
 @pytest.mark.parametrize("window", [(0, 0), (16, None), (5, 40), (None, 3), (64, 64)], ids=str)
 def test_a_window_equals_a_mask(backend, window):
     """Blocks outside of the window are never visited: the same as if all were, and were masked."""

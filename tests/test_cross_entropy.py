@@ -124,3 +124,31 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     count = (labels[:, 1:] != -100).sum()
     parts = [torch.autograd.grad(layer(x[i : i + 1], weight, labels[i : i + 1], num_items_in_batch=count), weight)[0] for i in range(3)]
     torch.testing.assert_close(sum(parts), whole)
+
+
+@pytest.mark.parametrize("ignored", [7, -1])
+def test_accuracy_counts_no_ignored_token(ignored):
+    layer = fp.layers.LinearCrossEntropy(shift=False, return_accuracy=True, ignore_index=ignored)
+    for labels, expected in (([0, 1, ignored, ignored], 1.0), ([0, 2, ignored, ignored], 0.5)):
+        assert layer(torch.eye(4)[None], torch.eye(4), torch.tensor([labels]))[1] == expected
+
+
+@pytest.mark.parametrize("name", ["reduction", "return_lse", "bogus"])
+def test_the_layer_takes_no_other_option(name):
+    with pytest.raises(TypeError, match=f"LinearCrossEntropy: options: expected ignore_index, .* got '{name}'"):
+        fp.layers.LinearCrossEntropy(**{name: 1})
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "cuda"])
+def test_targets_of_32_bits_are_compared_as_64(backend):
+    device = device_or_skip("cross_entropy", backend)
+    x, target = torch.randn(3, 5, device=device), torch.tensor([0, 4, 2], device=device)
+    with use_backend(backend):
+        losses = [fp.cross_entropy(x, t, ignore_index=2**40) for t in (target, target.int())]
+    torch.testing.assert_close(losses[0], F.cross_entropy(x, target))
+    assert torch.equal(*losses)
+
+
+def test_the_square_of_a_large_lse_is_not_taken_without_z_loss():
+    with use_backend("reference"):
+        assert fp.cross_entropy(torch.tensor([[1e20, 0.0]]), torch.tensor([0])) == 0

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -143,3 +144,33 @@ main(["doctor"])
 def test_which_gpus_a_build_serves():
     assert runs_on("80", (8, 0)) and runs_on("80", (8, 9)) and runs_on("80", (12, 0)) and not runs_on("80", (7, 5))
     assert runs_on("90a", (9, 0)) and not runs_on("90a", (10, 0)) and runs_on("100a", (10, 0)) and not runs_on("100a", (12, 0))
+
+
+def test_blocks_of_two_threads_may_end_in_any_order():
+    entered, leave = threading.Event(), threading.Event()
+
+    def other():
+        with fp.use_backend("reference"):
+            entered.set()
+            leave.wait()
+
+    def chosen():
+        return fp.explain("swiglu", torch.randn(2, 8)).backend
+
+    usual, thread = chosen(), threading.Thread(target=other)
+    thread.start()
+    entered.wait()
+    with fp.use_backend("auto"):
+        assert chosen() == usual
+        leave.set()
+        thread.join()
+        assert chosen() == usual
+    assert chosen() == usual
+
+
+@needs_native
+def test_a_backend_asked_for_by_name_refuses_the_transforms_of_torch_func():
+    x = torch.randn(2, 8)
+    torch.func.grad(lambda x: fp.rms_norm(x).sin().sum())(x)
+    with fp.use_backend("cpu"), pytest.raises(fp.BackendError, match="the transforms of torch.func .* see through the reference alone"):
+        torch.func.grad(lambda x: fp.rms_norm(x).sin().sum())(x)

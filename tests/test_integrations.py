@@ -2,6 +2,7 @@
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -153,3 +154,15 @@ def test_a_rotation_needs_both_tables(given):
     q, cache, new = random(1, 1, 2, 8), torch.zeros(1, 4, 2, 8), random(1, 1, 2, 8)
     with pytest.raises(ValueError, match="rotary_cos: expected rotary_cos, rotary_sin and new keys k together"):
         fa.flash_attn_with_kvcache(q, cache, cache.clone(), new, new, cache_seqlens=0, **{given: torch.ones(4, 4)})
+
+
+def test_numbers_may_come_as_numpy_or_tensors():
+    q, kv, ends = torch.randn(6, 2, 16), torch.randn(6, 1, 16), torch.tensor([0, 2, 6], dtype=torch.int32)
+    expected = fa.flash_attn_varlen_func(q, kv, kv, ends, ends, 4, 4, softmax_scale=0.5)
+    for longest in (np.int64(4), torch.tensor(4)):
+        o = fa.flash_attn_varlen_func(q, kv, kv, ends, ends, longest, longest, softmax_scale=torch.tensor(0.5), window_size=None)
+        assert torch.equal(o, expected)
+    query, caches = q[None, :1], [torch.randn(1, 8, 1, 16) for _ in "kv"]
+    expected = fa.flash_attn_with_kvcache(query, *caches, cache_seqlens=5)
+    for length in (np.int64(5), torch.tensor(5)):
+        assert torch.equal(fa.flash_attn_with_kvcache(query, *caches, cache_seqlens=length), expected)

@@ -316,9 +316,10 @@ inline void add_up_dsinks(const AttentionBackward& a, const Plan& plan) {
       const Sequence s = plan.sequence(b);
       const int64_t at = plan.lse_offset(s, head, a.stride_lse_batch, a.stride_lse_head);
       total += sum_columns<float>(s.S, [&](int64_t i, auto n) {
-        const Vec<float> lse = load(a.lse + at + i, n);
-        const Vec<float> share = exp2_of<6>((sink - lse) * LOG2_E) * load(a.delta + at + i, n);
-        return lse == -__builtin_inff() ? Vec<float>{} : share;
+        const Vec<float> lse = load(a.lse + at + i, n), delta = load(a.delta + at + i, n);
+        const Vec<float> share = exp2_of<6>((sink - lse) * LOG2_E) * delta;
+        // Behind the last row, too, delta is 0, but not below a large sink is lse, which is 0 there: infinity times 0.
+        return (lse == -__builtin_inff()) | (delta == 0.0f) ? Vec<float>{} : share;
       });
     }
     a.dsinks[head] = static_cast<float>(-total);

@@ -9,6 +9,7 @@ Tensors have the same layout there as here: (B, S, H, D), packed (N, H, D). An a
 
 from __future__ import annotations
 
+import operator
 from typing import Optional, Union
 
 import torch
@@ -28,7 +29,13 @@ def _refuse(function: str, **arguments) -> None:
 
 
 def _options(softmax_scale, causal: bool, window_size, softcap: float) -> dict:
-    return {"causal": causal, "window": tuple(window_size), "scale": softmax_scale, "softcap": softcap or None}
+    scale = None if softmax_scale is None else float(softmax_scale)
+    return {"causal": causal, "window": window_size, "scale": scale, "softcap": softcap or None}
+
+
+def _integer(value):
+    """A number of tokens as FlashAttention takes it: also an integer of numpy, or a tensor of one."""
+    return value if value is None or isinstance(value, int) else operator.index(value)
 
 
 def flash_attn_func(
@@ -72,7 +79,8 @@ def flash_attn_varlen_func(
     """Packed sequences: q (N, H, D), k, v (M, Hk, D), cu_seqlens int32 (B + 1,) -> o (N, H, D); lse is (H, N)."""
     name = "flash_attn_varlen_func"
     _refuse(name, dropout_p=(dropout_p, 0.0), alibi_slopes=(alibi_slopes, None), block_table=(block_table, None))
-    packed = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, "max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
+    longest = {"max_seqlen_q": _integer(max_seqlen_q), "max_seqlen_k": _integer(max_seqlen_k)}
+    packed = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, **longest}
     options = _options(softmax_scale, causal, window_size, softcap)
     o, lse = ops.attention(q, k, v, **packed, **options, return_lse=True)
     return (o, lse, None) if return_attn_probs else o
@@ -109,14 +117,14 @@ def flash_attn_with_kvcache(
     _refuse(name, cache_batch_idx=(cache_batch_idx, None), cache_leftpad=(cache_leftpad, None), alibi_slopes=(alibi_slopes, None))
     B, S = q.shape[:2]
     room = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
-    if cache_seqlens is None or isinstance(cache_seqlens, int):
-        length = room if cache_seqlens is None else cache_seqlens
+    if not isinstance(cache_seqlens, Tensor) or cache_seqlens.dim() == 0:
+        length = room if cache_seqlens is None else _integer(cache_seqlens)
         cache_seqlens = torch.full((B,), length, dtype=torch.int32, device=q.device)
     if (rotary_cos is None) != (rotary_sin is None) or (rotary_cos is not None and k is None):
         raise ValueError(f"{name}: rotary_cos: expected rotary_cos, rotary_sin and new keys k together, got only some of them")
     if rotary_cos is not None:
         own = cache_seqlens[:, None] + torch.arange(S, device=q.device, dtype=cache_seqlens.dtype)
-        local = causal or tuple(window_size) != UNLIMITED
+        local = causal or (window_size is not None and tuple(window_size) != UNLIMITED)
         rotary = {"cos": rotary_cos, "sin": rotary_sin, "interleaved": rotary_interleaved}
         q, _ = ops.rope(q, None, positions=own if local else cache_seqlens[:, None].expand(B, S), **rotary)
         k, _ = ops.rope(k, None, positions=own, **rotary)

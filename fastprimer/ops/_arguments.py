@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastprimer.backends import autocasting
+from fastprimer.backends import autocasting, transforming
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
@@ -46,6 +46,15 @@ def check_integer(name: str, tensor: object) -> None:
 def check_flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
+SOFTCAPS = 2.0**-126, 2.0**126
+"""Kernels have it and its reciprocal in float32, where a smaller one is 0, which means none, and a larger one infinite."""
+
+
+def check_softcap(name: str, softcap: object) -> None:
+    fits = softcap is None or (isinstance(softcap, (int, float)) and SOFTCAPS[0] <= softcap <= SOFTCAPS[1])
+    check(fits, f"{name}: softcap", "None or a finite number > 0", softcap)
 
 
 def inspectable(tensor: Tensor) -> bool:
@@ -91,7 +100,10 @@ def dtype_limit(x: Tensor, constant: Tensor | None, names: str, what: str = "a w
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd would record a call on these tensors, or forward-mode derivatives are asked for (which then raise)."""
+    """Whether autograd would record a call on these tensors, or forward-mode derivatives are asked for (which then raise). Not under a
+    transform of torch.func: there the reference is called as it is, which is plain torch."""
+    if transforming():
+        return False
     if forward_ad._current_level >= 0:
         return True
     if torch.is_grad_enabled():

@@ -10,9 +10,6 @@ from torch import Tensor
 
 from fastprimer.ops import _arguments as arguments
 
-SMALLEST_SOFTCAP = 2.0**-126
-"""A smaller one is 0 in float32, which means none to the kernels."""
-
 
 def check_attention(name: str, q, k, v, scale, softcap, sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -> None:
     """Raise an error that names the argument unless these floating-point q, k, v describe one attention, dense or packed."""
@@ -50,8 +47,7 @@ def check_heads(name: str, q: Tensor, k: Tensor, label: str = "k") -> None:
 def check_scores(name: str, q: Tensor, scale, softcap, sinks) -> None:
     fits = scale is None or (isinstance(scale, (int, float)) and abs(scale) < math.inf)
     arguments.check(fits, f"{name}: scale", "None or a finite number", scale)
-    fits = softcap is None or (isinstance(softcap, (int, float)) and SMALLEST_SOFTCAP <= softcap < math.inf)
-    arguments.check(fits, f"{name}: softcap", "None or a finite number > 0", softcap)
+    arguments.check_softcap(name, softcap)
     if sinks is not None:
         arguments.check_floating(f"{name}: sinks", sinks)
         arguments.check_shape(f"{name}: sinks", sinks, q.shape[-2:-1], "(H,)")

@@ -268,6 +268,7 @@ def attention(
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     check_attention("attention", q, k, v, scale, softcap, sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     left, right = normalise_window("attention", window, causal)
+    arguments.check_flag("attention: return_lse", return_lse)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     options = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, left, right, softcap
     backend = choose("attention", q, k, v, sinks, *options)

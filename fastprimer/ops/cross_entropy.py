@@ -125,7 +125,9 @@ def _losses(z: Tensor, target: Tensor, ignore_index: int, label_smoothing: float
     valid = target != ignore_index
     lse = torch.logsumexp(z, -1)
     z_target = z.gather(-1, torch.where(valid, target, 0).long().unsqueeze(-1)).squeeze(-1)
-    loss = lse - (1 - label_smoothing) * z_target + z_loss * lse.square()
+    loss = lse - (1 - label_smoothing) * z_target
+    if z_loss != 0:  # a square may be infinite
+        loss = loss + z_loss * lse.square()
     if label_smoothing != 0:
         loss = loss - label_smoothing * z.mean(-1)
     return torch.where(valid, loss, 0.0), torch.where(valid, lse, 0.0), torch.where(valid, z.argmax(-1), -1)
@@ -251,7 +253,7 @@ def cross_entropy(
     arguments.check_floating("cross_entropy: logits", logits)
     arguments.check(logits.dim() >= 1 and logits.shape[-1] > 0, "cross_entropy: logits", "shape (..., V), V >= 1", tuple(logits.shape))
     options = _options("cross_entropy", ignore_index, reduction, label_smoothing, z_loss, softcap, return_lse, return_argmax)
-    all_count = _check_target("cross_entropy", target, logits, logits.shape[-1], ignore_index)
+    target, all_count = _checked_target("cross_entropy", target, logits, logits.shape[-1], ignore_index)
     rows, flat = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
     backend = choose("cross_entropy", rows, flat, *options)
     if arguments.needs_gradient(logits):
@@ -295,8 +297,8 @@ def linear_cross_entropy(
     for label, tensor in (("x", x), ("weight", weight)) + ((("bias", bias),) if bias is not None else ()):
         arguments.check_floating(f"{name}: {label}", tensor)
     options = _options(name, ignore_index, reduction, label_smoothing, z_loss, softcap, return_lse, return_argmax)
-    fits = memory_budget is None or (isinstance(memory_budget, int) and memory_budget >= 0)
-    arguments.check(fits, f"{name}: memory_budget", "None or a number of bytes >= 0", repr(memory_budget))
+    if memory_budget is not None:
+        _check_integer(f"{name}: memory_budget", memory_budget, "None or a number of bytes >= 0", 0)
     x, weight, bias = arguments.autocast(x, weight, bias)
     if weight.numel() == 0 or weight.dim() != 2:
         raise ValueError(
@@ -308,7 +310,7 @@ def linear_cross_entropy(
     if bias is not None:
         arguments.check_shape(f"{name}: bias", bias, weight.shape[:1], "(V,)")
         arguments.check_device(f"{name}: bias", bias, x, "x")
-    all_count = _check_target(name, target, x, weight.shape[0], ignore_index)
+    target, all_count = _checked_target(name, target, x, weight.shape[0], ignore_index)
     rows, flat = x.reshape(-1, x.shape[-1]), target.reshape(-1)
     gradient = arguments.needs_gradient(x, weight, bias)
     budget = DEFAULT_BUDGET * x.numel() * x.element_size() if memory_budget is None else memory_budget
@@ -325,27 +327,37 @@ def linear_cross_entropy(
 def _options(name, ignore_index, reduction, label_smoothing, z_loss, softcap, return_lse, return_argmax):
     """The checked options, in the order in which every backend takes them."""
     arguments.check(reduction in ("mean", "sum", "none"), f"{name}: reduction", "'mean', 'sum' or 'none'", repr(reduction))
-    arguments.check(0 <= label_smoothing <= 1, f"{name}: label_smoothing", "a number in 0..1", label_smoothing)
-    arguments.check(softcap is None or softcap > 0, f"{name}: softcap", "None or a number > 0", softcap)
+    _check_integer(f"{name}: ignore_index", ignore_index, "an integer of 64 bits", -(2**63))
+    smooth = isinstance(label_smoothing, (int, float)) and 0 <= label_smoothing <= 1
+    arguments.check(smooth, f"{name}: label_smoothing", "a number in 0..1", label_smoothing)
+    arguments.check(isinstance(z_loss, (int, float)) and abs(z_loss) < 2**126, f"{name}: z_loss", "a finite number", z_loss)
+    arguments.check_softcap(name, softcap)
     arguments.check_flag(f"{name}: return_lse", return_lse)
     arguments.check_flag(f"{name}: return_argmax", return_argmax)
-    return int(ignore_index), float(label_smoothing), float(z_loss), None if softcap is None else float(softcap)
+    return ignore_index, float(label_smoothing), float(z_loss), None if softcap is None else float(softcap)
 
 
-def _check_target(name: str, target: Tensor, x: Tensor, V: int, ignore_index: int) -> bool:
-    """Whether every token is known to count: the usual case, in which one look at the targets is enough, and none at their number."""
+def _check_integer(name: str, value: object, expected: str, least: int) -> None:
+    fits = isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
+    arguments.check(fits, name, expected, repr(value))
+
+
+def _checked_target(name: str, target: Tensor, x: Tensor, V: int, ignore_index: int) -> tuple[Tensor, bool]:
+    """The targets, and whether every token is known to count: the usual case, in which one look at them is enough, and none at their
+    number."""
     arguments.check_integer(f"{name}: target", target)
     arguments.check_shape(f"{name}: target", target, x.shape[:-1], "of the tokens")
     arguments.check_device(f"{name}: target", target, x, "the logits")
+    target = target.long()  # 32 bits would wrap the number that they are compared with
     if not arguments.inspectable(target) or target.numel() == 0:
-        return False
+        return target, False
     least, most = torch.aminmax(target)
     if 0 <= least.item() and most.item() < V:
-        return not 0 <= ignore_index < V
+        return target, not 0 <= ignore_index < V
     wrong = (target != ignore_index) & ((target < 0) | (target >= V))
     if bool(wrong.any()):
         raise ValueError(f"{name}: target: expected numbers in 0..{V - 1} or ignore_index={ignore_index}, got {target[wrong][0].item()}")
-    return False
+    return target, False
 
 
 def _asked_for(outputs, target: Tensor, all_count: bool, ignore_index: int, reduction: str, return_lse: bool, return_argmax: bool):

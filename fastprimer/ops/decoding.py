@@ -167,7 +167,10 @@ def check_cached(name, q, k_cache, v_cache, cache_seqlens, k, v, block_table) ->
         for label, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
             one_place_each = all(size == 1 or stride for size, stride in zip(cache.shape, cache.stride(), strict=True))
             arguments.check(one_place_each, f"{name}: {label}", "memory for each token, not an expanded tensor", cache.stride())
-        arguments.check(k_cache is not v_cache, f"{name}: v_cache", "another tensor than k_cache", "the same")
+        same = k_cache is v_cache
+        if arguments.inspectable(k_cache) and k_cache.numel() and v_cache.numel():
+            same = k_cache.data_ptr() == v_cache.data_ptr()
+        arguments.check(not same, f"{name}: v_cache", "other memory than k_cache's", "the same")
     for label, t in tensors:
         arguments.check_like(f"{name}: {label}", t, q, "q")
     arguments.check_integer(f"{name}: cache_seqlens", cache_seqlens)
@@ -186,6 +189,6 @@ def check_cached(name, q, k_cache, v_cache, cache_seqlens, k, v, block_table) ->
         arguments.check(low >= 0 and high <= room, f"{name}: cache_seqlens", f"0..{room} tokens, the new ones included", (low, high))
         if block_table is not None:  # entries behind a sequence's last page may be anything
             lengths = cache_seqlens + (0 if k is None else S)
-            used = torch.arange(block_table.shape[1]) * k_cache.shape[1] < lengths[:, None]
+            used = torch.arange(block_table.shape[1], device=block_table.device) * k_cache.shape[1] < lengths[:, None]
             wrong = bool((used & ((block_table < 0) | (block_table >= k_cache.shape[0]))).any())
             arguments.check(not wrong, f"{name}: block_table", f"pages in 0..{k_cache.shape[0] - 1}", block_table.tolist())
