@@ -50,6 +50,7 @@ STABLE_TORCH_LIBRARY(FASTPRIMER_NAMESPACE, m) {
   m.def("limit_cpu_instruction_set(int limit) -> int");  // for tests: csrc/cpu/dispatch.cpp
   m.def("allow_brgemm(bool allow) -> bool");             // for tests: csrc/cpu/brgemm.h
   m.def("force_bfloat16_tiles(bool force) -> bool");     // the same
+  m.def("poison_scratch(bool poison) -> bool");          // for tests: csrc/cpu/memory.h
 #else
   m.def("take_traffic() -> int");   // for tests: tests/emulator/traffic.cpp
   m.def("take_products() -> int");  // the same

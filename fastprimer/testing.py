@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import fastprimer
-from fastprimer.backends import use_backend
+from fastprimer.backends import native_reason, use_backend
 from fastprimer.cases import CASES, Case, Inputs
 from fastprimer.oracles import ORACLES
 
@@ -159,7 +159,9 @@ def _judge(case: Case, dtype: torch.dtype, backend: str, draws: list[tuple[dict,
 
 @contextlib.contextmanager
 def poisoned_empty() -> Iterator[None]:
-    """Within the block torch.empty is full of NaN: what a kernel forgets to write shows."""
+    """Within the block torch.empty, and the CPU kernels' own scratch memory, is full of NaN: what a kernel forgets to write shows."""
+    native = not native_reason()
+    scratch = native and torch.ops.fastprimer.poison_scratch(True)
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -169,3 +171,5 @@ def poisoned_empty() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.utils.deterministic.fill_uninitialized_memory = fill
+        if native:
+            torch.ops.fastprimer.poison_scratch(scratch)

@@ -12,7 +12,7 @@ import torch
 
 import fastprimer as fp
 from fastprimer import testing
-from fastprimer.backends import BACKENDS, declared, operations
+from fastprimer.backends import BACKENDS, declared, native_reason, operations
 from fastprimer.cases import attention, rms_norm_case
 from fastprimer.verify import stream, work_of
 
@@ -78,10 +78,13 @@ def test_a_spoiled_result_is_not(spoil):
 
 
 def test_empty_memory_is_poisoned():
-    """Of torch; that of the native library is proven by a planted bug (test_cpu_kernels: elements never written)."""
+    """Of torch; that of the native library is proven by planted bugs (test_cpu_kernels: elements never written, sums not cleared)."""
     with testing.poisoned_empty():
         assert torch.empty(5).isnan().all() and torch.empty(3, dtype=torch.bfloat16).isnan().all()
+        if not native_reason():
+            assert torch.ops.fastprimer.poison_scratch(True)  # it already was
     assert not torch.are_deterministic_algorithms_enabled()
+    assert native_reason() or not torch.ops.fastprimer.poison_scratch(False)
 
 
 @pytest.mark.parametrize("case", testing.CASES, ids=str)

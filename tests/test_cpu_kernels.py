@@ -74,6 +74,11 @@ PLANTED = {
         "short: gradients of what is not seen": ("attention_short.h", "store(ds_row, is_seen ? ds : Vec<float>{});", "store(ds_row, ds);"),
         "short: later queries left out": ("attention_short.h", "r < n; r += KEYS) transpose", "r < 1; r += KEYS) transpose"),
         "a logarithm of few terms": ("simd_math.h", "194440e-4f - 0.5f", "194440e-4f - 0.499f"),
+        "the sums of dq not cleared": (
+            "attention_backward.h",
+            "    __builtin_memset(dq_.data(), 0, x_.width.ld * ROWS<Tile> * sizeof(float));\n",
+            "",
+        ),
         "a sweep left out": ("attention_backward.h", "int64_t sweep = sweeps.begin; sweep <", "int64_t sweep = sweeps.begin + 1; sweep <"),
         "a term left out of the products": (
             "products.h",

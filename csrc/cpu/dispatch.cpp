@@ -8,6 +8,7 @@
 #include "cross_entropy.h"
 #include "decoding.h"
 #include "isa.h"
+#include "memory.h"
 #include "moe.h"
 #include "parallel.h"
 #include "rms_norm.h"
@@ -92,4 +93,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastprimer, CompositeExplicitAutograd, m) {
   m.impl("limit_cpu_instruction_set", TORCH_BOX(&fastprimer::limit_cpu_instruction_set));
   m.impl("allow_brgemm", TORCH_BOX(&fastprimer::allow_brgemm));
   m.impl("force_bfloat16_tiles", TORCH_BOX(&fastprimer::force_bfloat16_tiles));
+  m.impl("poison_scratch", TORCH_BOX(&fastprimer::poison_scratch));
 }

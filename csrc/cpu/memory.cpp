@@ -66,17 +66,26 @@ class Kept {
 };
 
 thread_local Kept kept;
+bool poisoned = false;
 
 }  // namespace
 
 void* borrow(int64_t bytes) {
   const int64_t size = size_of_block(bytes);
-  void* const data = kept.take(size);
-  return data ? data : std::aligned_alloc(64, size);
+  void* data = kept.take(size);
+  if (data == nullptr) data = std::aligned_alloc(64, size);
+  if (poisoned && data) __builtin_memset(data, 0xFF, size);
+  return data;
 }
 
 void give_back(void* data, int64_t bytes) {
   if (data) kept.add(data, size_of_block(bytes));
+}
+
+bool poison_scratch(bool poison) {
+  const bool before = poisoned;
+  poisoned = poison;
+  return before;
 }
 
 #if defined(__linux__)

@@ -17,4 +17,7 @@ void expect_writes(void* data, int64_t bytes);
 void* borrow(int64_t bytes);
 void give_back(void* data, int64_t bytes);
 
+// For tests: fills what is borrowed from now on with NaN, or no more; returns whether it did.
+bool poison_scratch(bool poison);
+
 }  // namespace fastprimer
