@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprimer import ops
+from fastprimer.ops import _arguments as arguments
 from fastprimer.ops.routing import best_tokens, counts_of, within_capacity
 
 
@@ -54,16 +55,36 @@ class Experts(nn.Module):
 
 
 class Router(nn.Module):
-    """Logits of E experts, weight (E, C), and where asked for DeepSeek-V3's bias of the choice, (E,) in float32, no parameter."""
+    """Logits of E experts, weight (E, C), and where asked for DeepSeek-V3's bias of the choice, (E,) in float32, no parameter.
 
-    def __init__(self, width: int, experts: int, selection_bias: bool):
+    Args:
+        wide: computes the logits of a half-precision model in float32. As in transformers, where DeepSeek's router does, whose sigmoids
+            are compared with a bias, and Mixtral's does not.
+    """
+
+    def __init__(self, width: int, experts: int, selection_bias: bool, wide: bool):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, width))
         nn.init.normal_(self.weight, std=0.02)
-        self.register_buffer("e_score_correction_bias", torch.zeros(experts) if selection_bias else None)
+        self.register_buffer("e_score_correction_bias", torch.zeros(experts, dtype=torch.float32) if selection_bias else None)
+        self.wide = wide
 
     def forward(self, tokens: Tensor) -> Tensor:  # (N, C) -> (N, E)
-        return F.linear(tokens.to(self.weight.dtype), self.weight)
+        dtype = arguments.wide(self.weight.dtype) if self.wide else self.weight.dtype
+        return F.linear(tokens.to(dtype), self.weight.to(dtype))
+
+    def _apply(self, fn, recurse=True):  # model.bfloat16() and the like: steps of 0.001 are lost next to 0.5 in bfloat16
+        before = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        bias = self.e_score_correction_bias
+        if bias is not None and bias.dtype != torch.float32:
+            self.e_score_correction_bias = before.to(bias.device, torch.float32)
+        return self
+
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+        if self.e_score_correction_bias is not None:  # assign=True takes the stored tensor
+            self.e_score_correction_bias = self.e_score_correction_bias.float()
 
 
 class Routing(NamedTuple):
@@ -138,7 +159,7 @@ class MoE(nn.Module):
             raise ValueError(f"MoE: capacity_factor: expected a number > 0 or None, got {capacity_factor}")
         if not 1 <= per_token <= experts:
             raise ValueError(f"MoE: per_token: expected a number in 1..experts = {experts}, got {per_token}")
-        self.gate = Router(width, experts, selection_bias)
+        self.gate = Router(width, experts, selection_bias, wide=selection_bias or score == "sigmoid")
         self.experts = Experts(experts, width, inner)
         self.shared_experts = SwiGLU(width, shared) if shared else None
         self.per_token, self.renormalize, self.choice, self.capacity_factor = per_token, renormalize, choice, capacity_factor

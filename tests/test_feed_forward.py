@@ -71,6 +71,13 @@ def test_deepseek_is_that_of_transformers():
     ours = layers.MoE.deepseek(C, INNER, E, 3, shared=2, groups=4, top_groups=2, scale=1.5)
     ours.load_state_dict(theirs.state_dict())
     assert_alike(ours, theirs, tokens(2, 9))
+    bias = theirs.gate.e_score_correction_bias
+    theirs.bfloat16().gate.e_score_correction_bias = bias  # from_pretrained, too, leaves it in float32
+    x = tokens(1000).bfloat16()
+    logits, _, chosen = theirs.gate(x)
+    ours.bfloat16()(x)
+    assert ours.routing.logits.dtype == torch.float32 and torch.equal(ours.routing.logits, logits)
+    assert torch.equal(ours.routing.experts.sort().values, chosen.sort().values)
 
 
 @pytest.mark.parametrize("per_token", [1, 2])
@@ -159,6 +166,26 @@ def test_the_selection_bias_balances_without_a_gradient():
     s = torch.sigmoid(layer.gate(x)).gather(1, experts)
     torch.testing.assert_close(weights, s / s.sum(-1, keepdim=True))
     assert "gate.e_score_correction_bias" in layer.state_dict() and "gate.e_score_correction_bias" not in dict(layer.named_parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_the_selection_bias_stays_in_float32(dtype):
+    """In bfloat16 no step of 0.001 would be left next to 0.5."""
+    layer = layers.MoE.deepseek(C, INNER, E, K)
+    layer.gate.e_score_correction_bias.fill_(0.5)
+    stored = {name: tensor.to(dtype) for name, tensor in layer.state_dict().items()}
+    layer.to(dtype)
+    for _ in range(200):
+        layer.update_selection_bias(0.001, counts=torch.arange(E))
+    bias = layer.gate.e_score_correction_bias
+    assert bias.dtype == torch.float32 and layer.gate.weight.dtype == dtype
+    torch.testing.assert_close(bias, torch.tensor([0.7] * 4 + [0.3] * 4), rtol=0, atol=1e-4)
+    layer(tokens(5).to(dtype))
+    layer.load_state_dict(stored, assign=True)
+    assert layer.gate.e_score_correction_bias.tolist() == [0.5] * E and layer.gate.e_score_correction_bias.dtype == torch.float32
+    assert layer.to("meta", dtype).gate.e_score_correction_bias.is_meta
+    layer.half().to_empty(device="cpu")
+    assert layer.gate.e_score_correction_bias.dtype == torch.float32 and not layer.gate.e_score_correction_bias.is_meta
 
 
 def test_the_bias_may_be_updated_from_counts_of_several_batches():
