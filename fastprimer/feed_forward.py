@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprimer import ops
+from fastprimer.config import is_number
 from fastprimer.ops import _arguments as arguments
-from fastprimer.ops.routing import best_tokens, counts_of, within_capacity
+from fastprimer.ops.routing import best_tokens, check_choice, counts_of, within_capacity
 
 
 class SwiGLU(nn.Module):
@@ -155,10 +156,11 @@ class MoE(nn.Module):
         super().__init__()
         if choice not in ("tokens", "experts"):
             raise ValueError(f"MoE: choice: expected 'tokens' or 'experts', got {choice!r}")
-        if capacity_factor is not None and not capacity_factor > 0:
-            raise ValueError(f"MoE: capacity_factor: expected a number > 0 or None, got {capacity_factor}")
-        if not 1 <= per_token <= experts:
-            raise ValueError(f"MoE: per_token: expected a number in 1..experts = {experts}, got {per_token}")
+        if capacity_factor is not None and not (is_number(capacity_factor) and capacity_factor > 0):
+            raise ValueError(f"MoE: capacity_factor: expected a number > 0 or None, got {capacity_factor!r}")
+        if not is_number(scale):
+            raise ValueError(f"MoE: scale: expected a number, got {scale!r}")
+        check_choice("MoE", experts, per_token, score, groups, top_groups, k_name="per_token", E_name="experts")
         self.gate = Router(width, experts, selection_bias, wide=selection_bias or score == "sigmoid")
         self.experts = Experts(experts, width, inner)
         self.shared_experts = SwiGLU(width, shared) if shared else None
