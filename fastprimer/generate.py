@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from fastprimer.backends import BackendError
 from fastprimer.checkpoint import CheckpointError, write_atomically
-from fastprimer.config import ConfigError
+from fastprimer.config import ConfigError, is_number
 
 VOCABULARY_FILE = "vocabulary.json"
+LEAST_TEMPERATURE = 1e-300
+"""Of a division: 1 / 1e-310 is infinite, and devices divide by multiplying. Long before, only the most probable token is left."""
 
 
 class PromptError(ValueError):
@@ -77,7 +79,12 @@ def generate(
 
     Returns:
         per row, the new tokens without `end`, and the probability that the model gave to them (and to `end`, if it came).
+
+    Raises:
+        ValueError: temperature is no finite number >= 0.
     """
+    if not is_number(temperature) or temperature < 0:
+        raise ValueError(f"generate: temperature: expected a number >= 0, got {temperature!r}")
     batch, length = tokens.shape
     cache = model.new_cache(batch, length + max_new_tokens) if hasattr(model, "new_cache") else None
     log_probability = torch.zeros(batch, dtype=torch.float64, device=tokens.device)
@@ -91,7 +98,9 @@ def generate(
         if temperature == 0:
             chosen = log_p.argmax(-1)
         else:
-            chosen = torch.multinomial((log_p / temperature).softmax(-1), 1, generator=generator)[:, 0]
+            below = log_p - log_p.amax(-1, keepdim=True)  # the largest stays 0 at any temperature, where -inf / -inf would be no number
+            p = (below / max(temperature, LEAST_TEMPERATURE)).softmax(-1)
+            chosen = torch.multinomial(p, 1, generator=generator)[:, 0]
         log_probability += torch.where(running, log_p.gather(-1, chosen[:, None])[:, 0], 0.0)
         unread = chosen[:, None]
         tokens = torch.cat((tokens, unread), dim=1)
