@@ -81,16 +81,20 @@ def generate(
         per row, the new tokens without `end`, and the probability that the model gave to them (and to `end`, if it came).
 
     Raises:
-        ValueError: temperature is no finite number >= 0.
+        ValueError: temperature is no finite number >= 0, or S + max_new_tokens is more than the model's max_position_embeddings.
     """
     if not is_number(temperature) or temperature < 0:
         raise ValueError(f"generate: temperature: expected a number >= 0, got {temperature!r}")
     batch, length = tokens.shape
+    config = getattr(model, "config", None)
+    limit = None if config is None else config.longest_sequence
+    if limit is not None and length + max_new_tokens > limit:
+        expected = f"at most max_position_embeddings = {limit} tokens, the {length} of the prompt included"
+        raise ValueError(f"generate: max_new_tokens: expected {expected}, got {max_new_tokens}")
     cache = model.new_cache(batch, length + max_new_tokens) if hasattr(model, "new_cache") else None
     log_probability = torch.zeros(batch, dtype=torch.float64, device=tokens.device)
     running = torch.ones(batch, dtype=torch.bool, device=tokens.device)
     unread = tokens
-    config = getattr(model, "config", None)
     options = {"longest": length + max_new_tokens} if config is not None and config.rope.adaptive else {}
     for _ in range(max_new_tokens):
         logits = model(tokens, **options) if cache is None else model(unread, cache=cache)
