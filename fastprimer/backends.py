@@ -23,6 +23,7 @@ import importlib.util
 import inspect
 import json
 import os
+import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +73,19 @@ def _valid(name: str, source: str) -> str:
     return name
 
 
-_requested = _valid(os.environ.get(VARIABLE) or "auto", VARIABLE)
+def _of_environment() -> str:
+    try:
+        return _valid(os.environ.get(VARIABLE) or "auto", VARIABLE)
+    except ValueError as error:
+        # The command line imports this package before any line of its own, and owes its user a sentence, not a traceback.
+        script = sys.argv[0] if sys.argv else ""
+        if Path(script).stem == "fastprimer" or (script == "-m" and "fastprimer.cli" in sys.orig_argv):
+            print(f"fastprimer: error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        raise
+
+
+_requested = _of_environment()
 _missing = "raise"
 _chapters: dict[str, object] = {}
 _faster: dict[str, object] = {}
