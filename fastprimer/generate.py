@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -141,9 +142,14 @@ def natural(text: str) -> int:
     return _integer(text, 0)
 
 
-def _integer(text: str, least: int) -> int:
-    if not text.isascii() or not text.isdigit() or not least <= int(text) < 2**31:
-        raise argparse.ArgumentTypeError(f"expected an integer from {least} to {2**31 - 1}, got {text}")
+def thread_count(text: str) -> int:
+    """An argument: a number of CPU threads; with a hundred thousand OpenMP would end the process."""
+    return _integer(text, 1, 16 * (os.cpu_count() or 1))
+
+
+def _integer(text: str, least: int, most: int = 2**31 - 1) -> int:
+    if not text.isascii() or not text.isdigit() or not least <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"expected an integer from {least} to {most}, got {text}")
     return int(text)
 
 

@@ -34,7 +34,7 @@ from fastprimer.calculator import Calculator, MixtureCalculator
 from fastprimer.checkpoint import CheckpointError, Tensors, load_checkpoint, save_checkpoint
 from fastprimer.config import ConfigError
 from fastprimer.feed_forward import auxiliary_losses, utilisation
-from fastprimer.generate import answer, natural, positive
+from fastprimer.generate import answer, natural, positive, thread_count
 from fastprimer.memory import few_collected, keep_freed_memory
 from fastprimer.model import Model
 from fastprimer.train_report import Report, is_simulated, prepare_backend, serving, write_loss_curve
@@ -264,7 +264,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="who computes each operation that has such a kernel (default: auto)",
     )
     parser.add_argument("--model", choices=sorted(MODELS), default="fast", help="fast: on fastprimer's layers; reference: plain torch")
-    parser.add_argument("--threads", type=positive, metavar="N", help=f"CPU threads (default: {THREADS})")
+    parser.add_argument("--threads", type=thread_count, metavar="N", help=f"CPU threads (default: {THREADS})")
     parser.add_argument("--json", action="store_true", help="print one JSON object per line, the last one with the result")
 
 

@@ -282,6 +282,7 @@ def test_out_that_is_a_file_is_refused(tmp_path, capsys):
         ("--learning-rate", "nan"),
         ("--seed", "-1"),
         ("--backend", "gpu"),
+        ("--threads", "100000"),
     ],
     ids=" ".join,
 )
