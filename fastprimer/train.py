@@ -272,20 +272,38 @@ def run(args: argparse.Namespace) -> int:
     threads = torch.get_num_threads()
     torch.set_num_threads(args.threads or THREADS)
     keep_freed_memory()
+    out = Path(args.out or f"runs/{args.task}")
+    earlier = _saved(out / CHECKPOINT_FILE)
     try:
-        return _run(args)
+        return _run(args, out)
     except (ConfigError, CheckpointError, BackendError, TrainingError, OSError) as error:
         print(f"fastprimer train: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("fastprimer train: stopped at once; the last checkpoint is whole", file=sys.stderr)
+        kept = _kept(out / CHECKPOINT_FILE, None if args.resume else earlier)
+        print(f"fastprimer train: stopped at once; {kept}", file=sys.stderr)
         return 130
     finally:
         torch.set_num_threads(threads)
 
 
-def _run(args: argparse.Namespace) -> int:
-    out = Path(args.out or f"runs/{args.task}")
+def _saved(path: Path) -> float | None:
+    """When a checkpoint was written; None: there is none."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return None
+
+
+def _kept(path: Path, foreign: float | None) -> str:
+    """What a run leaves that was stopped at once; foreign: when another run wrote the checkpoint that was there before."""
+    saved = _saved(path)
+    if saved is None:
+        return "there is no checkpoint yet"
+    return f"it has no checkpoint yet, {path} is an earlier run's" if saved == foreign else "the last checkpoint is whole"
+
+
+def _run(args: argparse.Namespace, out: Path) -> int:
     path = out / CHECKPOINT_FILE
     tensors, record = load_checkpoint(path) if args.resume else ({}, None)
     settings = settings_for(args, record)

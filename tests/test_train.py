@@ -124,6 +124,19 @@ def test_ctrl_c_saves_and_says_how_to_resume(tmp_path, quick, monkeypatch, capsy
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_run_that_is_stopped_at_once_says_what_it_leaves(tmp_path, quick, monkeypatch, capsys):
+    def stopped(*line):
+        with monkeypatch.context() as patch:
+            patch.setattr(train.Trainer, "train_step", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+            assert command(*line, out=tmp_path) == 130
+        return capsys.readouterr().err
+
+    assert "stopped at once; there is no checkpoint yet" in stopped("--steps", 4)
+    assert command("--steps", 4, "--stop-at", 2, out=tmp_path) == 0
+    assert f"it has no checkpoint yet, {tmp_path / CHECKPOINT} is an earlier run's" in stopped("--steps", 4)
+    assert "stopped at once; the last checkpoint is whole" in stopped("--resume")
+
+
 def test_training_off_the_main_thread(tmp_path, quick):
     codes = []
     thread = threading.Thread(target=lambda: codes.append(command("--steps", 2, out=tmp_path / "x")))
