@@ -12,6 +12,9 @@ and `MoE.update_selection_bias` the balance without a loss of DeepSeek-V3:
         if isinstance(layer, fp.layers.MoE) and layer.gate.e_score_correction_bias is not None:
             layer.update_selection_bias(0.001)
 
+Under torch.utils.checkpoint that takes use_reentrant=False: the other kind makes its first pass without gradients, so that the losses
+would have none, which `auxiliary_losses` refuses.
+
 Nothing here waits for a GPU: counts stay tensors until somebody prints them.
 """
 
@@ -237,9 +240,9 @@ class MoE(nn.Module):
         return {**self.__dict__, "routing": None}  # its graph can be neither copied nor pickled
 
 
-def _routings(model: nn.Module) -> dict[str, Routing]:
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
-    return {name: layer.routing for name, layer in layers.items() if layer.routing is not None}
+def _routed(model: nn.Module) -> dict[str, MoE]:
+    """The layers that have a routing, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MoE) and module.routing is not None}
 
 
 def auxiliary_losses(model: nn.Module) -> dict[str, Tensor]:
@@ -248,10 +251,22 @@ def auxiliary_losses(model: nn.Module) -> dict[str, Tensor]:
     Returns:
         {"balance": `fp.load_balancing_loss`, "z": `fp.router_z_loss`}. Add them to the loss with coefficients of your own: the papers
         take 0.01 (Switch) for the first and 0.001 (ST-MoE) for the second.
+
+    Raises:
+        RuntimeError: gradients are recorded, and a layer in training has made its logits without them, as within
+            torch.utils.checkpoint(..., use_reentrant=True): the losses would train nothing.
     """
-    routings = _routings(model).values()
-    if not routings:
+    layers = _routed(model)
+    if not layers:
         return {}
+    for name, layer in layers.items():
+        trains = torch.is_grad_enabled() and layer.training and layer.gate.weight.requires_grad
+        if trains and not layer.routing.logits.requires_grad:
+            raise RuntimeError(
+                f"auxiliary_losses: model: expected logits with a graph, got those of {name or 'a layer'!r} without: its last forward pass "
+                "recorded no gradients; call torch.utils.checkpoint with use_reentrant=False, or auxiliary_losses under torch.no_grad()"
+            )
+    routings = [layer.routing for layer in layers.values()]
     return {
         "balance": sum((ops.load_balancing_loss(r.logits, r.experts) for r in routings if not r.even), torch.zeros(())),
         "z": sum(ops.router_z_loss(r.logits) for r in routings),
@@ -266,5 +281,5 @@ def utilisation(model: nn.Module) -> dict[str, dict]:
     """
     return {
         name: {"counts": r.counts().tolist(), "entropy": float(r.entropy()), "dropped": int(r.dropped())}
-        for name, r in _routings(model).items()
+        for name, r in ((name, layer.routing) for name, layer in _routed(model).items())
     }

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastprimer as fp
@@ -138,6 +139,26 @@ def test_auxiliary_losses_are_those_of_all_layers():
     used = layers.utilisation(model)
     assert list(used) == [f"model.layers.{i}.mlp" for i in range(3)]
     assert all(sum(u["counts"]) == 8 * 2 and 0 <= u["entropy"] <= 1 and u["dropped"] == 0 for u in used.values())
+
+
+def test_auxiliary_losses_under_activation_checkpointing():
+    """The reentrant kind would leave them without a graph, and the routers without their balance."""
+    layer, gradients = sharpened(layers.MoE.mixtral(C, INNER)), []
+    x = tokens(N).requires_grad_()
+    for run in (layer, lambda x: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)):
+        y = run(x).square().sum()
+        losses = layers.auxiliary_losses(layer)
+        gradients.append(torch.autograd.grad(y + losses["balance"] + losses["z"], [*layer.parameters()]))
+    torch.testing.assert_close(*gradients)
+    model = torch.nn.Sequential(layer)
+    torch.utils.checkpoint.checkpoint(model, x, use_reentrant=True)
+    with pytest.raises(RuntimeError, match="auxiliary_losses: model: expected logits with a graph, got those of '0' .*use_reentrant=False"):
+        layers.auxiliary_losses(model)
+    with torch.no_grad():
+        assert torch.equal(layers.auxiliary_losses(model)["z"], losses["z"])
+    assert torch.equal(layers.auxiliary_losses(model.eval())["z"], losses["z"])
+    layer.train().gate.weight.requires_grad_(False)
+    assert not layers.auxiliary_losses(layer)["z"].requires_grad
 
 
 def test_entropy_and_counts_of_known_routings():
