@@ -9,20 +9,15 @@ A backend offers `<op>_forward` and `<op>_backward` with the signatures of the o
 Native and Triton functions are registered operators whose fake is the chapter's function, so torch.compile sees through
 them. Without a GPU, CPU tensors may run the Triton kernels in Triton's interpreter (TRITON_INTERPRET=1) and the CUDA
 kernels in the emulator (`load_emulator`); neither is ever chosen automatically.
-
-The choice in force stands in one list of this module, for globals are the one kind of state that torch.compile guards on: a compiled
-function recompiles when the backend changes. It therefore holds for the whole process, not for one thread.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib
 import importlib.util
 import inspect
 import json
-import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +25,13 @@ from types import SimpleNamespace
 
 import torch
 
-BACKENDS = ("reference", "cpu", "triton", "cuda")
+from fastprimer.requested import BACKENDS, requested
+from fastprimer.requested import VARIABLE as VARIABLE
+from fastprimer.requested import use_backend as use_backend
+
 PREFERENCE = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
 """Automatic choice by device type, but for what a chapter knows better; any other device has the reference."""
 
-VARIABLE = "FASTPRIMER_BACKEND"
 PACKAGE = Path(__file__).parent
 
 
@@ -66,29 +63,6 @@ class _Explaining(threading.local):
 
 _explaining = _Explaining()
 
-
-def _valid(name: str, source: str) -> str:
-    if name not in BACKENDS + ("auto",):
-        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS + ('auto',))}, got {name!r}")
-    return name
-
-
-@dataclass(eq=False)
-class _Request(contextlib.AbstractContextManager):
-    """A block of `use_backend`. Where threads leave theirs in another order than they entered them, those still open stay in force."""
-
-    name: str
-    missing: str
-
-    def __enter__(self) -> None:
-        _requests.append(self)
-
-    def __exit__(self, *_) -> None:
-        _requests.remove(self)
-
-
-_requests = [_Request(_valid(os.environ.get(VARIABLE) or "auto", VARIABLE), "raise")]
-"""The last one is in force."""
 
 _chapters: dict[str, object] = {}
 _faster: dict[str, object] = {}
@@ -130,21 +104,6 @@ def outside_autocast(function):
     return call
 
 
-def use_backend(name: str, *, missing: str = "raise") -> contextlib.AbstractContextManager:
-    """Within the block, every operation runs on the backend `name`, or raises BackendError with the reason it cannot.
-
-    Args:
-        name: "reference", "cpu", "triton", "cuda", or "auto" (the default: the fastest that can serve the call).
-        missing: what an operation does that has no such kernel at all: "raise", or "auto" to choose automatically.
-
-    The choice holds for the whole process (see the head of this file); blocks nest.
-    """
-    _valid(name, "use_backend: name")
-    if missing not in ("raise", "auto"):
-        raise ValueError(f"use_backend: missing: expected 'raise' or 'auto', got {missing!r}")
-    return _Request(name, missing)
-
-
 def choose(op: str, *args) -> str:
     """The backend that serves this call of op; args are the arguments of op's forward, the first one a tensor."""
     if _explaining.active:
@@ -154,12 +113,12 @@ def choose(op: str, *args) -> str:
         reason = refusal(op, backend, device, args)
         if not reason:
             return backend
-    raise BackendError(f"{op}: backend {_requests[-1].name!r} was asked for, but {reason}")
+    raise BackendError(f"{op}: backend {requested().name!r} was asked for, but {reason}")
 
 
 def _candidates(op: str, device: str, args: tuple) -> tuple[str, ...]:
     """The backends that may serve a call, best first: the one asked for, or all that are preferred on this device."""
-    request = _requests[-1]
+    request = requested()
     name = request.name
     if name == "auto" or (request.missing == "auto" and name != "reference" and name not in _chapters[op].LIMITS[op]):
         usual = PREFERENCE.get(device, ("reference",))
@@ -393,6 +352,6 @@ def _explain(op: str, args: tuple) -> Explanation:
 
 
 def _reason_not_preferred(device: str, chosen: str | None) -> str:
-    if (name := _requests[-1].name) != "auto":
+    if (name := requested().name) != "auto":
         return f"{name!r} was asked for by name"
     return f"{chosen!r} is preferred for {device} tensors"

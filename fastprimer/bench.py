@@ -25,8 +25,8 @@ from fastprimer.benchmark import comparison, revision, tables
 from fastprimer.benchmark.contest import Settings
 from fastprimer.benchmark.jobs import ALL_PASSES, DTYPES, OPS, Choice, jobs
 from fastprimer.benchmark.models import MODEL_PEERS
-from fastprimer.benchmark.rows import Results, ResultsError, Row, machine
-from fastprimer.generate import natural, positive
+from fastprimer.benchmark.rows import Results, ResultsError, Row, check_writable, machine
+from fastprimer.generate import natural, positive, thread_count
 from fastprimer.memory import keep_freed_memory
 from fastprimer.peers import PEERS
 
@@ -79,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--quick", action="store_true", help="the first case of each operation, no backward pass by itself, few rounds")
     how = parser.add_argument_group("how")
     how.add_argument("--rounds", type=positive, help="measurements of each contestant (default 21, quick 11)")
-    how.add_argument("--threads", type=positive, help="torch's CPU threads (default: as torch chooses)")
+    how.add_argument("--threads", type=thread_count, help="torch's CPU threads (default: as torch chooses)")
     how.add_argument(
         "--memory",
         choices=("kept", "fresh"),
@@ -113,6 +113,9 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     console = Console(stderr=args.json or args.markdown, highlight=False)
     old, commit = _base(args.compare)
+    if args.out:  # not only after minutes of measuring
+        check_writable(args.out)
+        check_writable(_part(args.out))
     found = None
     if commit:
         turns = revision.measure_by_turns(commit, _options(args), args.turns, lambda text: console.print(text, style="dim"))

@@ -2,7 +2,7 @@
 
 Every field is honoured by both models. A config.json that asks for something else (another activation, biases, another scaling
 of the rotary embedding ...) is refused by name: a model that silently ignores a setting computes something else than its author
-meant.
+meant. What a config.json leaves out, or has that its model_type knows nothing of, is what transformers makes of it: see MODEL_TYPES.
 """
 
 from __future__ import annotations
@@ -217,11 +217,15 @@ class Config:
 
     @classmethod
     def from_dict(cls, given: dict) -> Config:
-        """Take the fields of a Hugging Face config.json; refuse those that ask for what is not supported."""
-        given = dict(given)
-        kind = given.get("model_type", "llama")
-        if kind not in MODEL_TYPES:
+        """Take the fields of a Hugging Face config.json; refuse those that ask for what is not supported.
+
+        Without a model_type every field counts, and those left out are as in the constructor.
+        """
+        kind = given.get("model_type", "fastprimer")
+        if not isinstance(kind, str) or kind not in MODEL_TYPES:
             raise ConfigError(f"config: model_type: expected one of {', '.join(MODEL_TYPES)}, got {kind!r}")
+        defaults, fixed = MODEL_TYPES[kind]
+        given = defaults | given | fixed
         given["rope_scaling"] = rope = given.get("rope_scaling") or given.get("rope_parameters")
         original = "original_max_position_embeddings"  # Phi-3 has it outside, where it counts more
         if given.get(original) is not None and isinstance(rope, dict):
@@ -229,8 +233,6 @@ class Config:
                 given["rope_scaling"] = rope | {original: given[original]}
         if given.get("partial_rotary_factor", 1.0) is None:
             given["partial_rotary_factor"] = 1.0
-        if kind == "qwen3":
-            given |= {"qk_norm": True, "sliding_window": None}
         layers = given.get("num_hidden_layers")
         layers = layers if is_count(layers, 1) else 0  # what it must be is checked with all other fields
         layer = "full_attention" if given.get("sliding_window") is None else "sliding_attention"
@@ -255,7 +257,24 @@ class Config:
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
 
-MODEL_TYPES = ("llama", "mistral", "mixtral", "qwen3", "fastprimer")
+MODEL_TYPES = {
+    "llama": ({}, {"sliding_window": None, "num_local_experts": 0, "qk_norm": False}),
+    "mistral": (
+        {"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131072},
+        {"num_local_experts": 0, "qk_norm": False},
+    ),
+    "mixtral": (
+        {"num_local_experts": 8, "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
+        {"norm_topk_prob": True, "qk_norm": False},
+    ),
+    "qwen3": (
+        {"head_dim": 128, "num_key_value_heads": 32, "max_position_embeddings": 32768},
+        {"sliding_window": None, "num_local_experts": 0, "qk_norm": True},
+    ),
+    "fastprimer": ({}, {}),
+}
+"""{model_type: (transformers' values of fields that are left out, where Config's are others; values that this architecture has whatever
+is given)}"""
 
 HIDDEN_ACTS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 """{hidden_act: the activation of fp.swiglu}"""

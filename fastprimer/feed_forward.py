@@ -12,6 +12,9 @@ and `MoE.update_selection_bias` the balance without a loss of DeepSeek-V3:
         if isinstance(layer, fp.layers.MoE) and layer.gate.e_score_correction_bias is not None:
             layer.update_selection_bias(0.001)
 
+Under torch.utils.checkpoint that takes use_reentrant=False: the other kind makes its first pass without gradients, so that the losses
+would have none, which `auxiliary_losses` refuses.
+
 Nothing here waits for a GPU: counts stay tensors until somebody prints them.
 """
 
@@ -25,7 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprimer import ops
-from fastprimer.ops.routing import best_tokens, counts_of, within_capacity
+from fastprimer.config import is_number
+from fastprimer.ops import _arguments as arguments
+from fastprimer.ops.routing import best_tokens, check_choice, counts_of, within_capacity
 
 
 class SwiGLU(nn.Module):
@@ -54,16 +59,36 @@ class Experts(nn.Module):
 
 
 class Router(nn.Module):
-    """Logits of E experts, weight (E, C), and where asked for DeepSeek-V3's bias of the choice, (E,) in float32, no parameter."""
+    """Logits of E experts, weight (E, C), and where asked for DeepSeek-V3's bias of the choice, (E,) in float32, no parameter.
 
-    def __init__(self, width: int, experts: int, selection_bias: bool):
+    Args:
+        wide: computes the logits of a half-precision model in float32. As in transformers, where DeepSeek's router does, whose sigmoids
+            are compared with a bias, and Mixtral's does not.
+    """
+
+    def __init__(self, width: int, experts: int, selection_bias: bool, wide: bool):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, width))
         nn.init.normal_(self.weight, std=0.02)
-        self.register_buffer("e_score_correction_bias", torch.zeros(experts) if selection_bias else None)
+        self.register_buffer("e_score_correction_bias", torch.zeros(experts, dtype=torch.float32) if selection_bias else None)
+        self.wide = wide
 
     def forward(self, tokens: Tensor) -> Tensor:  # (N, C) -> (N, E)
-        return F.linear(tokens.to(self.weight.dtype), self.weight)
+        dtype = arguments.wide(self.weight.dtype) if self.wide else self.weight.dtype
+        return F.linear(tokens.to(dtype), self.weight.to(dtype))
+
+    def _apply(self, fn, recurse=True):  # model.bfloat16() and the like: steps of 0.001 are lost next to 0.5 in bfloat16
+        before = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        bias = self.e_score_correction_bias
+        if bias is not None and bias.dtype != torch.float32:
+            self.e_score_correction_bias = before.to(bias.device, torch.float32)
+        return self
+
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+        if self.e_score_correction_bias is not None:  # assign=True takes the stored tensor
+            self.e_score_correction_bias = self.e_score_correction_bias.float()
 
 
 class Routing(NamedTuple):
@@ -134,11 +159,12 @@ class MoE(nn.Module):
         super().__init__()
         if choice not in ("tokens", "experts"):
             raise ValueError(f"MoE: choice: expected 'tokens' or 'experts', got {choice!r}")
-        if capacity_factor is not None and not capacity_factor > 0:
-            raise ValueError(f"MoE: capacity_factor: expected a number > 0 or None, got {capacity_factor}")
-        if not 1 <= per_token <= experts:
-            raise ValueError(f"MoE: per_token: expected a number in 1..experts = {experts}, got {per_token}")
-        self.gate = Router(width, experts, selection_bias)
+        if capacity_factor is not None and not (is_number(capacity_factor) and capacity_factor > 0):
+            raise ValueError(f"MoE: capacity_factor: expected a number > 0 or None, got {capacity_factor!r}")
+        if not is_number(scale):
+            raise ValueError(f"MoE: scale: expected a number, got {scale!r}")
+        check_choice("MoE", experts, per_token, score, groups, top_groups, k_name="per_token", E_name="experts")
+        self.gate = Router(width, experts, selection_bias, wide=selection_bias or score == "sigmoid")
         self.experts = Experts(experts, width, inner)
         self.shared_experts = SwiGLU(width, shared) if shared else None
         self.per_token, self.renormalize, self.choice, self.capacity_factor = per_token, renormalize, choice, capacity_factor
@@ -214,9 +240,9 @@ class MoE(nn.Module):
         return {**self.__dict__, "routing": None}  # its graph can be neither copied nor pickled
 
 
-def _routings(model: nn.Module) -> dict[str, Routing]:
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE)}
-    return {name: layer.routing for name, layer in layers.items() if layer.routing is not None}
+def _routed(model: nn.Module) -> dict[str, MoE]:
+    """The layers that have a routing, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MoE) and module.routing is not None}
 
 
 def auxiliary_losses(model: nn.Module) -> dict[str, Tensor]:
@@ -225,10 +251,22 @@ def auxiliary_losses(model: nn.Module) -> dict[str, Tensor]:
     Returns:
         {"balance": `fp.load_balancing_loss`, "z": `fp.router_z_loss`}. Add them to the loss with coefficients of your own: the papers
         take 0.01 (Switch) for the first and 0.001 (ST-MoE) for the second.
+
+    Raises:
+        RuntimeError: gradients are recorded, and a layer in training has made its logits without them, as within
+            torch.utils.checkpoint(..., use_reentrant=True): the losses would train nothing.
     """
-    routings = _routings(model).values()
-    if not routings:
+    layers = _routed(model)
+    if not layers:
         return {}
+    for name, layer in layers.items():
+        trains = torch.is_grad_enabled() and layer.training and layer.gate.weight.requires_grad
+        if trains and not layer.routing.logits.requires_grad:
+            raise RuntimeError(
+                f"auxiliary_losses: model: expected logits with a graph, got those of {name or 'a layer'!r} without: its last forward pass "
+                "recorded no gradients; call torch.utils.checkpoint with use_reentrant=False, or auxiliary_losses under torch.no_grad()"
+            )
+    routings = [layer.routing for layer in layers.values()]
     return {
         "balance": sum((ops.load_balancing_loss(r.logits, r.experts) for r in routings if not r.even), torch.zeros(())),
         "z": sum(ops.router_z_loss(r.logits) for r in routings),
@@ -243,5 +281,5 @@ def utilisation(model: nn.Module) -> dict[str, dict]:
     """
     return {
         name: {"counts": r.counts().tolist(), "entropy": float(r.entropy()), "dropped": int(r.dropped())}
-        for name, r in _routings(model).items()
+        for name, r in ((name, layer.routing) for name, layer in _routed(model).items())
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 
 from fastprimer.backends import BackendError
 from fastprimer.checkpoint import CheckpointError, write_atomically
-from fastprimer.config import ConfigError
+from fastprimer.config import ConfigError, is_number
 
 VOCABULARY_FILE = "vocabulary.json"
+LEAST_TEMPERATURE = 1e-300
+"""Of a division: 1 / 1e-310 is infinite, and devices divide by multiplying. Long before, only the most probable token is left."""
 
 
 class PromptError(ValueError):
@@ -77,13 +80,22 @@ def generate(
 
     Returns:
         per row, the new tokens without `end`, and the probability that the model gave to them (and to `end`, if it came).
+
+    Raises:
+        ValueError: temperature is no finite number >= 0, or S + max_new_tokens is more than the model's max_position_embeddings.
     """
+    if not is_number(temperature) or temperature < 0:
+        raise ValueError(f"generate: temperature: expected a number >= 0, got {temperature!r}")
     batch, length = tokens.shape
+    config = getattr(model, "config", None)
+    limit = None if config is None else config.longest_sequence
+    if limit is not None and length + max_new_tokens > limit:
+        expected = f"at most max_position_embeddings = {limit} tokens, the {length} of the prompt included"
+        raise ValueError(f"generate: max_new_tokens: expected {expected}, got {max_new_tokens}")
     cache = model.new_cache(batch, length + max_new_tokens) if hasattr(model, "new_cache") else None
     log_probability = torch.zeros(batch, dtype=torch.float64, device=tokens.device)
     running = torch.ones(batch, dtype=torch.bool, device=tokens.device)
     unread = tokens
-    config = getattr(model, "config", None)
     options = {"longest": length + max_new_tokens} if config is not None and config.rope.adaptive else {}
     for _ in range(max_new_tokens):
         logits = model(tokens, **options) if cache is None else model(unread, cache=cache)
@@ -91,7 +103,9 @@ def generate(
         if temperature == 0:
             chosen = log_p.argmax(-1)
         else:
-            chosen = torch.multinomial((log_p / temperature).softmax(-1), 1, generator=generator)[:, 0]
+            below = log_p - log_p.amax(-1, keepdim=True)  # the largest stays 0 at any temperature, where -inf / -inf would be no number
+            p = (below / max(temperature, LEAST_TEMPERATURE)).softmax(-1)
+            chosen = torch.multinomial(p, 1, generator=generator)[:, 0]
         log_probability += torch.where(running, log_p.gather(-1, chosen[:, None])[:, 0], 0.0)
         unread = chosen[:, None]
         tokens = torch.cat((tokens, unread), dim=1)
@@ -128,9 +142,14 @@ def natural(text: str) -> int:
     return _integer(text, 0)
 
 
-def _integer(text: str, least: int) -> int:
-    if not text.isascii() or not text.isdigit() or not least <= int(text) < 2**31:
-        raise argparse.ArgumentTypeError(f"expected an integer from {least} to {2**31 - 1}, got {text}")
+def thread_count(text: str) -> int:
+    """An argument: a number of CPU threads; with a hundred thousand OpenMP would end the process."""
+    return _integer(text, 1, 16 * (os.cpu_count() or 1))
+
+
+def _integer(text: str, least: int, most: int = 2**31 - 1) -> int:
+    if not text.isascii() or not text.isdigit() or not least <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"expected an integer from {least} to {most}, got {text}")
     return int(text)
 
 

@@ -69,14 +69,16 @@ class Model(nn.Module):
         Args:
             labels: -100 is not counted. The logits are never formed.
             positions: (B, S), by default 0..S-1 after what the cache holds.
-            cache: from new_cache; the tokens follow those that it holds, and are added to it. Needs torch.no_grad().
+            cache: from new_cache; the tokens follow those that it holds, and are added to it. Needs torch.no_grad(). All of them
+                count for max_position_embeddings.
             longest: the number of positions that the frequencies of a rope_type "dynamic" or "longrope" are for; by default the
                 room of the cache, and without one the greatest position + 1. See fastprimer/rotary.py.
         """
-        limit = self.config.longest_sequence
-        if tokens.dim() != 2 or (limit is not None and tokens.shape[1] > limit):
-            expected = "shape (B, S)" + ("" if limit is None else f" with S <= max_position_embeddings = {limit}")
-            raise ValueError(f"Model: tokens: expected {expected}, got {tuple(tokens.shape)}")
+        limit, held = self.config.longest_sequence, 0 if cache is None else cache[0].length
+        if tokens.dim() != 2 or (limit is not None and held + tokens.shape[1] > limit):
+            less = f", less the {held} tokens that the cache holds" if held else ""
+            room = "" if limit is None else f" with S <= max_position_embeddings = {limit}{less}"
+            raise ValueError(f"Model: tokens: expected shape (B, S){room}, got {tuple(tokens.shape)}")
         if positions is not None and positions.shape != tokens.shape:
             raise ValueError(f"Model: positions: expected shape (B, S) = {tuple(tokens.shape)}, got {tuple(positions.shape)}")
         if labels is not None and labels.shape != tokens.shape:

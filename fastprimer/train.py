@@ -34,7 +34,7 @@ from fastprimer.calculator import Calculator, MixtureCalculator
 from fastprimer.checkpoint import CheckpointError, Tensors, load_checkpoint, save_checkpoint
 from fastprimer.config import ConfigError
 from fastprimer.feed_forward import auxiliary_losses, utilisation
-from fastprimer.generate import answer, natural, positive
+from fastprimer.generate import answer, natural, positive, thread_count
 from fastprimer.memory import few_collected, keep_freed_memory
 from fastprimer.model import Model
 from fastprimer.train_report import Report, is_simulated, prepare_backend, serving, write_loss_curve
@@ -264,7 +264,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="who computes each operation that has such a kernel (default: auto)",
     )
     parser.add_argument("--model", choices=sorted(MODELS), default="fast", help="fast: on fastprimer's layers; reference: plain torch")
-    parser.add_argument("--threads", type=positive, metavar="N", help=f"CPU threads (default: {THREADS})")
+    parser.add_argument("--threads", type=thread_count, metavar="N", help=f"CPU threads (default: {THREADS})")
     parser.add_argument("--json", action="store_true", help="print one JSON object per line, the last one with the result")
 
 
@@ -272,20 +272,38 @@ def run(args: argparse.Namespace) -> int:
     threads = torch.get_num_threads()
     torch.set_num_threads(args.threads or THREADS)
     keep_freed_memory()
+    out = Path(args.out or f"runs/{args.task}")
+    earlier = _saved(out / CHECKPOINT_FILE)
     try:
-        return _run(args)
+        return _run(args, out)
     except (ConfigError, CheckpointError, BackendError, TrainingError, OSError) as error:
         print(f"fastprimer train: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("fastprimer train: stopped at once; the last checkpoint is whole", file=sys.stderr)
+        kept = _kept(out / CHECKPOINT_FILE, None if args.resume else earlier)
+        print(f"fastprimer train: stopped at once; {kept}", file=sys.stderr)
         return 130
     finally:
         torch.set_num_threads(threads)
 
 
-def _run(args: argparse.Namespace) -> int:
-    out = Path(args.out or f"runs/{args.task}")
+def _saved(path: Path) -> float | None:
+    """When a checkpoint was written; None: there is none."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return None
+
+
+def _kept(path: Path, foreign: float | None) -> str:
+    """What a run leaves that was stopped at once; foreign: when another run wrote the checkpoint that was there before."""
+    saved = _saved(path)
+    if saved is None:
+        return "there is no checkpoint yet"
+    return f"it has no checkpoint yet, {path} is an earlier run's" if saved == foreign else "the last checkpoint is whole"
+
+
+def _run(args: argparse.Namespace, out: Path) -> int:
     path = out / CHECKPOINT_FILE
     tensors, record = load_checkpoint(path) if args.resume else ({}, None)
     settings = settings_for(args, record)

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastprimer import cases, cli
+from fastprimer import bench, cases, cli
 from fastprimer.backends import _functions, explain, unavailable
 from fastprimer.benchmark import comparison, contest, measure, revision, roofs, tables, timing
 from fastprimer.benchmark.rows import MATRIX, Results, Row
@@ -245,6 +245,9 @@ def test_a_peer_that_fails_or_computes_something_else_is_left_out():
     ("argv", "message"),
     [
         (["--peers", "eager,lager"], "argument --peers: expected names of eager.*got 'lager'"),
+        (["--threads", "100000"], "argument --threads: expected an integer from 1 to .*got 100000"),
+        (["--out", "/proc/x/y.json"], "argument --out: cannot write /proc/x/y.json: No such file"),
+        (["--out", "{tmp}"], "argument --out: cannot write .*: Is a directory"),
         (["--threshold", "much"], "argument --threshold: expected percent.*got 'much'"),
         (["--compare", "no-such-revision"], "argument --compare: expected .* got 'no-such-revision'"),
         (["--compare", "missing.json"], "argument --compare: expected .* got 'missing.json'"),
@@ -255,13 +258,14 @@ def test_a_peer_that_fails_or_computes_something_else_is_left_out():
         (["--pass", "backward", "--op", "attention_with_kv_cache"], "nothing to measure: attention_with_kv_cache"),
     ],
 )
-def test_errors_say_what_was_expected(tmp_path, capsys, argv, message):
+def test_errors_say_what_was_expected(tmp_path, capsys, monkeypatch, argv, message):
     for name, text in {
         "bad": "{",
         "old": '{"machine": {}, "results": []}',
         "broken": '{"schema": 2, "machine": {}, "rows": [{"x": 1}]}',
     }.items():
         (tmp_path / f"{name}.json").write_text(text)
+    monkeypatch.setattr(bench, "_live", lambda *_: pytest.fail("measured"))
     try:
         status = cli.main(["bench", "--quick", "--peers", "none", *(word.replace("{tmp}", str(tmp_path)) for word in argv)])
     except SystemExit as stopped:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 import fastprimer as fp
 from fastprimer.backends import BACKENDS, runs_on, unavailable
 
+ROOT = Path(__file__).resolve().parent.parent
 NATIVE = unavailable("rms_norm", "cpu", "cpu")
 needs_native = pytest.mark.skipif(bool(NATIVE), reason=NATIVE)
 
@@ -117,9 +119,23 @@ def test_the_variable_chooses_and_is_checked():
     ask = "import torch, fastprimer as fp; print(fp.explain('rms_norm', torch.randn(2, 8)).backend)"
     assert python(ask, FASTPRIMER_BACKEND="reference").stdout.strip() == "reference"
     assert "FASTPRIMER_BACKEND: expected one of" in python(ask, FASTPRIMER_BACKEND="gpu").stderr
+    assert "ValueError: FASTPRIMER_BACKEND" in python("import fastprimer", FASTPRIMER_BACKEND="gpu").stderr
     refused = python("import torch, fastprimer as fp; fp.rms_norm(torch.randn(2, 8))", FASTPRIMER_BACKEND="cuda")
     if not torch.cuda.is_available():
         assert "CUDA kernels run on CPU tensors only in the emulator" in refused.stderr
+
+
+@pytest.mark.parametrize("how", ["module", "script"])
+@pytest.mark.parametrize("line", [["doctor"], ["generate", "--model", "x", "two"]], ids=" ".join)
+def test_the_command_line_says_what_is_wrong_with_the_variable(how, line, tmp_path):
+    command = ["-m", "fastprimer.cli"]
+    if how == "script":  # as pip writes it
+        (tmp_path / "fastprimer").write_text("import sys\nfrom fastprimer.cli import main\nsys.exit(main())\n")
+        command = [str(tmp_path / "fastprimer")]
+    environment = os.environ | {"FASTPRIMER_BACKEND": "nope", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *command, *line], env=environment, capture_output=True, text=True)
+    expected = "fastprimer: error: FASTPRIMER_BACKEND: expected one of reference, cpu, triton, cuda, auto, got 'nope'\n"
+    assert done.returncode == 2 and done.stderr.endswith(expected) and "Traceback" not in done.stderr
 
 
 def test_without_the_native_library_everything_still_works(tmp_path):

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastprimer as fp
@@ -71,6 +72,13 @@ def test_deepseek_is_that_of_transformers():
     ours = layers.MoE.deepseek(C, INNER, E, 3, shared=2, groups=4, top_groups=2, scale=1.5)
     ours.load_state_dict(theirs.state_dict())
     assert_alike(ours, theirs, tokens(2, 9))
+    bias = theirs.gate.e_score_correction_bias
+    theirs.bfloat16().gate.e_score_correction_bias = bias  # from_pretrained, too, leaves it in float32
+    x = tokens(1000).bfloat16()
+    logits, _, chosen = theirs.gate(x)
+    ours.bfloat16()(x)
+    assert ours.routing.logits.dtype == torch.float32 and torch.equal(ours.routing.logits, logits)
+    assert torch.equal(ours.routing.experts.sort().values, chosen.sort().values)
 
 
 @pytest.mark.parametrize("per_token", [1, 2])
@@ -133,6 +141,26 @@ def test_auxiliary_losses_are_those_of_all_layers():
     assert all(sum(u["counts"]) == 8 * 2 and 0 <= u["entropy"] <= 1 and u["dropped"] == 0 for u in used.values())
 
 
+def test_auxiliary_losses_under_activation_checkpointing():
+    """The reentrant kind would leave them without a graph, and the routers without their balance."""
+    layer, gradients = sharpened(layers.MoE.mixtral(C, INNER)), []
+    x = tokens(N).requires_grad_()
+    for run in (layer, lambda x: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)):
+        y = run(x).square().sum()
+        losses = layers.auxiliary_losses(layer)
+        gradients.append(torch.autograd.grad(y + losses["balance"] + losses["z"], [*layer.parameters()]))
+    torch.testing.assert_close(*gradients)
+    model = torch.nn.Sequential(layer)
+    torch.utils.checkpoint.checkpoint(model, x, use_reentrant=True)
+    with pytest.raises(RuntimeError, match="auxiliary_losses: model: expected logits with a graph, got those of '0' .*use_reentrant=False"):
+        layers.auxiliary_losses(model)
+    with torch.no_grad():
+        assert torch.equal(layers.auxiliary_losses(model)["z"], losses["z"])
+    assert torch.equal(layers.auxiliary_losses(model.eval())["z"], losses["z"])
+    layer.train().gate.weight.requires_grad_(False)
+    assert not layers.auxiliary_losses(layer)["z"].requires_grad
+
+
 def test_entropy_and_counts_of_known_routings():
     logits = torch.zeros(4, 4)
     one = layers.Routing(logits, torch.zeros(4, 1, dtype=torch.int64), None, even=False)
@@ -161,6 +189,26 @@ def test_the_selection_bias_balances_without_a_gradient():
     assert "gate.e_score_correction_bias" in layer.state_dict() and "gate.e_score_correction_bias" not in dict(layer.named_parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_the_selection_bias_stays_in_float32(dtype):
+    """In bfloat16 no step of 0.001 would be left next to 0.5."""
+    layer = layers.MoE.deepseek(C, INNER, E, K)
+    layer.gate.e_score_correction_bias.fill_(0.5)
+    stored = {name: tensor.to(dtype) for name, tensor in layer.state_dict().items()}
+    layer.to(dtype)
+    for _ in range(200):
+        layer.update_selection_bias(0.001, counts=torch.arange(E))
+    bias = layer.gate.e_score_correction_bias
+    assert bias.dtype == torch.float32 and layer.gate.weight.dtype == dtype
+    torch.testing.assert_close(bias, torch.tensor([0.7] * 4 + [0.3] * 4), rtol=0, atol=1e-4)
+    layer(tokens(5).to(dtype))
+    layer.load_state_dict(stored, assign=True)
+    assert layer.gate.e_score_correction_bias.tolist() == [0.5] * E and layer.gate.e_score_correction_bias.dtype == torch.float32
+    assert layer.to("meta", dtype).gate.e_score_correction_bias.is_meta
+    layer.half().to_empty(device="cpu")
+    assert layer.gate.e_score_correction_bias.dtype == torch.float32 and not layer.gate.e_score_correction_bias.is_meta
+
+
 def test_the_bias_may_be_updated_from_counts_of_several_batches():
     layer = layers.MoE(C, INNER, 4, 1, selection_bias=True)
     layer.update_selection_bias(0.5, counts=torch.tensor([6, 2, 4, 4]))
@@ -172,7 +220,17 @@ def test_the_bias_may_be_updated_from_counts_of_several_batches():
     [
         (lambda: layers.MoE(C, INNER, 4, 5), "MoE: per_token: expected a number in 1..experts = 4, got 5"),
         (lambda: layers.MoE(C, INNER, 4, 2, choice="nobody"), "MoE: choice: expected 'tokens' or 'experts', got 'nobody'"),
+        (lambda: layers.MoE(C, INNER, 4, True), "MoE: per_token: expected a number in 1..experts = 4, got True"),
         (lambda: layers.MoE(C, INNER, 4, 2, capacity_factor=0), "MoE: capacity_factor: expected a number > 0 or None, got 0"),
+        (lambda: layers.MoE(C, INNER, 4, 2, capacity_factor=math.inf), "MoE: capacity_factor: expected a number > 0 or None, got inf"),
+        (lambda: layers.MoE(C, INNER, 4, 2, capacity_factor="2"), "MoE: capacity_factor: expected a number > 0 or None, got '2'"),
+        (lambda: layers.MoE(C, INNER, 4, 2, scale=None), "MoE: scale: expected a number, got None"),
+        (lambda: layers.MoE(C, INNER, 4, 2, score="bogus"), "MoE: score: expected one of softmax, softmax_topk, sigmoid, got 'bogus'"),
+        (lambda: layers.MoE(C, INNER, 4, 2, groups=3, top_groups=1), "MoE: groups: expected a divisor of experts = 4, got 3"),
+        (lambda: layers.MoE(C, INNER, 4, 2, groups=2), "MoE: top_groups: expected both groups and top_groups, or neither, got None"),
+        (lambda: layers.MoE(C, INNER, 4, 2, groups=2, top_groups=3), "MoE: top_groups: expected a number in 1..groups = 2, got 3"),
+        (lambda: layers.MoE(C, INNER, 4, 3, groups=2, top_groups=1), "MoE: per_token: expected at most 2, the experts in"),
+        (lambda: layers.MoE.deepseek(16, 8, 4, 2), "MoE: groups: expected a divisor of experts = 4, got 8"),
         (lambda: layers.MoE(C, INNER, 4, 2).update_selection_bias(), "expected a layer with selection_bias=True"),
         (lambda: layers.MoE(C, INNER, 4, 2, selection_bias=True).update_selection_bias(), "there was no forward pass yet"),
     ],

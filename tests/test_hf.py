@@ -62,6 +62,40 @@ def fresh(model):
     return again
 
 
+ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "mixtral": "Mixtral", "qwen3": "Qwen3"}
+FIELDS = (
+    "num_key_value_heads", "max_position_embeddings", "rms_norm_eps", "sliding_window", "hidden_act", "tie_word_embeddings",
+    "num_local_experts", "num_experts_per_tok", "initializer_range",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_a_config_with_little_in_it_is_theirs(model_type):
+    given = dict(vocab_size=61, hidden_size=256, intermediate_size=48, num_hidden_layers=2, num_attention_heads=32)
+    theirs = getattr(transformers, f"{ARCHITECTURES[model_type]}Config").from_dict(given)
+    for more in ({}, {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}):
+        ours = fp.Config.from_dict(given | more | {"model_type": model_type})
+        fields = [field for field in FIELDS if hasattr(theirs, field)]
+        assert {f: getattr(ours, f) for f in fields} == {f: getattr(theirs, f) for f in fields}
+        assert ours.head_dim == (theirs.head_dim or 256 // 32) and ours.rope_theta == theirs.rope_parameters["rope_theta"]
+        assert ours.model_type == model_type and fp.Config.from_dict(ours.to_dict()) == ours
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_what_they_ignore_is_ignored(model_type, tmp_path):
+    """A window of LLaMA, experts of a dense model, a norm that an architecture does not have."""
+    foreign = {"sliding_window": 5, "num_local_experts": 4, "qk_norm": model_type != "qwen3", "norm_topk_prob": False}
+    config = getattr(transformers, f"{ARCHITECTURES[model_type]}Config").from_dict({**SIZES, "head_dim": 8, **foreign})
+    torch.manual_seed(0)
+    theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    ours = fp.Model(fp.Config.from_dict({**SIZES, "head_dim": 8, **foreign, "model_type": model_type}))
+    ours.load_state_dict(theirs.state_dict())
+    assert ours.config.model_type == model_type
+    with torch.no_grad():
+        assert distance(ours(tokens(12)), theirs(tokens(12)).logits) < ROUNDING
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_their_weights_give_their_logits(name, tmp_path):

@@ -160,16 +160,6 @@ def test_decoding_with_a_cache_gives_the_same_tokens(name):
     assert p == pytest.approx(q, rel=1e-9)
 
 
-def test_generate_ends_and_draws():
-    slow, fast = models(DENSE)
-    rows, _ = generate(slow, TOKENS[:1], 6)
-    end = rows[0][2]
-    short, probability = generate(slow, TOKENS[:1], 6, end=end)
-    assert short[0] == rows[0][: rows[0].index(end)] and 0 < probability[0] < 1
-    draws = [generate(fast, TOKENS, 6, temperature=2.0, generator=torch.Generator().manual_seed(s))[0] for s in (0, 0, 1)]
-    assert draws[0] == draws[1] != draws[2]
-
-
 def test_model_names_a_wrong_argument():
     _, fast = models(dataclasses.replace(DENSE, max_position_embeddings=14))
     fast(TOKENS)

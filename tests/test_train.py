@@ -124,6 +124,19 @@ def test_ctrl_c_saves_and_says_how_to_resume(tmp_path, quick, monkeypatch, capsy
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_a_run_that_is_stopped_at_once_says_what_it_leaves(tmp_path, quick, monkeypatch, capsys):
+    def stopped(*line):
+        with monkeypatch.context() as patch:
+            patch.setattr(train.Trainer, "train_step", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+            assert command(*line, out=tmp_path) == 130
+        return capsys.readouterr().err
+
+    assert "stopped at once; there is no checkpoint yet" in stopped("--steps", 4)
+    assert command("--steps", 4, "--stop-at", 2, out=tmp_path) == 0
+    assert f"it has no checkpoint yet, {tmp_path / CHECKPOINT} is an earlier run's" in stopped("--steps", 4)
+    assert "stopped at once; the last checkpoint is whole" in stopped("--resume")
+
+
 def test_training_off_the_main_thread(tmp_path, quick):
     codes = []
     thread = threading.Thread(target=lambda: codes.append(command("--steps", 2, out=tmp_path / "x")))
@@ -282,6 +295,7 @@ def test_out_that_is_a_file_is_refused(tmp_path, capsys):
         ("--learning-rate", "nan"),
         ("--seed", "-1"),
         ("--backend", "gpu"),
+        ("--threads", "100000"),
     ],
     ids=" ".join,
 )
@@ -311,7 +325,8 @@ def test_generate(tmp_path, quick, capsys):
     assert set(said) == {"prompt", "answer", "probability"} and 0 <= said["probability"] <= 1
     assert ask("--model", out, "two plus three equals") == 0
     assert capsys.readouterr().out.startswith("two plus three equals -> ")
-    assert ask("--model", out, "--temperature", 1.5, "--seed", 4, "two plus three equals") == 0
+    for temperature in (1.5, 1e-310):
+        assert ask("--model", out, "--temperature", temperature, "--seed", 4, "two plus three equals") == 0
 
     def refusal(*line):
         code = ask(*line)

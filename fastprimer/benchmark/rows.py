@@ -77,6 +77,18 @@ class Row:
         return row
 
 
+def check_writable(path: Path) -> None:
+    """Make the folder of a file to come, and refuse a file that cannot be written; what it holds stays."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        there = path.exists()
+        path.open("ab").close()
+        if not there:
+            path.unlink()
+    except OSError as error:
+        raise ResultsError(f"argument --out: cannot write {path}: {error.strerror}") from None
+
+
 @dataclass
 class Results:
     machine: dict
@@ -87,8 +99,11 @@ class Results:
         return json.dumps(_rounded(record), indent=indent)
 
     def write(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.to_json(indent=1) + "\n")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(self.to_json(indent=1) + "\n")
+        except OSError as error:
+            raise ResultsError(f"cannot write {path}: {error.strerror}") from None
 
     @classmethod
     def parse(cls, text: str, source: str) -> Results:

@@ -49,6 +49,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from fastprimer.backends import choose, implementation
+from fastprimer.config import is_count
 from fastprimer.ops import _arguments as arguments
 
 SCORES = ("softmax", "softmax_topk", "sigmoid")
@@ -157,6 +158,27 @@ class Route(torch.autograd.Function):
         return None, dlogits, *([None] * 7)
 
 
+def check_choice(
+    op: str, E: int, k: object, score: object, groups: object, top_groups: object, *, k_name: str = "k", E_name: str = "E"
+) -> None:
+    """Refuse how K of E experts are to be chosen, as `op` and under its names of k and E, unless `route` can do it."""
+    if not is_count(k, 1) or k > E:
+        arguments.refuse(f"{op}: {k_name}", f"a number in 1..{E_name} = {E}", k)
+    if score not in SCORES:
+        arguments.refuse(f"{op}: score", f"one of {', '.join(SCORES)}", repr(score))
+    if (groups is None) != (top_groups is None):
+        arguments.refuse(f"{op}: top_groups", "both groups and top_groups, or neither", top_groups)
+    if groups is None:
+        return
+    if not is_count(groups, 1) or E % groups:
+        arguments.refuse(f"{op}: groups", f"a divisor of {E_name} = {E}", groups)
+    if not is_count(top_groups, 1) or top_groups > groups:
+        arguments.refuse(f"{op}: top_groups", f"a number in 1..groups = {groups}", top_groups)
+    room = top_groups * (E // groups)
+    if k > room:
+        arguments.refuse(f"{op}: {k_name}", f"at most {room}, the experts in top_groups groups", k)
+
+
 def route(
     logits: Tensor,
     k: int,
@@ -191,18 +213,11 @@ def route(
     arguments.check_floating("route: logits", logits)
     arguments.check(logits.dim() == 2 and logits.shape[1] > 0, "route: logits", "shape (N, E)", tuple(logits.shape))
     E = logits.shape[1]
-    arguments.check(isinstance(k, int) and 1 <= k <= E, "route: k", f"a number in 1..E = {E}", k)
-    arguments.check(score in SCORES, "route: score", f"one of {', '.join(SCORES)}", repr(score))
+    check_choice("route", E, k, score, groups, top_groups)
     if bias is not None:
         arguments.check_floating("route: bias", bias)
         arguments.check_shape("route: bias", bias, (E,), "(E,)")
         arguments.check_device("route: bias", bias, logits, "logits")
-    arguments.check((groups is None) == (top_groups is None), "route: top_groups", "both groups and top_groups, or neither", top_groups)
-    if groups is not None:
-        arguments.check(groups > 0 and E % groups == 0, "route: groups", f"a divisor of E = {E}", groups)
-        arguments.check(1 <= top_groups <= groups, "route: top_groups", f"a number in 1..groups = {groups}", top_groups)
-        room = top_groups * (E // groups)
-        arguments.check(k <= room, "route: k", f"at most {room}, the experts in top_groups groups", k)
     call = logits, k, SCORES.index(score), bool(renormalize), bias, groups, top_groups, float(scale)
     backend = choose("route", *call)
     if arguments.needs_gradient(logits):
@@ -251,7 +266,11 @@ def load_balancing_loss(logits: Tensor, experts: Tensor) -> Tensor:
     arguments.check_integer("load_balancing_loss: experts", experts)
     fits = experts.dim() == 2 and experts.shape[0] == logits.shape[0]
     arguments.check(fits, "load_balancing_loss: experts", f"shape (N = {logits.shape[0]}, K)", tuple(experts.shape))
+    arguments.check_device("load_balancing_loss: experts", experts, logits, "logits")
     N, E = logits.shape
+    if experts.numel() and arguments.inspectable(experts):
+        low, high = int(experts.min()), int(experts.max())
+        arguments.check(0 <= low and high < E, "load_balancing_loss: experts", f"numbers in 0..{E - 1}", (low, high))
     p = torch.softmax(logits.to(arguments.wide(logits.dtype)), -1)
     return E * (counts_of(experts, E) * p.sum(0)).sum() / max(N, 1) ** 2
 

@@ -1,0 +1,65 @@
+"""Decoding: its end, its draws, its temperature, and how far it goes. That a cache changes nothing: tests/test_model.py."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from fastprimer import reference
+from fastprimer.config import Config
+from fastprimer.generate import generate
+from fastprimer.model import Model
+
+SHAPE = Config(
+    vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    initializer_range=0.2,
+)  # fmt: skip
+TOKENS = torch.randint(50, (3, 14), generator=torch.Generator().manual_seed(0))
+
+
+def models(config=SHAPE):
+    torch.manual_seed(0)
+    slow = reference.Model(config)
+    fast = Model(config)
+    fast.load_state_dict(slow.state_dict())
+    return slow, fast
+
+
+def test_generate_ends_and_draws():
+    slow, fast = models()
+    rows, _ = generate(slow, TOKENS[:1], 6)
+    end = rows[0][2]
+    short, probability = generate(slow, TOKENS[:1], 6, end=end)
+    assert short[0] == rows[0][: rows[0].index(end)] and 0 < probability[0] < 1
+    draws = [generate(fast, TOKENS, 6, temperature=2.0, generator=torch.Generator().manual_seed(s))[0] for s in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
+
+
+@pytest.mark.parametrize("temperature", (1e-310, 5e-324, 1e-30, 1e-5))
+def test_a_tiny_temperature_takes_the_most_probable(temperature):
+    _, fast = models()
+    generator = torch.Generator().manual_seed(0)
+    assert generate(fast, TOKENS, 6, temperature=temperature, generator=generator) == generate(fast, TOKENS, 6)
+
+
+@pytest.mark.parametrize("temperature", (-1, float("nan"), float("inf"), "1", True))
+def test_generate_refuses_what_is_no_temperature(temperature):
+    with pytest.raises(ValueError, match=f"generate: temperature: expected a number >= 0, got {temperature!r}"):
+        generate(models()[1], TOKENS, 6, temperature=temperature)
+
+
+def test_a_cache_does_not_go_beyond_the_positions():
+    slow, fast = models(dataclasses.replace(SHAPE, max_position_embeddings=16))
+    with torch.no_grad():
+        cache = fast.new_cache(3, 40)
+        fast(TOKENS, cache=cache)
+        fast(TOKENS[:, :1], cache=cache)
+        with pytest.raises(ValueError, match="S <= max_position_embeddings = 16, less the 15 tokens that the cache holds, got .3, 2"):
+            fast(TOKENS[:, :2], cache=cache)
+        fast(TOKENS[:, :1], cache=cache)
+    for model in (slow, fast):
+        assert len(generate(model, TOKENS, 2)[0][0]) == 2
+        with pytest.raises(
+            ValueError, match="generate: max_new_tokens: expected at most .* = 16 tokens, the 14 of the prompt included, got 3"
+        ):
+            generate(model, TOKENS, 3)
