@@ -246,8 +246,8 @@ def test_a_peer_that_fails_or_computes_something_else_is_left_out():
     [
         (["--peers", "eager,lager"], "argument --peers: expected names of eager.*got 'lager'"),
         (["--threads", "100000"], "argument --threads: expected an integer from 1 to .*got 100000"),
-        (["--out", "/proc/x/y.json"], "argument --out: cannot write /proc/x/y.json: No such file"),
-        (["--out", "{tmp}"], "argument --out: cannot write .*: Is a directory"),
+        (["--out", "/proc/x/y.json"], "argument --out: expected a file .*, got /proc/x/y.json: No such"),
+        (["--out", "{tmp}"], "argument --out: expected a file that can be written, got .*: Is a directory"),
         (["--threshold", "much"], "argument --threshold: expected percent.*got 'much'"),
         (["--compare", "no-such-revision"], "argument --compare: expected .* got 'no-such-revision'"),
         (["--compare", "missing.json"], "argument --compare: expected .* got 'missing.json'"),

@@ -86,7 +86,7 @@ def check_writable(path: Path) -> None:
         if not there:
             path.unlink()
     except OSError as error:
-        raise ResultsError(f"argument --out: cannot write {path}: {error.strerror}") from None
+        raise ResultsError(f"argument --out: expected a file that can be written, got {path}: {error.strerror}") from None
 
 
 @dataclass
