@@ -125,9 +125,7 @@ def _losses(z: Tensor, target: Tensor, ignore_index: int, label_smoothing: float
     valid = target != ignore_index
     lse = torch.logsumexp(z, -1)
     z_target = z.gather(-1, torch.where(valid, target, 0).long().unsqueeze(-1)).squeeze(-1)
-    loss = lse - (1 - label_smoothing) * z_target
-    if z_loss != 0:  # a square may be infinite
-        loss = loss + z_loss * lse.square()
+    loss = lse - (1 - label_smoothing) * z_target + z_loss * lse * lse  # in this order: a square may be infinite, and 0 of it is no number
     if label_smoothing != 0:
         loss = loss - label_smoothing * z.mean(-1)
     return torch.where(valid, loss, 0.0), torch.where(valid, lse, 0.0), torch.where(valid, z.argmax(-1), -1)
@@ -338,8 +336,8 @@ def _options(name, ignore_index, reduction, label_smoothing, z_loss, softcap, re
 
 
 def _check_integer(name: str, value: object, expected: str, least: int) -> None:
-    fits = isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63
-    arguments.check(fits, name, expected, repr(value))
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**63:
+        arguments.refuse(name, expected, repr(value))  # whose text torch.compile cannot make of a size
 
 
 def _checked_target(name: str, target: Tensor, x: Tensor, V: int, ignore_index: int) -> tuple[Tensor, bool]:
