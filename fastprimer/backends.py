@@ -108,7 +108,8 @@ def choose(op: str, *args) -> str:
     """The backend that serves this call of op; args are the arguments of op's forward, the first one a tensor."""
     if _explaining.active:
         raise _Explained(_explain(op, args))
-    device = args[0].device.type
+    x = args[0]
+    device = "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type  # which takes longer
     for backend in _candidates(op, device, args):
         reason = refusal(op, backend, device, args)
         if not reason:
@@ -139,8 +140,8 @@ def refusal(op: str, backend: str, device: str, args: tuple) -> str:
 
 
 def transforming() -> bool:
-    """Whether a transform of torch.func is at work. (Compiled code is traced with it, or not at all.)"""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    """Whether a transform of torch.func is at work."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def implementation(op: str, backend: str):
@@ -158,7 +159,7 @@ def unavailable(op: str, backend: str, device: str) -> str:
 
 # What torch.compiler.assume_constant_result marks; that decorator imports torch._dynamo and Triton at once, which takes
 # seconds and leaves no time to ask for Triton's interpreter.
-unavailable._dynamo_marked_constant = True
+unavailable._dynamo_marked_constant = transforming._dynamo_marked_constant = True
 
 
 def _look(op: str, backend: str, device: str) -> str:

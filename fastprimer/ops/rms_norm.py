@@ -134,15 +134,16 @@ def rms_norm(
     Source: Zhang and Sennrich (2019), section 3. The derivation stands at the head of fastprimer/ops/rms_norm.py.
     """
     arguments.check_floating("rms_norm: x", x)
-    if x.dim() == 0 or x.shape[-1] == 0:
-        raise ValueError(f"rms_norm: x: expected shape (..., C) with C >= 1, got {tuple(x.shape)}")
+    shape = x.shape
+    if not shape or shape[-1] == 0:
+        raise ValueError(f"rms_norm: x: expected shape (..., C) with C >= 1, got {tuple(shape)}")
     if weight is not None:
         arguments.check_floating("rms_norm: weight", weight)
-        arguments.check_shape("rms_norm: weight", weight, x.shape[-1:], "(C,)")
+        arguments.check_shape("rms_norm: weight", weight, shape[-1:], "(C,)")
         arguments.check_device("rms_norm: weight", weight, x, "x")
     if residual is not None:
         arguments.check_floating("rms_norm: residual", residual)
-        arguments.check_shape("rms_norm: residual", residual, x.shape, "of x")
+        arguments.check_shape("rms_norm: residual", residual, shape, "of x")
         arguments.check_like("rms_norm: residual", residual, x, "x")
     if not isinstance(eps, (int, float)) or not eps >= 0:
         raise ValueError(f"rms_norm: eps: expected a number >= 0, got {eps}")

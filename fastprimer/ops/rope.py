@@ -142,34 +142,37 @@ def rope(
     Source: Su et al. (2021), section 3.2.2.
     """
     arguments.check_floating("rope: q", q)
-    if q.dim() not in (3, 4):
-        arguments.refuse("rope: q", "shape (B, S, H, D) or (N, H, D)", tuple(q.shape))
-    D = q.shape[-1]
+    shape = q.shape
+    if len(shape) not in (3, 4):
+        arguments.refuse("rope: q", "shape (B, S, H, D) or (N, H, D)", tuple(shape))
+    D = shape[-1]
     if k is not None:
         arguments.check_floating("rope: k", k)
         arguments.check_like("rope: k", k, q, "q")
-        expected = (*q.shape[:-2], k.shape[-2] if k.dim() == q.dim() else "Hk", D)
-        if k.shape != expected:
-            arguments.refuse("rope: k", f"shape (..., Hk, D) = {expected}", tuple(k.shape))
+        k_shape = k.shape
+        if len(k_shape) != len(shape) or k_shape[:-2] != shape[:-2] or k_shape[-1] != D:
+            expected = (*shape[:-2], k_shape[-2] if len(k_shape) == len(shape) else "Hk", D)
+            arguments.refuse("rope: k", f"shape (..., Hk, D) = {expected}", tuple(k_shape))
     for name, table in (("rope: cos", cos), ("rope: sin", sin)):
         arguments.check_floating(name, table)
         arguments.check_device(name, table, q, "q")
-        if table.dim() != 2 or not 0 < 2 * table.shape[1] <= D:
-            arguments.refuse(name, f"shape (P, R/2) with 0 < R <= D = {D}", tuple(table.shape))
         if table.requires_grad and torch.is_grad_enabled():
             arguments.refuse(name, "a constant", "one that requires a gradient")
-    arguments.check_shape("rope: sin", sin, cos.shape, "of cos")
+    rows = cos.shape
+    if len(rows) != 2 or not 0 < 2 * rows[1] <= D:
+        arguments.refuse("rope: cos", f"shape (P, R/2) with 0 < R <= D = {D}", tuple(rows))
+    arguments.check_shape("rope: sin", sin, rows, "of cos")
     if positions is None:
-        if q.shape[-3] > cos.shape[0]:
-            arguments.refuse("rope: cos", f"at least {q.shape[-3]} rows, one per position", cos.shape[0])
+        if shape[-3] > rows[0]:
+            arguments.refuse("rope: cos", f"at least {shape[-3]} rows, one per position", rows[0])
     else:
         arguments.check_integer("rope: positions", positions)
-        arguments.check_shape("rope: positions", positions, q.shape[:-2], "(B, S) or (N,)")
+        arguments.check_shape("rope: positions", positions, shape[:-2], "(B, S) or (N,)")
         arguments.check_device("rope: positions", positions, q, "q")
         if positions.numel() and arguments.inspectable(positions):
             low, high = int(positions.min()), int(positions.max())
-            if low < 0 or high >= cos.shape[0]:
-                raise IndexError(f"rope: positions: expected numbers in 0..{cos.shape[0] - 1}, the rows of cos, got {(low, high)}")
+            if low < 0 or high >= rows[0]:
+                raise IndexError(f"rope: positions: expected numbers in 0..{rows[0] - 1}, the rows of cos, got {(low, high)}")
     arguments.check_flag("rope: interleaved", interleaved)
     backend = choose("rope", q, k, cos, sin, positions, interleaved)
     if arguments.needs_gradient(q, k):
