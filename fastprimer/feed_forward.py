@@ -279,7 +279,7 @@ def utilisation(model: nn.Module) -> dict[str, dict]:
     Returns:
         {layer's name: {"counts": choices of each expert, "entropy": 1 where all are used alike .. 0, "dropped": choices beyond capacity}}.
     """
+    routings = {name: layer.routing for name, layer in _routed(model).items()}
     return {
-        name: {"counts": r.counts().tolist(), "entropy": float(r.entropy()), "dropped": int(r.dropped())}
-        for name, r in ((name, layer.routing) for name, layer in _routed(model).items())
+        name: {"counts": r.counts().tolist(), "entropy": float(r.entropy()), "dropped": int(r.dropped())} for name, r in routings.items()
     }

@@ -57,10 +57,21 @@ def check_softcap(name: str, softcap: object) -> None:
     check(fits, f"{name}: softcap", "None or a finite number > 0", softcap)
 
 
+def traced(tensor: Tensor) -> bool:
+    """Whether a tensor only stands for one with numbers in it."""
+    return type(tensor) is not Tensor or torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
 def inspectable(tensor: Tensor) -> bool:
     """Whether the numbers of a tensor can be looked at without waiting for a device, and are there at all: not while tracing."""
-    traced = type(tensor) is not Tensor or torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return tensor.device.type == "cpu" and not traced
+    return tensor.device.type == "cpu" and not traced(tensor)
+
+
+def check_numbers(name: str, tensor: Tensor, n: int) -> None:
+    """Integers must be in 0..n-1, where they can be looked at."""
+    if tensor.numel() and inspectable(tensor):
+        low, high = int(tensor.min()), int(tensor.max())
+        check(0 <= low and high < n, name, f"numbers in 0..{n - 1}", (low, high))
 
 
 def check_like(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:

@@ -44,6 +44,7 @@ import torch
 from torch import Tensor
 
 from fastprimer.backends import choose, implementation
+from fastprimer.config import is_count
 from fastprimer.ops import _arguments as arguments
 
 DEFAULT_BUDGET = 8
@@ -336,7 +337,7 @@ def _options(name, ignore_index, reduction, label_smoothing, z_loss, softcap, re
 
 
 def _check_integer(name: str, value: object, expected: str, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**63:
+    if not is_count(value, least) or value >= 2**63:
         arguments.refuse(name, expected, repr(value))  # whose text torch.compile cannot make of a size
 
 

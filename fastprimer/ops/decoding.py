@@ -168,8 +168,8 @@ def check_cached(name, q, k_cache, v_cache, cache_seqlens, k, v, block_table) ->
             one_place_each = all(size == 1 or stride for size, stride in zip(cache.shape, cache.stride(), strict=True))
             arguments.check(one_place_each, f"{name}: {label}", "memory for each token, not an expanded tensor", cache.stride())
         same = k_cache is v_cache
-        if arguments.inspectable(k_cache) and k_cache.numel() and v_cache.numel():
-            same = k_cache.data_ptr() == v_cache.data_ptr()
+        if not arguments.traced(k_cache):  # nothing, and a meta tensor, lies at 0
+            same = k_cache.data_ptr() == v_cache.data_ptr() != 0
         arguments.check(not same, f"{name}: v_cache", "other memory than k_cache's", "the same")
     for label, t in tensors:
         arguments.check_like(f"{name}: {label}", t, q, "q")

@@ -268,9 +268,7 @@ def load_balancing_loss(logits: Tensor, experts: Tensor) -> Tensor:
     arguments.check(fits, "load_balancing_loss: experts", f"shape (N = {logits.shape[0]}, K)", tuple(experts.shape))
     arguments.check_device("load_balancing_loss: experts", experts, logits, "logits")
     N, E = logits.shape
-    if experts.numel() and arguments.inspectable(experts):
-        low, high = int(experts.min()), int(experts.max())
-        arguments.check(0 <= low and high < E, "load_balancing_loss: experts", f"numbers in 0..{E - 1}", (low, high))
+    arguments.check_numbers("load_balancing_loss: experts", experts, E)
     p = torch.softmax(logits.to(arguments.wide(logits.dtype)), -1)
     return E * (counts_of(experts, E) * p.sum(0)).sum() / max(N, 1) ** 2
 
