@@ -9,8 +9,9 @@ import torch
 import fastprimer as fp
 from conftest import device_or_skip
 from cpu_checks import assert_same_bits_for_any_number_of_threads, instruction_set, name, products_of_torch, tiles_of_bfloat16
+from cross_entropy_checks import NOTHING, linear, plain, projection, reference, same, special_rows, targets, upstream
 from fastprimer import testing
-from fastprimer.backends import use_backend
+from fastprimer.backends import implementation, use_backend
 from fastprimer.cases import CASES, loss_case
 from fastprimer.verify import dtypes_of
 
@@ -111,8 +112,8 @@ def test_words_that_are_ruled_out_have_probability_zero(op):
             else:
                 loss = fp.linear_cross_entropy(*leaves, target, bias=bias)
         answers.append([loss, *torch.autograd.grad(loss, leaves)])
-    for mine, reference in zip(*answers, strict=True):
-        torch.testing.assert_close(mine, reference)
+    for expected, mine in zip(*answers, strict=True):
+        torch.testing.assert_close(mine, expected)
     assert not answers[1][2][100:650].any()
 
 
@@ -182,12 +183,26 @@ def test_special_numbers(V, dtype, limit):
                 logits = sign * every
                 logits[diagonal] = nan
                 lse, argmax = forward(logits)
-                logits[diagonal] = -torch.inf
-                assert lse.isnan().all() and torch.equal(argmax, logits.double().argmax(-1))
+                assert lse.isnan().all() and torch.equal(argmax, diagonal[1])
         logits = every.clone()
         logits[diagonal] = torch.inf
         lse, argmax = forward(logits)
-        assert not lse.isfinite().any() and torch.equal(argmax, diagonal[1])
+        assert (lse == torch.inf).all() and torch.equal(argmax, diagonal[1])
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2])
+def test_nan_and_infinity_are_what_they_are_in_the_reference(limit):
+    """In one piece of a row or several, alone or with others of them, in plain logits and, by a bias, in the fused ones."""
+    plainly, fused = (implementation(op, "cpu") for op in ("cross_entropy", "linear_cross_entropy"))
+    with instruction_set(limit):
+        for V in (200, 9000):
+            logits = special_rows(V)
+            arguments = targets(len(logits), V, (1,)), NOTHING, *upstream(len(logits))
+            same(plain(plainly, logits, *arguments), plain(reference, logits, *arguments))
+        x, weight, _ = projection(2, 8, 530)
+        for bias in special_rows(530):
+            arguments = x, weight, bias, targets(2, 530), NOTHING, 1 << 20, *upstream(2)
+            same(linear(fused, *arguments), linear(reference, *arguments))
 
 
 @pytest.mark.parametrize("limit", [0, 1, 2])

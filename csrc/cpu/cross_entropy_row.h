@@ -231,21 +231,34 @@ struct Statistics {
   void add(const T* z, int64_t n, int64_t first, bool smoothed) {
     const A most = largest_of(z, n);
     if (most > top) {
-      argmax = first + find(z, n, most);
+      if (sum == sum) argmax = first + find(z, n, most);
       if (sum > 0) sum *= A(__builtin_exp(double(top - most)));
       top = most;
     }
+    const bool number = sum == sum;
     const A shift = top == -A(INFINITE) ? 0 : top;  // where all is -infinity, so that the sum is 0 and not NaN
     sum += sum_of_exponentials(z, n, shift);
+    if (number && sum != sum) meet_nan(z, n, first);
     if (smoothed) total += sum_columns<A>(n, [&](int64_t v, auto count) { return load(z + v, count); });
+  }
+
+  // The sum has become NaN. That of infinity is not, nor is its logarithm; where one of the z is NaN, it counts as the largest.
+  template <class T>
+  void meet_nan(const T* z, int64_t n, int64_t first) {
+    for (int64_t v = 0; v < n; v++) {
+      if (to_wide(z[v]) == to_wide(z[v])) continue;
+      argmax = first + v;
+      return;
+    }
+    sum = 1;
   }
 
   // With what another one has seen, of later columns.
   void add(const Statistics& other) {
     const A most = other.top > top ? other.top : top;
+    if (sum == sum && (other.top > top || other.sum != other.sum)) argmax = other.argmax;
     const auto weight = [most](A t) { return t == most ? A(1) : A(__builtin_exp(double(t - most))); };
     sum = sum * weight(top) + other.sum * weight(other.top);
-    if (other.top > top) argmax = other.argmax;
     top = most;
     total += other.total;
   }
