@@ -132,6 +132,17 @@ def test_what_lies_behind_a_sequence_in_the_cache_has_no_say(backend, page, what
     assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
 
 
+@backends_of("attention_with_kv_cache")
+@pytest.mark.parametrize("pages, columns", [(0, 0), (0, 2), (2, 0)])
+def test_a_cache_without_pages_is_empty(backend, pages, columns):
+    device = device_or_skip("attention_with_kv_cache", backend)
+    lengths, table = (torch.zeros(*shape, dtype=torch.int32, device=device) for shape in ((3,), (3, columns)))
+    caches = (random(device, pages, 16, 2, 32) for _ in range(2))
+    with use_backend(backend):
+        o, lse = fp.attention_with_kv_cache(random(device, 3, 2, 4, 32), *caches, lengths, block_table=table, return_lse=True)
+    assert not o.any() and (lse == -torch.inf).all()
+
+
 def test_a_call_that_failed_leaves_the_cache_as_long_as_it_was():
     cache = fp.layers.LayerCache(torch.zeros(1, 40, 1, 4), torch.zeros(1, 40, 1, 4))
     for S in (1, 20):  # a step, and a prompt

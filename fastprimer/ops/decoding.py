@@ -49,6 +49,8 @@ def attention_with_kv_cache_forward(
         k_cache[place], v_cache[place] = k, v
         lengths = lengths + k.shape[1]
     if block_table is not None:
+        if k_cache.shape[0] == 0:
+            block_table = block_table[:, :0]
         block_table = block_table.clamp(0, k_cache.shape[0] - 1)  # what lies behind a sequence's last page may be anything
         k_cache, v_cache = (cache[block_table.long()].flatten(1, 2) for cache in (k_cache, v_cache))
     j = torch.arange(k_cache.shape[1], device=q.device)
