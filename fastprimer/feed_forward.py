@@ -31,9 +31,10 @@ from fastprimer import ops
 from fastprimer.config import is_number
 from fastprimer.ops import _arguments as arguments
 from fastprimer.ops.routing import best_tokens, check_choice, counts_of, within_capacity
+from fastprimer.projections import Projecting
 
 
-class SwiGLU(nn.Module):
+class SwiGLU(Projecting):
     """The dense feed-forward layer: down(silu(gate(x)) * up(x)), or with another activation or limit of fp.swiglu."""
 
     def __init__(self, width: int, inner: int, activation: str = "silu", limit: float | None = None):
@@ -43,8 +44,12 @@ class SwiGLU(nn.Module):
         self.up_proj = nn.Linear(width, inner, bias=False)
         self.down_proj = nn.Linear(inner, width, bias=False)
 
+    def projections(self) -> tuple[nn.Module, ...]:
+        return self.gate_proj, self.up_proj
+
     def forward(self, x: Tensor) -> Tensor:  # (..., C) -> (..., C)
-        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x), activation=self.activation, limit=self.limit))
+        gate, up = self.project(x)
+        return self.down_proj(ops.swiglu(gate, up, activation=self.activation, limit=self.limit))
 
 
 class Experts(nn.Module):

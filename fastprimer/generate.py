@@ -16,8 +16,11 @@ from torch import Tensor, nn
 from fastprimer.backends import BackendError
 from fastprimer.checkpoint import CheckpointError, write_atomically
 from fastprimer.config import ConfigError, is_number
+from fastprimer.decoding import NextToken
 
 VOCABULARY_FILE = "vocabulary.json"
+GRAPH_FROM = 16
+"""New tokens for which capturing a CUDA graph, some calls' work, pays."""
 LEAST_TEMPERATURE = 1e-300
 """Of a division: 1 / 1e-310 is infinite, and devices divide by multiplying. Long before, only the most probable token is left."""
 
@@ -75,8 +78,9 @@ def generate(
     """Continue every row of tokens (B, S) until `end` or max_new_tokens.
 
     A temperature of 0 takes the most probable token, else tokens are drawn from softmax(logits / temperature). A model that
-    offers new_cache(B, T) reads each token once; any other reads the whole sequence at each step. Rotary frequencies that depend
-    on the length (rope_type "dynamic", "longrope") are from the start those for S + max_new_tokens positions.
+    offers new_cache(B, T), as fastprimer.Model does, reads each token once, on a GPU from GRAPH_FROM new tokens on by a CUDA graph;
+    any other reads the whole sequence at each step. Rotary frequencies that depend on the length (rope_type "dynamic", "longrope")
+    are from the start those for S + max_new_tokens positions.
 
     Returns:
         per row, the new tokens without `end`, and the probability that the model gave to them (and to `end`, if it came).
@@ -93,13 +97,20 @@ def generate(
         expected = f"at most max_position_embeddings = {limit} tokens, the {length} of the prompt included"
         raise ValueError(f"generate: max_new_tokens: expected {expected}, got {max_new_tokens}")
     cache = model.new_cache(batch, length + max_new_tokens) if hasattr(model, "new_cache") else None
+    one_more = None
     log_probability = torch.zeros(batch, dtype=torch.float64, device=tokens.device)
     running = torch.ones(batch, dtype=torch.bool, device=tokens.device)
     unread = tokens
     options = {"longest": length + max_new_tokens} if config is not None and config.rope.adaptive else {}
-    for _ in range(max_new_tokens):
-        logits = model(tokens, **options) if cache is None else model(unread, cache=cache)
-        log_p = logits[:, -1].double().log_softmax(-1)
+    for step in range(max_new_tokens):
+        if cache is None:
+            logits = model(tokens, **options)[:, -1]
+        elif step == 0 or max_new_tokens < GRAPH_FROM:
+            logits = model(unread, cache=cache, logits_to_keep=1)[:, -1]
+        else:
+            one_more = one_more or NextToken(model, cache)
+            logits = one_more(unread)
+        log_p = logits.double().log_softmax(-1)
         if temperature == 0:
             chosen = log_p.argmax(-1)
         else:
@@ -170,13 +181,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from fastprimer.layers import pack_projections
     from fastprimer.model import Model
 
     try:
         folder = Path(args.model)
         vocabulary = Vocabulary.load(folder)
         vocabulary.encode(args.prompt)
-        model = Model.from_pretrained(folder)
+        model = pack_projections(Model.from_pretrained(folder))
         if model.config.vocab_size != len(vocabulary):
             raise CheckpointError(f"{folder}: {VOCABULARY_FILE} has {len(vocabulary)} words, the model {model.config.vocab_size}")
         rng = torch.Generator().manual_seed(args.seed)

@@ -7,14 +7,15 @@ from torch import Tensor, nn
 
 from fastprimer import ops
 from fastprimer.config import HIDDEN_ACTS, Config
+from fastprimer.decoding import LayerCache as LayerCache
 from fastprimer.feed_forward import MoE as MoE
 from fastprimer.feed_forward import Routing as Routing
 from fastprimer.feed_forward import SwiGLU as SwiGLU
 from fastprimer.feed_forward import auxiliary_losses as auxiliary_losses
 from fastprimer.feed_forward import utilisation as utilisation
 from fastprimer.losses import LinearCrossEntropy as LinearCrossEntropy
-from fastprimer.ops._arguments import needs_gradient
-from fastprimer.ops.decoding import MAX_QUERIES
+from fastprimer.projections import Projecting
+from fastprimer.projections import pack_projections as pack_projections
 from fastprimer.rotary import RotaryEmbedding as RotaryEmbedding
 
 
@@ -32,36 +33,7 @@ class RMSNorm(nn.Module):
         return ops.rms_norm(x, self.weight, self.eps, residual=residual)
 
 
-class LayerCache:
-    """The keys and values that one attention layer has seen: (B, T, Hk, D) each, the first `length` of T filled."""
-
-    def __init__(self, k: Tensor, v: Tensor):
-        self.k, self.v = k, v
-        self.length = 0
-
-    @property
-    def room(self) -> int:
-        """T."""
-        return self.k.shape[1]
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, window: tuple | None) -> Tensor:
-        """Append k and v, then let q, the same tokens' queries, see all keys up to its own."""
-        start, stop = self.length, self.length + q.shape[1]
-        if stop > self.room:
-            raise ValueError(f"cache: expected at most {self.room} tokens, got {stop}")
-        if needs_gradient(q, k, v):
-            raise RuntimeError("cache: its keys and values have no gradient: call the model under torch.no_grad()")
-        if q.shape[1] <= MAX_QUERIES:  # more are a prompt
-            lengths = torch.full((q.shape[0],), start, dtype=torch.int32, device=q.device)
-            output = ops.attention_with_kv_cache(q, self.k, self.v, lengths, k=k, v=v, causal=True, window=window)
-        else:
-            self.k[:, start:stop], self.v[:, start:stop] = k, v
-            output = ops.attention(q, self.k[:, :stop], self.v[:, :stop], causal=True, window=window)
-        self.length = stop  # only now: a call that failed can be repeated
-        return output
-
-
-class Attention(nn.Module):
+class Attention(Projecting):
     """Causal self-attention in which H/Hk query heads share one key/value head."""
 
     def __init__(self, config: Config):
@@ -77,9 +49,12 @@ class Attention(nn.Module):
         self.qk_norm = config.qk_norm
         self.window = None if config.sliding_window is None else (config.sliding_window - 1, 0)
 
+    def projections(self) -> tuple[nn.Module, ...]:
+        return self.q_proj, self.k_proj, self.v_proj
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
         """x (B, S, C), and for fp.rope cos, sin (P, R/2) and the rows of them (B, S), by default 0..S-1 -> (B, S, C)."""
-        q, k, v = (project(x).unflatten(-1, (-1, self.head_dim)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in self.project(x))
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = ops.rope(q, k, cos, sin, positions=positions)

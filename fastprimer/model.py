@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from fastprimer import ops
 from fastprimer.checkpoint import CheckpointError, read_weights, write_atomically, write_weights
-from fastprimer.config import Config
-from fastprimer.layers import DecoderLayer, LayerCache, RMSNorm, RotaryEmbedding
+from fastprimer.config import Config, is_count
+from fastprimer.decoding import Cache
+from fastprimer.layers import DecoderLayer, RMSNorm, RotaryEmbedding
 from fastprimer.reference import initialize
 
 CONFIG_FILE = "config.json"
@@ -26,18 +27,23 @@ class Decoder(nn.Module):
         self.rotary = RotaryEmbedding.from_config(config)
 
     def forward(
-        self, tokens: Tensor, positions: Tensor | None, cache: list[LayerCache] | None, longest: int | Tensor | None
+        self, tokens: Tensor, positions: Tensor | None, cache: Cache | None, longest: int | Tensor | None
     ) -> Tensor:  # (B, S) -> (B, S, C)
-        x, residual = self.embed_tokens(tokens), None
-        rows = None
-        if positions is None:
-            start = 0 if cache is None else cache[0].length
-            positions = torch.arange(start, start + tokens.shape[1], device=tokens.device)
-        else:  # a table of just these positions, in order
+        S = tokens.shape[1]
+        x, residual, rows = self.embed_tokens(tokens), None, None
+        seen = None if cache is None else cache.begin(S)
+        if positions is not None:  # a table of just these positions, in order
             rows = torch.arange(positions.numel(), device=tokens.device).view(positions.shape)
-        cos, sin = self.rotary(positions.flatten(), x.dtype, longest)
+            cos, sin = self.rotary(positions.flatten(), x.dtype, longest)
+        elif seen is None or longest is not None:
+            start = 0 if cache is None else cache.length
+            cos, sin = self.rotary(torch.arange(start, start + S, device=tokens.device), x.dtype, longest)
+        else:
+            cos, sin = seen
         for index, layer in enumerate(self.layers):
-            x, residual = layer(x, residual, cos, sin, rows, None if cache is None else cache[index])
+            x, residual = layer(x, residual, cos, sin, rows, None if cache is None else cache.layers[index])
+        if cache is not None:
+            cache.end(S)
         return self.norm(x, residual)[0]
 
 
@@ -61,8 +67,9 @@ class Model(nn.Module):
         tokens: Tensor,
         labels: Tensor | None = None,
         positions: Tensor | None = None,
-        cache: list[LayerCache] | None = None,
+        cache: Cache | None = None,
         longest: int | Tensor | None = None,
+        logits_to_keep: int = 0,
     ) -> Tensor:
         """tokens (B, S) -> logits (B, S, V), or with labels (B, S) the mean loss of predicting each from the tokens before it.
 
@@ -73,8 +80,9 @@ class Model(nn.Module):
                 count for max_position_embeddings.
             longest: the number of positions that the frequencies of a rope_type "dynamic" or "longrope" are for; by default the
                 room of the cache, and without one the greatest position + 1. See fastprimer/rotary.py.
+            logits_to_keep: without labels, compute the logits of the last so many tokens alone; 0: of all.
         """
-        limit, held = self.config.longest_sequence, 0 if cache is None else cache[0].length
+        limit, held = self.config.longest_sequence, 0 if cache is None else cache.length
         if tokens.dim() != 2 or (limit is not None and held + tokens.shape[1] > limit):
             less = f", less the {held} tokens that the cache holds" if held else ""
             room = "" if limit is None else f" with S <= max_position_embeddings = {limit}{less}"
@@ -83,25 +91,28 @@ class Model(nn.Module):
             raise ValueError(f"Model: positions: expected shape (B, S) = {tuple(tokens.shape)}, got {tuple(positions.shape)}")
         if labels is not None and labels.shape != tokens.shape:
             raise ValueError(f"Model: labels: expected shape (B, S) = {tuple(tokens.shape)}, got {tuple(labels.shape)}")
-        if longest is None and self.model.rotary.adaptive:
+        if not is_count(logits_to_keep, 0):
+            raise ValueError(f"Model: logits_to_keep: expected an integer >= 0, got {logits_to_keep!r}")
+        if longest is None and self.model.rotary.adaptive and (cache is None or positions is not None):
             if cache is not None:
-                longest = cache[0].room
+                longest = cache.room
             else:
                 longest = tokens.shape[1] if positions is None or not positions.numel() else positions.max() + 1
         if labels is None:
-            return F.linear(self.model(tokens, positions, cache, longest), self.head)
+            return F.linear(self.model(tokens, positions, cache, longest)[:, -logits_to_keep:], self.head)
         tokens, positions = tokens[:, :-1], None if positions is None else positions[:, :-1]  # the last has no successor
         x = self.model(tokens, positions, cache, longest)
         return ops.linear_cross_entropy(x, self.head, labels[:, 1:])
 
-    def new_cache(self, batch: int, length: int) -> list[LayerCache]:
+    def new_cache(self, batch: int, length: int) -> Cache:
         """Room for the keys and values of `length` tokens in each of `batch` sequences.
 
         With a rope_type "dynamic" or "longrope" the frequencies are those for `length` positions from the first token on.
         """
         weight = self.model.embed_tokens.weight
-        shape = (batch, length, self.config.num_key_value_heads, self.config.head_dim)
-        return [LayerCache(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in self.model.layers]
+        k = weight.new_zeros(batch, length, self.config.num_key_value_heads, self.config.head_dim)
+        cos, sin = self.model.rotary(torch.arange(length, device=weight.device), weight.dtype, length)
+        return Cache(len(self.model.layers), k, cos, sin)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Model:

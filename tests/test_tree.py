@@ -36,6 +36,15 @@ def test_readme_shows_the_table_of_the_code():
     assert shown == markdown(), "run `fastprimer doctor --markdown` and paste its table into README.md"
 
 
+@pytest.mark.slow
+def test_readme_example_runs():
+    """As a user would run it, in a process of its own."""
+    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S).group(1)
+    run = subprocess.run([sys.executable, "-c", example], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith("rms_norm: ")
+
+
 def test_no_room_is_too_large():
     large = {str(p.relative_to(ROOT)): n for p in SOURCES if (n := len(p.read_text().splitlines())) > 400}
     assert not large

@@ -30,6 +30,8 @@ from fastprimer.backends import use_backend
 from fastprimer.benchmark.contest import SHORT, Settings, contest
 from fastprimer.benchmark.rows import Row
 from fastprimer.config import Config
+from fastprimer.decoding import captured
+from fastprimer.layers import pack_projections
 from fastprimer.model import Model
 from fastprimer.testing import FORWARD_FACTOR, GRADIENT_FACTOR, poisoned_empty, share_of_budget
 
@@ -141,7 +143,7 @@ def _time(row: Row, case: ModelCase, weights: dict[str, Tensor], settings: Setti
     prepare = _training_call if training else _decoding_call
     ours = prepare(lambda: _compiled(Model(case.config)) if case.compiled else Model(case.config), weights, tokens)
     if not training and settings.device == "cuda":
-        ours, reason = _captured(ours)
+        ours, reason = captured(ours, tokens.device)
         row.left_out |= {"ours in a CUDA graph": reason} if reason else {}
     makers = {name: functools.partial(prepare, make, weights, tokens) for name, make in _peers(case, row.measured, settings).items()}
     contest(row, ours, makers, settings, warm=row.flops < SHORT)
@@ -233,30 +235,9 @@ def _decoding_call(make: Callable[[], nn.Module], weights: dict[str, Tensor], to
     return token
 
 
-def _captured(call: Callable[[], Tensor]) -> tuple[Callable[[], Tensor], str]:
-    """(the call as one CUDA graph, "") or (the call, why it cannot be one). A token's kernels are shorter than their launches."""
-    try:
-        side = torch.cuda.Stream()
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = call()
-    except RuntimeError as error:
-        return call, f"failed: {str(error).splitlines()[0]}"
-
-    def replayed() -> Tensor:
-        graph.replay()
-        return result
-
-    return replayed, ""
-
-
 class _Ours:
     def __init__(self, model: Model):
-        self.model = model
+        self.model = pack_projections(model)
 
     def fill(self, tokens: Tensor) -> None:
         self.cache = self.model.new_cache(len(tokens), tokens.shape[1] + 1)
@@ -264,8 +245,7 @@ class _Ours:
 
     def next(self, token: Tensor) -> Tensor:
         logits = self.model(token, cache=self.cache)
-        for layer in self.cache:
-            layer.length -= 1
+        self.cache.keep(self.cache.length - 1)
         return logits[:, -1]
 
 
