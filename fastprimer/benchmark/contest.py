@@ -13,12 +13,12 @@ import torch
 
 from fastprimer.benchmark import roofs
 from fastprimer.benchmark.rows import MATRIX, OURS, Row
-from fastprimer.benchmark.timing import PATIENCE_MS, Timing, after_another, host_microseconds, interleaved, peak_megabytes
+from fastprimer.benchmark.timing import PATIENCE_MS, Timing, after_others, host_microseconds, interleaved, peak_megabytes
 
 SHORT, MANY = 10**9, 32
 """Fewer operations than these are a short call, and more of them for each byte an arithmetic one. On a CPU a short arithmetic call is
-timed right after one of its own, as in training, where its inputs have just been computed: after a copy of memory, a third of it would be
-cold caches, page tables, and threads that wake up. What is bound by memory is timed as it comes, with cold caches."""
+timed right after others of its own, as in training, where its inputs have just been computed: after a copy of memory, a third of it
+would be cold caches, page tables, and threads that wake up. What is bound by memory is timed as it comes, with cold caches."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Settings:
 def contest(row: Row, ours: Callable, makers: dict[str, Callable[[], Callable]], settings: Settings, warm: bool = False) -> None:
     """Fill a row in, whose bytes and flops are known. `makers`: what prepares each peer's call.
 
-    warm: on a CPU, each call right after one of its own; so are short arithmetic ones anyway.
+    warm: on a CPU, each call right after others of its own; so are short arithmetic ones anyway.
     """
     calls, expected = {OURS: ours}, ours()
     for name, make in makers.items():
@@ -45,7 +45,7 @@ def contest(row: Row, ours: Callable, makers: dict[str, Callable[[], Callable]],
     del expected
     roof = roofs.roofs(settings.device, getattr(torch, row.dtype), torch.get_num_threads(), row.flops > 0)
     warm = settings.device == "cpu" and (warm or MANY * row.bytes <= row.flops < SHORT)
-    timed = {name: after_another(call) for name, call in calls.items()} if warm else calls
+    timed = {name: after_others(call) for name, call in calls.items()} if warm else calls
     times = interleaved(timed | roof.calls, settings.device, settings.rounds, settings.seed)
     row.ours = Timing.of(times[OURS])
     row.peers = {name: Timing.of(times[name]) for name in calls if name != OURS}

@@ -25,6 +25,8 @@ PASSES = (FORWARD, BACKWARD, BOTH)
 CONFIDENCE = 0.95
 PATIENCE_MS, FEWEST = 20_000, 3
 """A contestant that has taken this long altogether, in at least so many measurements, is measured no more."""
+WARM_MS = 10
+"""Calls of its own for so long go before one that is timed warm: a steady state takes more than one of them."""
 
 
 @dataclass(frozen=True)
@@ -67,11 +69,14 @@ class Staged:
         return self.stage()()
 
 
-def after_another(call: Callable) -> Staged:
-    """The call right after one of its own."""
+def after_others(call: Callable) -> Staged:
+    """The call right after others of its own."""
 
     def stage() -> Callable:
+        end = time.perf_counter() + WARM_MS / 1e3
         call()
+        while time.perf_counter() < end:
+            call()
         return _ready(call)
 
     return Staged(stage)
