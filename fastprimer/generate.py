@@ -181,14 +181,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from fastprimer.layers import pack_projections
     from fastprimer.model import Model
 
     try:
         folder = Path(args.model)
         vocabulary = Vocabulary.load(folder)
         vocabulary.encode(args.prompt)
-        model = pack_projections(Model.from_pretrained(folder))
+        model = Model.from_pretrained(folder)
         if model.config.vocab_size != len(vocabulary):
             raise CheckpointError(f"{folder}: {VOCABULARY_FILE} has {len(vocabulary)} words, the model {model.config.vocab_size}")
         rng = torch.Generator().manual_seed(args.seed)

@@ -4,7 +4,7 @@ The contestants have the same weights. Ours is eager, and in cases named so unde
 the model in plain torch, and `compiled` is that under torch.compile; `transformers` is Hugging Face's architecture of the same config
 with scaled_dot_product_attention (and grouped_mm for experts), which decodes with a DynamicCache, and `hf-compiled` the same under
 torch.compile, with a StaticCache; `liger` is the former with Liger-Kernel's layers, on a GPU. The plain model has no cache and does not
-decode. On a GPU our token is one CUDA graph, and `hf-compiled` decodes with torch.compile's (mode "reduce-overhead").
+decode. On a GPU our token is one CUDA graph of packed projections, and `hf-compiled` decodes with torch.compile's (mode "reduce-overhead").
 
 A training step is the loss, its gradients, their norm clipped, and fused AdamW with a learning rate of 0: its full cost, but the weights,
 and with them what every contestant computes, stay what they are in every round.
@@ -237,7 +237,7 @@ def _decoding_call(make: Callable[[], nn.Module], weights: dict[str, Tensor], to
 
 class _Ours:
     def __init__(self, model: Model):
-        self.model = pack_projections(model)
+        self.model = pack_projections(model) if next(model.parameters()).is_cuda else model
 
     def fill(self, tokens: Tensor) -> None:
         self.cache = self.model.new_cache(len(tokens), tokens.shape[1] + 1)
