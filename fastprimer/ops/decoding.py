@@ -187,7 +187,8 @@ def check_cached(name, q, k_cache, v_cache, cache_seqlens, k, v, block_table) ->
         arguments.check_device(f"{name}: block_table", block_table, q, "q")
         room = room * block_table.shape[1]
     if B and arguments.inspectable(cache_seqlens):
-        low, high = int(cache_seqlens.min()), int(cache_seqlens.max()) + (0 if k is None else S)
+        low, high = (int(bound) for bound in torch.aminmax(cache_seqlens))
+        high += 0 if k is None else S
         arguments.check(low >= 0 and high <= room, f"{name}: cache_seqlens", f"0..{room} tokens, the new ones included", (low, high))
         if block_table is not None:  # entries behind a sequence's last page may be anything
             lengths = cache_seqlens + (0 if k is None else S)
