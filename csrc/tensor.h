@@ -11,6 +11,7 @@
 #include <optional>
 #include <type_traits>
 
+#include "cpu/memory.h"
 #include "kernel.h"
 
 #ifndef FASTPRIMER_NAMESPACE
@@ -41,14 +42,29 @@ inline Dtype dtype_of(const Tensor& t) {
 // The type of statistics and accumulators.
 inline ScalarType wide(const Tensor& t) { return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
-// A new contiguous tensor on the device of `like`, by the C function: torch::stable::new_empty goes through the dispatcher's
-// boxed call, which takes longer than a small kernel. (aoti_torch_empty_strided would be quicker still, but tests could not
-// fill its memory with NaN.)
+// A new contiguous tensor on the device of `like`, by C functions: torch::stable::new_empty goes through the dispatcher's boxed call,
+// which takes longer than a small kernel. The second one goes through the dispatcher too, which fills it with NaN where tests want that.
 inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
   int32_t dtype_code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  const auto dim = static_cast<int64_t>(sizes.size());
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.data(), static_cast<int64_t>(sizes.size()), &dtype_code,
-                                                          nullptr, nullptr, 0, nullptr, &handle));
+#ifndef FASTPRIMER_EMULATED
+  constexpr int64_t USUAL = 5;
+  if (dim <= USUAL && !memory_is_poisoned()) {
+    int32_t device_type = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+    int64_t strides[USUAL], stride = 1;
+    for (int64_t d = dim - 1; d >= 0; d--) {
+      strides[d] = stride;
+      stride *= sizes[d] > 1 ? sizes[d] : 1;
+    }
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(dim, sizes.data(), strides, dtype_code, device_type, like.get_device_index(), &handle));
+    return Tensor(handle);
+  }
+#endif
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_aten_new_empty(like.get(), sizes.data(), dim, &dtype_code, nullptr, nullptr, 0, nullptr, &handle));
   return Tensor(handle);
 }
 

@@ -88,6 +88,8 @@ bool poison_scratch(bool poison) {
   return before;
 }
 
+bool memory_is_poisoned() { return poisoned; }
+
 #if defined(__linux__)
 namespace {
 

@@ -17,7 +17,8 @@ void expect_writes(void* data, int64_t bytes);
 void* borrow(int64_t bytes);
 void give_back(void* data, int64_t bytes);
 
-// For tests: fills what is borrowed from now on with NaN, or no more; returns whether it did.
+// For tests: fills what is borrowed from now on with NaN, or no more; returns whether it did. Then new tensors are torch's to fill, too.
 bool poison_scratch(bool poison);
+bool memory_is_poisoned();
 
 }  // namespace fastprimer
