@@ -16,6 +16,9 @@ from torch import Tensor
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 FORMAT = "fastprimer training checkpoint 1"
+COMPUTED = ".rotary_emb.inv_freq"
+"""Not read: transformers before 4.32 wrote down the rotary frequencies of each layer (Llama 2's folders have them), which follow from the
+config."""
 
 Tensors = dict[str, Tensor]
 
@@ -85,8 +88,9 @@ def read_weights(folder: Path, dtype: torch.dtype | None = None, device: str | t
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
                 for name in file.keys():  # noqa: SIM118
-                    tensor = file.get_tensor(name)
-                    tensors[name] = tensor if dtype is None else tensor.to(dtype)
+                    if not name.endswith(COMPUTED):
+                        tensor = file.get_tensor(name)
+                        tensors[name] = tensor if dtype is None else tensor.to(dtype)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"cannot read the weights {path}: {_first_line(error)}") from error
     return stack_experts(tensors)

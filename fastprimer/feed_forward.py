@@ -272,9 +272,10 @@ def auxiliary_losses(model: nn.Module) -> dict[str, Tensor]:
                 "recorded no gradients; call torch.utils.checkpoint with use_reentrant=False, or auxiliary_losses under torch.no_grad()"
             )
     routings = [layer.routing for layer in layers.values()]
+    z = sum(ops.router_z_loss(r.logits) for r in routings)
     return {
-        "balance": sum((ops.load_balancing_loss(r.logits, r.experts) for r in routings if not r.even), torch.zeros(())),
-        "z": sum(ops.router_z_loss(r.logits) for r in routings),
+        "balance": sum((ops.load_balancing_loss(r.logits, r.experts) for r in routings if not r.even), torch.zeros_like(z)),
+        "z": z,
     }
 
 

@@ -38,7 +38,7 @@ class LinearCrossEntropy(nn.Module):
         call's own tokens would weigh a token of a short sequence more than one of a long one.
         """
         if self.shift:  # the labels and not x, which would have to be copied
-            labels = pad(labels[..., 1:], (0, 1), value=self.ignore_index)
+            labels = pad(labels, (0, 1), value=self.ignore_index)[..., 1:]
         reduction = "mean" if num_items_in_batch is None else "sum"
         options = {**self.options, "reduction": reduction, "return_argmax": self.return_accuracy}
         result = ops.linear_cross_entropy(x, weight, labels, bias=bias, **options)

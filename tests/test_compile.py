@@ -98,3 +98,43 @@ def test_tracing_looks_at_no_numbers():
     with torch._subclasses.FakeTensorMode():
         q, positions = torch.randn(1, 4, 2, 8), torch.zeros(1, 4, dtype=torch.int64)
         assert fp.rope(q, None, torch.rand(6, 3), torch.rand(6, 3), positions=positions)[0].shape == q.shape
+
+
+def a_token_each(N):
+    return torch.randn(N, 16), torch.rand(N, 2), torch.randint(8, (N, 2))
+
+
+def a_query_each(B):
+    q, k = torch.randn(B, 1, 4, 8), torch.randn(B, 1, 2, 8)
+    return q, torch.randn(B, 9, 2, 8), torch.randn(B, 9, 2, 8), torch.full((B,), 3), k, k.clone()
+
+
+def a_page_each(B):
+    q, _, _, lengths, k, v = a_query_each(B)
+    return q, torch.randn(40, 4, 2, 8), torch.randn(40, 4, 2, 8), lengths, k, v, torch.randperm(40)[:B].view(B, 1)
+
+
+SIZED = {
+    "moe": (lambda x, w, e: fp.moe(x, torch.ones(8, 6, 16), torch.ones(8, 16, 3), w, e), a_token_each),
+    "load_balancing_loss": (lambda x, w, e: fp.load_balancing_loss(x, e), a_token_each),
+    "layers.MoE": (fp.layers.MoE(16, 4, 8, 2), lambda N: (torch.randn(2, N, 16),)),
+    "attention_with_kv_cache": (lambda q, k, v, n, *new: fp.attention_with_kv_cache(q, k, v, n, k=new[0], v=new[1]), a_query_each),
+    "pages": (
+        lambda q, k, v, n, *new: fp.attention_with_kv_cache(q, k, v, n, k=new[0], v=new[1], block_table=new[2]),
+        a_page_each,
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SIZED)
+def test_another_size_compiles_nothing_again(name):
+    """A size within the text of an error becomes a constant of the graph, even where the text is written for no error."""
+    function, arguments = SIZED[name]
+    graphs = []
+    torch.compiler.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=lambda graph, _: graphs.append(graph) or graph)
+    for size in (7, 12, 3, 30):
+        with torch.no_grad():
+            compiled(*arguments(size))
+    assert len(graphs) == 1

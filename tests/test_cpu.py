@@ -109,6 +109,19 @@ def test_nan_stays_in_its_sequence(first, second, dtype):
         assert torch.equal(*(t[:, :first] if n == 1 else t[:first] for t in (a, b))), n
 
 
+@pytest.mark.parametrize("dtype", dtypes_of("cpu", "attention"), ids=name)
+def test_an_infinite_key_that_no_query_heeds_has_no_gradient(dtype):
+    """Not even from the rows that fill up a tile of queries: they hold 0, and 0 times infinity is NaN."""
+    device_or_skip("attention", "cpu")
+    q, k, v = torch.rand(1, 20, 3, 33), torch.randn(1, 150, 1, 33), torch.randn(1, 150, 1, 17)
+    k[0, 1, 0, 5] = -torch.inf
+    leaves = [t.to(dtype).requires_grad_() for t in (q, k, v)]
+    with use_backend("cpu"):
+        o = fp.attention(*leaves)
+        _, dk, dv = torch.autograd.grad(o, leaves, torch.randn_like(o))
+    assert dk.isfinite().all() and dv.isfinite().all() and not dk[0, 1].any() and not dv[0, 1].any()
+
+
 @pytest.mark.parametrize("S, T", [(40, 30), (20, 10)])
 def test_upstream_gradients_of_rows_without_keys_are_ignored(S, T):
     device_or_skip("attention", "cpu")

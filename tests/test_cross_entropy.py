@@ -113,6 +113,7 @@ def test_the_layer_shifts_labels_and_counts_tokens_as_hugging_face_does():
     torch.testing.assert_close(accuracy, (logits.argmax(-1) == shifted)[shifted != 7].float().mean())
     aligned = fp.layers.LinearCrossEntropy(shift=False)(x, weight, labels)
     torch.testing.assert_close(aligned, F.cross_entropy(F.linear(x, weight).flatten(0, 1), labels.flatten()))
+    assert layer(x[:, :0], weight, labels[:, :0])[0].isnan()  # the mean over no token, as in torch
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch():

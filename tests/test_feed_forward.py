@@ -141,6 +141,18 @@ def test_auxiliary_losses_are_those_of_all_layers():
     assert all(sum(u["counts"]) == 8 * 2 and 0 <= u["entropy"] <= 1 and u["dropped"] == 0 for u in used.values())
 
 
+def test_auxiliary_losses_are_of_the_models_device_and_dtype():
+    layer = layers.MoE(8, 4, 4, 2)
+    layer(torch.randn(3, 8))
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            losses = layers.auxiliary_losses(layer)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all((loss.dtype, loss.device.type) == (torch.float32, "cpu") for loss in losses.values())
+
+
 def test_auxiliary_losses_under_activation_checkpointing():
     """The reentrant kind would leave them without a graph, and the routers without their balance."""
     layer, gradients = sharpened(layers.MoE.mixtral(C, INNER)), []

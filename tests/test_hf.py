@@ -151,3 +151,17 @@ def test_they_read_what_we_write(name, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model", attn_implementation="eager").eval()
     with torch.no_grad():
         assert distance(ours(tokens(40)), theirs(tokens(40)).logits) < ROUNDING
+
+
+@pytest.mark.slow
+def test_frequencies_that_old_folders_hold_are_not_weights(tmp_path):
+    """Those of Llama 2, for one: transformers wrote down what it computes now."""
+    from safetensors.torch import load_file, save_file
+
+    theirs = transformers.AutoModelForCausalLM.from_config(CONFIGS["llama"](), attn_implementation="eager").eval()
+    theirs.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    old = {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": torch.ones(4) for n in range(SIZES["num_hidden_layers"])}
+    save_file(weights | old, tmp_path / "model.safetensors", {"format": "pt"})
+    with torch.no_grad():
+        assert distance(fp.Model.from_pretrained(tmp_path)(tokens()), theirs(tokens()).logits) < ROUNDING

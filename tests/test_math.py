@@ -171,6 +171,17 @@ def test_an_expert_that_nobody_chose_has_no_say():
     assert torch.equal(fp.moe(x, gate_up, down, weights, experts), expected)
 
 
+def test_nan_of_a_token_reaches_the_weights_of_its_own_experts_alone():
+    gate_up, down, weights, experts = torch.randn(3, 6, 4), torch.randn(3, 4, 3), torch.ones(3, 1), torch.tensor([[0], [1], [0]])
+    for spoiled in ("x", "dy"):
+        leaves = torch.randn(3, 4), gate_up.clone().requires_grad_(), down.clone().requires_grad_()
+        dy = torch.randn(3, 4)
+        (leaves[0] if spoiled == "x" else dy)[1] = torch.nan
+        with fp.use_backend("reference"):
+            grads = torch.autograd.grad(fp.moe(*leaves, weights, experts), leaves[1:], dy)
+        assert all(grad[[0, 2]].isfinite().all() and grad[1].isnan().any() for grad in grads)
+
+
 def test_renormalised_sigmoids_may_underflow():
     weights, _ = fp.route(torch.tensor([[-200.0, -300.0, -250.0]]), 2, score="sigmoid")
     assert weights.tolist() == [[1.0, pytest.approx(0.0)]]

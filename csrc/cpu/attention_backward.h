@@ -144,7 +144,8 @@ class Sweep {
     float *scores = scores_.data() + rows.begin, *dp = dp_.data() + rows.begin;
     x_.multiply(n, m, x_.width.used, k, x_.width.ld, q_.transposed.data() + columns, ld, scores, ld, false);
     x_.multiply(n, m, x_.width_v.used, v, x_.width_v.ld, dout_.transposed.data() + columns, ld, dp, ld, false);
-    const bool all = patch.seen_by_all(tile);
+    // Rows behind the tile's last one hold 0, and 0 times an infinite key is no number.
+    const bool all = patch.seen_by_all(tile) && (rows.end <= tile.rows || x_.finite[block_at / KEY_STEP]);
     if (x_.scale.cap > 0)
       all ? differentiate<true, false>(tile, patch) : differentiate<true, true>(tile, patch);
     else

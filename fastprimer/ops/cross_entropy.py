@@ -110,8 +110,9 @@ def linear_cross_entropy_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dx (N, C), dweight (V, C), dbias (V,) or (0,) without bias. This reference recomputes all of z and reads nothing of kept."""
     dlogits = _dlogits(dloss, dlse, _logits(x, weight, bias), target, lse, ignore_index, label_smoothing, z_loss, softcap)
-    dx = dlogits @ weight.to(dlogits.dtype)
-    dweight = dlogits.t() @ torch.where((target != ignore_index).unsqueeze(-1), x.to(dlogits.dtype), 0.0)  # 0 · nan is nan
+    valid = (target != ignore_index).unsqueeze(-1)  # 0 · nan is nan
+    dx = torch.where(valid, dlogits @ weight.to(dlogits.dtype), 0.0)
+    dweight = dlogits.t() @ torch.where(valid, x.to(dlogits.dtype), 0.0)
     dbias = x.new_empty(0) if bias is None else dlogits.sum(0).to(bias.dtype)
     return dx.to(x.dtype), dweight.to(weight.dtype), dbias
 
@@ -304,7 +305,8 @@ def linear_cross_entropy(
             f"{name}: weight: expected shape (V, C), not empty, got {tuple(weight.shape)}; a parameter that is sharded or "
             "flattened (ZeRO-3, FSDP) must be gathered before it is used here"
         )
-    arguments.check(x.dim() >= 1 and x.shape[-1] == weight.shape[1], f"{name}: x", f"shape (..., C = {weight.shape[1]})", tuple(x.shape))
+    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
+        arguments.refuse(f"{name}: x", f"shape (..., C = {weight.shape[1]})", tuple(x.shape))
     arguments.check_like(f"{name}: weight", weight, x, "x")
     if bias is not None:
         arguments.check_shape(f"{name}: bias", bias, weight.shape[:1], "(V,)")

@@ -156,9 +156,11 @@ def check_cached(name, q, k_cache, v_cache, cache_seqlens, k, v, block_table) ->
     leading = (B,) if block_table is None else k_cache.shape[:1]
     letters = "(B, T, Hk, D)" if block_table is None else "(pages, page_size, Hk, D)"
     fits = k_cache.dim() == 4 and k_cache.shape[:1] == leading and k_cache.shape[-1] == D
-    arguments.check(fits, f"{name}: k_cache", f"shape {letters} with B = {B}, D = {D}", tuple(k_cache.shape))
+    if not fits:  # torch.compile would take the sizes in a text that is written for constants
+        arguments.refuse(f"{name}: k_cache", f"shape {letters} with B = {B}, D = {D}", tuple(k_cache.shape))
     fits = v_cache.dim() == 4 and v_cache.shape[:-1] == k_cache.shape[:-1]
-    arguments.check(fits, f"{name}: v_cache", f"k_cache's shape {tuple(k_cache.shape[:-1])} + (Dv,)", tuple(v_cache.shape))
+    if not fits:
+        arguments.refuse(f"{name}: v_cache", f"k_cache's shape {tuple(k_cache.shape[:-1])} + (Dv,)", tuple(v_cache.shape))
     check_heads(name, q, k_cache, "k_cache")
     arguments.check((k is None) == (v is None), f"{name}: v", "both k and v or neither", "one of them")
     tensors = [("k_cache", k_cache), ("v_cache", v_cache)]
@@ -181,9 +183,8 @@ def check_cached(name, q, k_cache, v_cache, cache_seqlens, k, v, block_table) ->
     room = k_cache.shape[1]
     if block_table is not None:
         arguments.check_integer(f"{name}: block_table", block_table)
-        arguments.check(
-            block_table.dim() == 2 and block_table.shape[0] == B, f"{name}: block_table", f"shape (B = {B}, n)", tuple(block_table.shape)
-        )
+        if block_table.dim() != 2 or block_table.shape[0] != B:
+            arguments.refuse(f"{name}: block_table", f"shape (B = {B}, n)", tuple(block_table.shape))
         arguments.check_device(f"{name}: block_table", block_table, q, "q")
         room = room * block_table.shape[1]
     if B and arguments.inspectable(cache_seqlens):

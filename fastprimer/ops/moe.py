@@ -55,10 +55,10 @@ def moe_backward(
     u = swiglu_forward(hidden, None, *constants("silu"))
     d = sum(_where(c, (dy @ m).unsqueeze(1)) for c, m in zip(chosen, down_wide.unbind(), strict=True))
     dweights = (d * u).sum(-1)
-    ddown = torch.stack([dy.t() @ _where(c, w * u).sum(1) for c in chosen])
+    ddown = torch.stack([_where(c.any(1), dy).t() @ _where(c, w * u).sum(1) for c in chosen])
     dhidden, _ = swiglu_backward(w * d, hidden, None, *constants("silu"))
     routed = [_where(c, dhidden).sum(1) for c in chosen]  # (N, 2F) for each expert
-    dgate_up = torch.stack([r.t() @ x_wide for r in routed])
+    dgate_up = torch.stack([r.t() @ _where(c.any(1), x_wide) for c, r in zip(chosen, routed, strict=True)])
     dx = sum(_where(c.any(1), r @ m) for c, r, m in zip(chosen, routed, gate_up_wide.unbind(), strict=True))
     return dx.to(x.dtype), dgate_up.to(gate_up.dtype), ddown.to(down.dtype), dweights.to(weights.dtype)
 
@@ -160,10 +160,12 @@ def moe(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tens
     arguments.check(x.dim() == 2, "moe: x", "shape (N, C)", tuple(x.shape))
     N, C = x.shape
     fits = gate_up.dim() == 3 and gate_up.shape[0] > 0 and gate_up.shape[1] % 2 == 0 and gate_up.shape[2] == C
-    arguments.check(fits, "moe: gate_up", f"shape (E, 2F, C = {C})", tuple(gate_up.shape))
+    if not fits:  # torch.compile would take the sizes in a text that is written for constants
+        arguments.refuse("moe: gate_up", f"shape (E, 2F, C = {C})", tuple(gate_up.shape))
     E, F = gate_up.shape[0], gate_up.shape[1] // 2
     arguments.check_shape("moe: down", down, (E, C, F), "(E, C, F)")
-    arguments.check(weights.dim() == 2 and weights.shape[0] == N, "moe: weights", f"shape (N = {N}, K)", tuple(weights.shape))
+    if weights.dim() != 2 or weights.shape[0] != N:
+        arguments.refuse("moe: weights", f"shape (N = {N}, K)", tuple(weights.shape))
     arguments.check_integer("moe: experts", experts)
     arguments.check_shape("moe: experts", experts, weights.shape, "of weights")
     arguments.check_like("moe: gate_up", gate_up, x, "x")
