@@ -17,8 +17,7 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 FORMAT = "fastprimer training checkpoint 1"
 COMPUTED = ".rotary_emb.inv_freq"
-"""Not read: transformers before 4.32 wrote down the rotary frequencies of each layer (Llama 2's folders have them), which follow from the
-config."""
+"""Not read: the rotary frequencies of each layer, which follow from the config; folders that older transformers wrote have them."""
 
 Tensors = dict[str, Tensor]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastprimer.backends import BackendError
 from fastprimer.checkpoint import CheckpointError, write_atomically
-from fastprimer.config import ConfigError, is_number
+from fastprimer.config import ConfigError, is_count, is_number
 from fastprimer.decoding import NextToken
 
 VOCABULARY_FILE = "vocabulary.json"
@@ -86,8 +86,13 @@ def generate(
         per row, the new tokens without `end`, and the probability that the model gave to them (and to `end`, if it came).
 
     Raises:
-        ValueError: temperature is no finite number >= 0, or S + max_new_tokens is more than the model's max_position_embeddings.
+        ValueError: tokens are not (B, S) with S >= 1, max_new_tokens is no integer >= 0, temperature no finite number >= 0, or
+        S + max_new_tokens is more than the model's max_position_embeddings.
     """
+    if tokens.dim() != 2 or tokens.shape[1] == 0:
+        raise ValueError(f"generate: tokens: expected shape (B, S) with S >= 1, got {tuple(tokens.shape)}")
+    if not is_count(max_new_tokens, 0):
+        raise ValueError(f"generate: max_new_tokens: expected an integer >= 0, got {max_new_tokens!r}")
     if not is_number(temperature) or temperature < 0:
         raise ValueError(f"generate: temperature: expected a number >= 0, got {temperature!r}")
     batch, length = tokens.shape

@@ -48,6 +48,16 @@ def test_generate_refuses_what_is_no_temperature(temperature):
         generate(models()[1], TOKENS, 6, temperature=temperature)
 
 
+def test_generate_refuses_an_empty_prompt_and_less_than_no_tokens():
+    model = models()[1]
+    with pytest.raises(ValueError, match=r"generate: tokens: expected shape .B, S. with S >= 1, got .1, 0."):
+        generate(model, TOKENS[:1, :0], 3)
+    for wrong in (-1, 2.0, True):
+        with pytest.raises(ValueError, match=f"generate: max_new_tokens: expected an integer >= 0, got {wrong!r}"):
+            generate(model, TOKENS, wrong)
+    assert generate(model, TOKENS, 0) == ([[]] * 3, [1.0] * 3)
+
+
 def test_a_cache_does_not_go_beyond_the_positions():
     slow, fast = models(dataclasses.replace(SHAPE, max_position_embeddings=16))
     with torch.no_grad():

@@ -81,7 +81,7 @@ def swiglu_backward(
     sigma = torch.sigmoid(t)
     p = a * sigma * torch.sigmoid(-t)
     slope = sigma + alpha * p + (3 * beta * p * a * a if beta else 0.0)
-    dgate, dup = dy_a * (b + offset) * slope, dy_b * a * sigma
+    dgate, dup = dy_a * (b + offset) * slope, dy_b * (a * sigma)
     if up is None:
         return torch.cat((dgate, dup), dim=-1).to(gate.dtype).contiguous(), gate.new_empty(0)
     return dgate.to(gate.dtype).contiguous(), dup.to(gate.dtype).contiguous()
