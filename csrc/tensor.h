@@ -43,7 +43,8 @@ inline Dtype dtype_of(const Tensor& t) {
 inline ScalarType wide(const Tensor& t) { return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
 // A new contiguous tensor on the device of `like`, by C functions: torch::stable::new_empty goes through the dispatcher's boxed call,
-// which takes longer than a small kernel. The second one goes through the dispatcher too, which fills it with NaN where tests want that.
+// which takes longer than a small kernel. The first function allocates by itself on a CPU; the second one calls torch's operator, which
+// fills the memory with NaN where tests want that, as they do of the emulated kernels.
 inline Tensor empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef sizes, ScalarType dtype) {
   int32_t dtype_code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   const auto dim = static_cast<int64_t>(sizes.size());

@@ -155,9 +155,9 @@ def captured(
         with torch.cuda.graph(graph):
             result = call()
     except RuntimeError as error:
-        undo()
         return call, f"failed: {str(error).splitlines()[0]}"
-    undo()
+    finally:
+        undo()
 
     def replayed() -> Result:
         graph.replay()

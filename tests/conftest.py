@@ -4,9 +4,21 @@ import pytest
 import torch
 
 from fastprimer.backends import BACKENDS, declared, emulator_reason, load_emulator, operations, unavailable
+from fastprimer.config import Config
 from fastprimer.verify import device_of
 
 torch.set_num_threads(2)
+
+SMALL = Config(
+    vocab_size=50,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    initializer_range=0.2,
+)
+"""A decoder of two layers, whose weights are large enough for distinct probabilities."""
 
 FILES_OF_ONE_WORKER = ("test_cpu_kernels.py", "test_train.py", "test_calculator.py")
 """What they prepare once takes long."""

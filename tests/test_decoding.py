@@ -9,25 +9,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastprimer as fp
-from conftest import device_or_skip
+from conftest import SMALL, device_or_skip
 from fastprimer import decoding
 from fastprimer.backends import use_backend
 from fastprimer.generate import GRAPH_FROM, generate
 from fastprimer.layers import pack_projections
 from fastprimer.ops import _arguments as arguments
 
-SHAPE = fp.Config(
-    vocab_size=50,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=8,
-    max_position_embeddings=64,
-    qk_norm=True,
-    initializer_range=0.2,
-)
+SHAPE = dataclasses.replace(SMALL, qk_norm=True, max_position_embeddings=64)
 TOKENS = torch.randint(50, (3, 14), generator=torch.Generator().manual_seed(3))
 
 

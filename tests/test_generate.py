@@ -5,19 +5,15 @@ import dataclasses
 import pytest
 import torch
 
+from conftest import SMALL
 from fastprimer import reference
-from fastprimer.config import Config
 from fastprimer.generate import generate
 from fastprimer.model import Model
 
-SHAPE = Config(
-    vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    initializer_range=0.2,
-)  # fmt: skip
 TOKENS = torch.randint(50, (3, 14), generator=torch.Generator().manual_seed(0))
 
 
-def models(config=SHAPE):
+def models(config=SMALL):
     torch.manual_seed(0)
     slow = reference.Model(config)
     fast = Model(config)
@@ -59,7 +55,7 @@ def test_generate_refuses_an_empty_prompt_and_less_than_no_tokens():
 
 
 def test_a_cache_does_not_go_beyond_the_positions():
-    slow, fast = models(dataclasses.replace(SHAPE, max_position_embeddings=16))
+    slow, fast = models(dataclasses.replace(SMALL, max_position_embeddings=16))
     with torch.no_grad():
         cache = fast.new_cache(3, 40)
         fast(TOKENS, cache=cache)

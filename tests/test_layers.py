@@ -6,20 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from conftest import SMALL
 from fastprimer import feed_forward, layers, ops, reference
-from fastprimer.config import Config
 from fastprimer.testing import FORWARD_FACTOR, GRADIENT_FACTOR, share_of_budget
 
 BATCH, LENGTH = 2, 21
-DENSE = Config(
-    vocab_size=50,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    initializer_range=0.3,
-)
+DENSE = dataclasses.replace(SMALL, initializer_range=0.3)
 CONFIGS = {
     "dense": DENSE,
     "window": dataclasses.replace(DENSE, sliding_window=5),

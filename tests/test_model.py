@@ -7,6 +7,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from conftest import SMALL
 from fastprimer import layers, reference
 from fastprimer.checkpoint import CheckpointError, split_experts, stack_experts
 from fastprimer.config import PRESETS, Config, ConfigError
@@ -14,29 +15,19 @@ from fastprimer.generate import generate
 from fastprimer.model import Model
 from fastprimer.testing import FORWARD_FACTOR, GRADIENT_FACTOR, share_of_budget
 
-DENSE = Config(
-    vocab_size=50,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    initializer_range=0.2,
-)
-
 
 def scaled(kind, max_position_embeddings=256, **settings):
     scaling = {"rope_type": kind, **settings}
-    return dataclasses.replace(DENSE, rope_theta=100.0, rope_scaling=scaling, max_position_embeddings=max_position_embeddings)
+    return dataclasses.replace(SMALL, rope_theta=100.0, rope_scaling=scaling, max_position_embeddings=max_position_embeddings)
 
 
 CONFIGS = {
-    "llama": DENSE,
-    "tied": dataclasses.replace(DENSE, tie_word_embeddings=True, rope_theta=100.0),
-    "mistral": dataclasses.replace(DENSE, sliding_window=4),
-    "mixtral": dataclasses.replace(DENSE, num_local_experts=4),
-    "qwen3": dataclasses.replace(DENSE, qk_norm=True, head_dim=16, tie_word_embeddings=True),
-    "partial": dataclasses.replace(DENSE, partial_rotary_factor=0.5, qk_norm=True),
+    "llama": SMALL,
+    "tied": dataclasses.replace(SMALL, tie_word_embeddings=True, rope_theta=100.0),
+    "mistral": dataclasses.replace(SMALL, sliding_window=4),
+    "mixtral": dataclasses.replace(SMALL, num_local_experts=4),
+    "qwen3": dataclasses.replace(SMALL, qk_norm=True, head_dim=16, tie_word_embeddings=True),
+    "partial": dataclasses.replace(SMALL, partial_rotary_factor=0.5, qk_norm=True),
     "linear": scaled("linear", factor=4.0),
     "dynamic": scaled("dynamic", factor=2.0, max_position_embeddings=10),
     "yarn": scaled("yarn", factor=8.0, beta_fast=4.0, original_max_position_embeddings=32),
@@ -46,9 +37,9 @@ CONFIGS = {
     ),
     "proportional": scaled("proportional", partial_rotary_factor=0.5),
     "mixtral-yarn": dataclasses.replace(
-        DENSE, num_local_experts=4, partial_rotary_factor=0.5, rope_scaling={"rope_type": "yarn", "factor": 4.0}
+        SMALL, num_local_experts=4, partial_rotary_factor=0.5, rope_scaling={"rope_type": "yarn", "factor": 4.0}
     ),
-    "gelu": dataclasses.replace(DENSE, hidden_act="gelu_pytorch_tanh"),
+    "gelu": dataclasses.replace(SMALL, hidden_act="gelu_pytorch_tanh"),
 }
 MODEL_TYPES = {"mistral": "mistral", "mixtral": "mixtral", "qwen3": "qwen3", "partial": "fastprimer", "mixtral-yarn": "fastprimer"}
 TOKENS = torch.randint(50, (3, 14), generator=torch.Generator().manual_seed(0))
@@ -96,14 +87,14 @@ def test_the_two_models_agree(name, dtype):
 
 
 def test_the_comparison_sees_a_planted_bug(monkeypatch):
-    assert worst_share(DENSE, torch.float32, LABELS.roll(1, 1))[0] > 1
+    assert worst_share(SMALL, torch.float32, LABELS.roll(1, 1))[0] > 1
     monkeypatch.setattr(layers.RotaryEmbedding, "forward", lambda self, p, dtype, longest: two_thetas(self, p, dtype))
-    assert worst_share(DENSE, torch.float32)[0] > 1
+    assert worst_share(SMALL, torch.float32)[0] > 1
 
 
 @pytest.mark.parametrize("name", ("dynamic", "yarn", "longrope", "proportional"))
 def test_the_comparison_sees_an_ignored_scaling(name, monkeypatch):
-    unscaled = layers.RotaryEmbedding(DENSE.head_dim, 100.0)
+    unscaled = layers.RotaryEmbedding(SMALL.head_dim, 100.0)
     monkeypatch.setattr(layers.RotaryEmbedding, "from_config", lambda config: unscaled)
     assert worst_share(CONFIGS[name], torch.float32)[0] > 1
 
@@ -145,7 +136,7 @@ def test_names_are_those_of_hugging_face():
     norms = {f"{layer}input_layernorm.weight", f"{layer}post_attention_layernorm.weight", "model.norm.weight"}
     moe = {f"{layer}mlp.gate.weight", f"{layer}mlp.experts.gate_up_proj", f"{layer}mlp.experts.down_proj"}
     assert names == attention | norms | moe | {"model.embed_tokens.weight", "lm_head.weight"}
-    dense = set(Model(dataclasses.replace(DENSE, num_hidden_layers=1)).state_dict())
+    dense = set(Model(dataclasses.replace(SMALL, num_hidden_layers=1)).state_dict())
     assert {n for n in dense if ".mlp." in n} == {f"{layer}mlp.{n}.weight" for n in ("gate_proj", "up_proj", "down_proj")}
 
 
@@ -161,7 +152,7 @@ def test_decoding_with_a_cache_gives_the_same_tokens(name):
 
 
 def test_model_names_a_wrong_argument():
-    _, fast = models(dataclasses.replace(DENSE, max_position_embeddings=14))
+    _, fast = models(dataclasses.replace(SMALL, max_position_embeddings=14))
     fast(TOKENS)
     with pytest.raises(ValueError, match="tokens: .*max_position_embeddings = 14, got .3, 28"):
         fast(TOKENS.repeat(1, 2))
@@ -212,10 +203,10 @@ def write_folder(folder, config, shards):
 
 
 def test_sharded_weights(tmp_path):
-    slow, _ = models(DENSE)
+    slow, _ = models(SMALL)
     items = list(slow.state_dict().items())
-    write_folder(tmp_path / "m", DENSE, [dict(items[:7]), dict(items[7:])])
-    assert torch.equal(Model.from_pretrained(tmp_path / "m")(TOKENS), models(DENSE)[1](TOKENS))
+    write_folder(tmp_path / "m", SMALL, [dict(items[:7]), dict(items[7:])])
+    assert torch.equal(Model.from_pretrained(tmp_path / "m")(TOKENS), models(SMALL)[1](TOKENS))
     (tmp_path / "m/model-00002-of-00002.safetensors").unlink()
     with pytest.raises(CheckpointError, match="00002-of-00002.safetensors are missing"):
         Model.from_pretrained(tmp_path / "m")
@@ -230,7 +221,7 @@ def test_a_tied_model_ignores_a_stored_head(tmp_path):
 
 
 def test_a_model_folder_that_does_not_fit_is_named(tmp_path):
-    slow, _ = models(DENSE)
+    slow, _ = models(SMALL)
     state = slow.state_dict()
     with pytest.raises(CheckpointError, match="there is no model folder"):
         Model.from_pretrained(tmp_path / "nothing")
@@ -245,7 +236,7 @@ def test_a_model_folder_that_does_not_fit_is_named(tmp_path):
         "shape": r"expected shape \(32,\), got \(31,\)",
     }
     for name, tensors in broken.items():
-        write_folder(tmp_path / name, DENSE, [tensors])
+        write_folder(tmp_path / name, SMALL, [tensors])
         with pytest.raises(CheckpointError, match=expected[name]):
             Model.from_pretrained(tmp_path / name)
     file = tmp_path / "lack/model-00001-of-00001.safetensors"
@@ -306,7 +297,7 @@ def test_a_config_that_is_not_honoured_is_refused_by_name(field, value):
 
 
 def test_config_reads_both_ways_of_writing_rope(tmp_path):
-    given = {k: v for k, v in json.loads(DENSE.to_json()).items() if k not in ("rope_theta", "rope_scaling")}
+    given = {k: v for k, v in json.loads(SMALL.to_json()).items() if k not in ("rope_theta", "rope_scaling")}
     file = tmp_path / "config.json"
     file.write_text(json.dumps(given | {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}))
     assert Config.from_json(file).rope_theta == 5e5
@@ -320,11 +311,11 @@ def test_config_reads_both_ways_of_writing_rope(tmp_path):
 def test_a_config_without_a_twin_says_so():
     assert dataclasses.replace(CONFIGS["mixtral"], qk_norm=True).model_type == "fastprimer"
     assert dataclasses.replace(CONFIGS["mixtral"], norm_topk_prob=False).model_type == "fastprimer"
-    assert dataclasses.replace(DENSE, partial_rotary_factor=0.5).model_type == "fastprimer"
+    assert dataclasses.replace(SMALL, partial_rotary_factor=0.5).model_type == "fastprimer"
 
 
 def test_only_a_dense_layer_has_another_activation():
-    assert Config.from_dict({**DENSE.to_dict(), "hidden_act": "gelu_pytorch_tanh"}).hidden_act == "gelu_pytorch_tanh"
+    assert Config.from_dict({**SMALL.to_dict(), "hidden_act": "gelu_pytorch_tanh"}).hidden_act == "gelu_pytorch_tanh"
     assert Config.from_dict({**CONFIGS["mixtral"].to_dict(), "hidden_act": "swish"}).hidden_act == "swish"
     with pytest.raises(ConfigError, match="hidden_act: expected one of silu, swish in a mixture of experts, got 'gelu_pytorch_tanh'"):
         dataclasses.replace(CONFIGS["mixtral"], hidden_act="gelu_pytorch_tanh")

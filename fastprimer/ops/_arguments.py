@@ -13,7 +13,8 @@ INTEGERS = (torch.int32, torch.int64)
 
 
 def check(condition: bool, name: str, expected: str, got: object) -> None:
-    """Refuse the argument unless the condition holds. Where a call's cost counts, an `if` around `refuse` spares writing the texts."""
+    """Refuse the argument unless the condition holds. An `if` around `refuse` spares writing the texts: where a call's cost counts, and
+    where they hold a size, which torch.compile would take for a constant and compile anew for every other one."""
     if not condition:
         refuse(name, expected, got)
 

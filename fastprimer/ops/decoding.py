@@ -156,7 +156,7 @@ def check_cached(name, q, k_cache, v_cache, cache_seqlens, k, v, block_table) ->
     leading = (B,) if block_table is None else k_cache.shape[:1]
     letters = "(B, T, Hk, D)" if block_table is None else "(pages, page_size, Hk, D)"
     fits = k_cache.dim() == 4 and k_cache.shape[:1] == leading and k_cache.shape[-1] == D
-    if not fits:  # torch.compile takes sizes in a text that it formats for constants
+    if not fits:
         arguments.refuse(f"{name}: k_cache", f"shape {letters} with B = {B}, D = {D}", tuple(k_cache.shape))
     fits = v_cache.dim() == 4 and v_cache.shape[:-1] == k_cache.shape[:-1]
     if not fits:

@@ -160,7 +160,7 @@ def moe(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tens
     arguments.check(x.dim() == 2, "moe: x", "shape (N, C)", tuple(x.shape))
     N, C = x.shape
     fits = gate_up.dim() == 3 and gate_up.shape[0] > 0 and gate_up.shape[1] % 2 == 0 and gate_up.shape[2] == C
-    if not fits:  # torch.compile takes sizes in a text that it formats for constants
+    if not fits:
         arguments.refuse("moe: gate_up", f"shape (E, 2F, C = {C})", tuple(gate_up.shape))
     E, F = gate_up.shape[0], gate_up.shape[1] // 2
     arguments.check_shape("moe: down", down, (E, C, F), "(E, C, F)")

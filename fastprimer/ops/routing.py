@@ -265,7 +265,7 @@ def load_balancing_loss(logits: Tensor, experts: Tensor) -> Tensor:
     arguments.check(logits.dim() == 2, "load_balancing_loss: logits", "shape (N, E)", tuple(logits.shape))
     arguments.check_integer("load_balancing_loss: experts", experts)
     fits = experts.dim() == 2 and experts.shape[0] == logits.shape[0]
-    if not fits:  # torch.compile takes sizes in a text that it formats for constants
+    if not fits:
         arguments.refuse("load_balancing_loss: experts", f"shape (N = {logits.shape[0]}, K)", tuple(experts.shape))
     arguments.check_device("load_balancing_loss: experts", experts, logits, "logits")
     N, E = logits.shape
