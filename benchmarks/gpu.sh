@@ -1,7 +1,7 @@
 #!/bin/sh
 # `make gpu`: on a machine with a GPU and nvcc, with that machine's own python (torch >= 2.10, triton >= 3.6), no network.
 #   make gpu                                  everything
-#   make gpu WHAT=probe|test|sanitize|bench|growth     one part; OP=attention measures only that operation (or OP=model), CASE=causal only those cases
+#   make gpu WHAT=probe|test|sanitize|train|bench|profile|growth   one part; OP=attention measures only that operation (or OP=model), CASE=causal only those cases
 #   make gpu WHAT=tune OP=attention           the neighbours of each tile that Triton's kernels choose
 # A part that fails does not keep the next from running; the exit status tells.
 set -u
@@ -47,7 +47,7 @@ case $what in all | test)
   $python -c "import xdist" 2>/dev/null && workers="-n auto --maxprocesses 12 --dist loadscope"
   part "the tests of what runs on the GPU" $python -m pytest ${workers:-} -p no:benchmark -k "not cpu and not reference" \
     test_backends.py test_gpu.py test_contract.py test_fuzz.py test_attention.py test_cuda_cross_entropy.py \
-    test_cross_entropy.py "test_emulator.py::test_probe_agrees_with_hardware"
+    test_cross_entropy.py test_decoding.py::test_generation_by_a_cuda_graph test_emulator.py::test_probe_agrees_with_hardware
   cd .. ;;
 esac
 # Without torch's cache of memory, so that a read or write beyond a tensor leaves its allocation; only our kernels are looked at.
@@ -61,9 +61,24 @@ case $what in all | sanitize)
     part "races of $op" sanitize racecheck "$op"
   done ;;
 esac
+case $what in all | train)
+  for backend in cuda triton; do
+    for task in calculator calculator-moe; do
+      part "$task trained by $backend" $python -m fastprimer.cli train $task --backend $backend --out "runs/$device-$task-$backend"
+    done
+  done ;;
+esac
 name=$device${OP:+-$OP}${CASE:+-$CASE}
 case $what in all | bench)
   part "the benchmarks" $python -m fastprimer.cli bench ${OP:+--op "$OP"} ${CASE:+--case "$CASE"} --out "benchmarks/results/$name.json" ;;
+esac
+case $what in all | profile)
+  for measured in training decoding; do
+    for case in ${CASE:-llama-1b mixtral-8x160m}; do
+      part "where $measured of $case goes" $python benchmarks/profile.py --case "$case" --pass $measured \
+        --out "benchmarks/results/profile-$device-$case-$measured.txt"
+    done
+  done ;;
 esac
 case $what in all | growth)
   part "cost over size" $python -m fastprimer.cli bench --growth ${OP:+--op "$OP"} --out "benchmarks/results/growth-$name.json" ;;

@@ -57,7 +57,7 @@ def percent(text: str) -> float:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is measured")
     what.add_argument("--op", choices=OPS, action="append", help="only this operation, or whole models (repeat for more)")
-    what.add_argument("--case", default="", metavar="TEXT", help="only cases with this in their name")
+    what.add_argument("--case", default="", metavar="TEXT", help="only the case of this name, or else those with it in their names")
     what.add_argument(
         "--backend",
         choices=BACKENDS,

@@ -215,6 +215,20 @@ def test_the_series_cover_every_letter():
         assert made.op == one.op and made.work is not None
 
 
+def test_whole_models_on_a_gpu_are_measured_as_users_have_them():
+    """Experts by one backend, attention by another."""
+    found = jobs.jobs("cuda", jobs.Choice(ops=[models.MODEL], dtypes=["bfloat16"]))
+    assert {job.backend for job in found} == {"auto"}
+
+
+def test_a_case_is_chosen_by_its_name_or_by_what_is_in_many():
+    def chosen(text):
+        return [job.what for job in jobs.jobs("cuda", jobs.Choice(ops=[models.MODEL], dtypes=["bfloat16"], case=text))]
+
+    assert chosen("llama-1b") == ["model-llama-1b"]
+    assert chosen("llama") == ["model-llama-1b", "model-llama-1b-alone"]
+
+
 def test_half_types_of_products_are_left_out_where_they_have_no_instructions(monkeypatch):
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)

@@ -20,6 +20,7 @@ from fastprimer.peers import EAGER
 OPS = (*EAGER, MODEL)
 ALL_PASSES = (*PASSES, *MODEL_PASSES)
 DTYPES = ("float32", "bfloat16", "float16")
+AUTOMATIC = "auto"
 PRODUCTS = ("attention", "attention_with_kv_cache", "moe", "linear_cross_entropy", MODEL)
 """Operations whose peers need matrix products."""
 
@@ -35,7 +36,7 @@ class Choice:
     quick: bool = False
     growth: bool = False
     case: str = ""
-    """In the name of every case."""
+    """A case's name, or what is in the names of all."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,9 @@ def usual_dtypes(op: str, device: str) -> tuple[str, ...]:
 
 
 def _backends(op: str, device: str, choice: Choice) -> list[str]:
-    """Of a model, those that have every operation."""
+    """Of a model, those that have every operation; on a GPU, where one is faster here and the other there, the automatic choice."""
+    if op == MODEL and device == "cuda" and not choice.backends:
+        return [AUTOMATIC]
     ops = list(EAGER) if op == MODEL else [op]
     offered = [b for b in choice.backends or PREFERENCE[device] if all(b in declared(name) for name in ops)]
     reasons = {b: next(filter(None, (unavailable(name, b, device) for name in ops)), "") for b in offered}
@@ -97,7 +100,8 @@ def _jobs(measure: Callable, cases: Sequence, passes: list[str], backend: str, d
         kind = getattr(torch, dtype)
         return Job(str(case), dtype, backend, len(passes), lambda settings: measure(case, kind, backend, tuple(passes), settings))
 
-    chosen = [case for case in cases if choice.case in case.name]
+    named = [case for case in cases if case.name == choice.case]
+    chosen = named or [case for case in cases if choice.case in case.name]
     return [job(case) for case in (chosen[:1] if choice.quick else chosen) if passes]
 
 
