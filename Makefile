@@ -59,7 +59,7 @@ gate: $(READY)
 
 # The machine's own python has torch with CUDA; nothing is downloaded.
 gpu:
-	WHAT="$(WHAT)" OP="$(OP)" CASE="$(CASE)" PYTHON="$(PYTHON)" sh benchmarks/gpu.sh
+	PYTHON="$(PYTHON)" sh benchmarks/gpu.sh
 
 $(READY): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

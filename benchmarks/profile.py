@@ -62,7 +62,7 @@ def short(name: str) -> str:
     return re.sub(r"\s+", " ", re.sub(r"^void ", "", name))[:110]
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--case", choices=CASES, default="llama-1b")
     parser.add_argument("--pass", dest="measured", choices=models.MODEL_PASSES, default=models.TRAINING)
@@ -70,7 +70,11 @@ def main() -> None:
     parser.add_argument("--backend", choices=(*BACKENDS, "auto"), default="auto")
     parser.add_argument("--times", type=positive, default=5, help="calls that are recorded (default 5)")
     parser.add_argument("--out", type=Path, help="write the table there too")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = parser().parse_args()
     with use_backend(args.backend):
         call, reason = call_of(CASES[args.case], args.measured, args.model, torch.bfloat16)
         found, span = kernels(call, args.times)

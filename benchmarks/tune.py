@@ -144,14 +144,18 @@ def _shown(tile) -> str:
     return " ".join(f"{field.removeprefix('BLOCK_').removeprefix('num_')} {getattr(tile, field)}" for field in tile._fields)
 
 
-def main(argv: list[str] | None = None, cases=None) -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", choices=CHOOSERS, action="append", help="only this operation (repeat for more)")
     parser.add_argument("--case", help="only benchmark cases with this in their name")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--rounds", type=positive, default=21, help="measurements of each tile (default 21)")
     parser.add_argument("--out", type=Path, help="also write the table to this file")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None, cases=None) -> None:
+    args = parser().parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     about = machine(device)
     lines = [f"Tiles on {about['device']}, torch {about['torch']}, commit {about['commit']}; ms of the whole operation.", ""]

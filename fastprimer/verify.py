@@ -1,7 +1,8 @@
 """`fastprimer verify`: every operation on every backend, forward and backward, its error held against its budget.
 
-Each backend is a process of its own, for Triton decides when it is imported whether it interprets. Without a GPU the Triton
-kernels run in the strict interpreter and the CUDA kernels in the emulator, on small cases; with one, on the device.
+Each backend is a process of its own (or several, each with a part of its work), for Triton decides when it is imported whether it
+interprets. Without a GPU the Triton kernels run in the strict interpreter and the CUDA kernels in the emulator, on small cases; with
+one, on the device.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fastprimer.backends import BACKENDS, declared, emulator_reason, load_emulator, native_reason, operations, unavailable
-from fastprimer.generate import natural
+from fastprimer.generate import natural, positive
 from fastprimer.testing import CASES, DTYPES, compare
 
 
@@ -31,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=BACKENDS, action="append", help="only this backend (repeat for more)")
     parser.add_argument("--seed", type=natural, default=0, help="of the random inputs and gradients (default 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line: every compared tensor")
+    parser.add_argument("--jobs", type=positive, help="processes at once (default 2; on a GPU, for which Triton compiles, half the cores)")
 
 
 @dataclass
@@ -75,13 +78,33 @@ def dtypes_of(backend: str, op: str = "") -> tuple[torch.dtype, ...]:
     return DTYPES if wide else tuple(d for d in DTYPES if d != torch.float64)
 
 
-def work_of(op: str, backend: str) -> list[tuple]:
-    return [(case, dtype) for case in CASES if case.op == op and not case.bench for dtype in dtypes_of(backend, op)]
+@dataclass(frozen=True)
+class Part:
+    """One of several equal parts of a backend's work, the first one being number 1."""
+
+    number: int = 1
+    of: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Part:
+        return cls(*map(int, text.split("/")))
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.of}"
 
 
-def results(op: str, backend: str, device: str, seed: int) -> Iterator[dict]:
+WHOLE = Part()
+
+
+def work_of(op: str, backend: str, part: Part = WHOLE) -> list[tuple]:
+    """(case, dtype) of each comparison."""
+    work = [(case, dtype) for case in CASES if case.op == op and not case.bench for dtype in dtypes_of(backend, op)]
+    return work[part.number - 1 :: part.of]
+
+
+def results(op: str, backend: str, device: str, seed: int, part: Part) -> Iterator[dict]:
     """In a worker: one object for every compared tensor of op on a backend."""
-    for case, dtype in work_of(op, backend):
+    for case, dtype in work_of(op, backend, part):
         for row in compare(case, dtype, backend, device=device, seed=seed):
             yield {
                 "op": op,
@@ -98,15 +121,15 @@ def results(op: str, backend: str, device: str, seed: int) -> Iterator[dict]:
         yield {"done": 1}
 
 
-def worker(backend: str, device: str, seed: int, ops: list[str]) -> None:
+def worker(backend: str, device: str, seed: int, part: Part, ops: list[str]) -> None:
     if backend == "cuda" and device == "cpu":
         load_emulator()
     for op in ops:
         reason = unavailable(op, backend, device)
         if reason:
-            print(json.dumps({"op": op, "refused": reason, "done": len(work_of(op, backend))}), flush=True)
+            print(json.dumps({"op": op, "refused": reason, "done": len(work_of(op, backend, part))}), flush=True)
             continue
-        for result in results(op, backend, device, seed):
+        for result in results(op, backend, device, seed, part):
             print(json.dumps(result), flush=True)
 
 
@@ -120,9 +143,12 @@ def run(args: argparse.Namespace) -> int:
     total = sum(len(work_of(op, b)) for op, b in cells)
     console = Console(stderr=args.json)
     columns = TextColumn("verifying {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True) as progress, ThreadPoolExecutor(2) as pool:
+    jobs = args.jobs or (max(2, (os.cpu_count() or 1) // 2) if torch.cuda.is_available() else 2)
+    parts = max(1, jobs // 2)  # of each backend: two of them have most of the work
+    work = [(b, [op for op, of in cells if of == b], Part(n, parts)) for n in range(1, parts + 1) for b in names]
+    with Progress(*columns, console=console, transient=True) as progress, ThreadPoolExecutor(jobs) as pool:
         task = progress.add_task(" ", total=total)
-        list(pool.map(lambda b: _drive(b, [op for op, of in cells if of == b], args, cells, progress, task), names))
+        list(pool.map(lambda item: _drive(*item, args, cells, progress, task), work))
     if not args.json:
         console.print(_table(cells))
         for cell in cells.values():
@@ -133,8 +159,8 @@ def run(args: argparse.Namespace) -> int:
     return 1 if any(cell.failures for cell in cells.values()) else 0
 
 
-def stream(backend: str, ops: list[str], seed: int) -> Iterator[dict]:
-    """Run a backend's worker; yields its `results`, or {"op", "refused", "done"} for what is not available here.
+def stream(backend: str, ops: list[str], seed: int, part: Part = WHOLE) -> Iterator[dict]:
+    """Run a backend's worker on its work or a part of it; yields its `results`, or {"op", "refused", "done"} for what is not here.
 
     Raises RuntimeError if the worker did not end well.
     """
@@ -142,10 +168,10 @@ def stream(backend: str, ops: list[str], seed: int) -> Iterator[dict]:
     reason = emulator_reason() if backend == "cuda" and device == "cpu" else native_reason() if backend == "cpu" else ""
     if reason:
         for op in ops:
-            yield {"op": op, "refused": reason, "done": len(work_of(op, backend))}
+            yield {"op": op, "refused": reason, "done": len(work_of(op, backend, part))}
         return
     environment = os.environ | ({"TRITON_INTERPRET": "1"} if backend == "triton" and device == "cpu" else {})
-    command = [sys.executable, "-m", "fastprimer.verify", backend, device, str(seed), *ops]
+    command = [sys.executable, "-m", "fastprimer.verify", backend, device, str(seed), str(part), *ops]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             yield json.loads(line)
@@ -153,20 +179,25 @@ def stream(backend: str, ops: list[str], seed: int) -> Iterator[dict]:
         raise RuntimeError(f"verifying {backend} ended with exit status {process.returncode}; its error is printed above")
 
 
-def _drive(backend: str, ops: list[str], args, cells, progress, task) -> None:
+_adding = threading.Lock()
+
+
+def _drive(backend: str, ops: list[str], part: Part, args, cells, progress, task) -> None:
     """Take in what a backend's worker finds."""
     try:
-        for result in stream(backend, ops, args.seed) if ops else ():
+        for result in stream(backend, ops, args.seed, part) if ops else ():
             if "refused" in result:
                 cells[result["op"], backend].refused = result["refused"]
             elif "share" in result:
-                cells[result["op"], backend].add(result)
+                with _adding:  # other parts add to the same cells
+                    cells[result["op"], backend].add(result)
                 if args.json:
-                    sys.stdout.write(json.dumps(result) + "\n")  # one call: two backends report at once
+                    sys.stdout.write(json.dumps(result) + "\n")  # one call: several report at once
             progress.update(task, advance=result.get("done", 0), description=backend)
     except RuntimeError as error:
-        for op in ops:
-            cells[op, backend].failures = (cells[op, backend].failures or []) + [str(error)]
+        with _adding:
+            for op in ops:
+                cells[op, backend].failures = (cells[op, backend].failures or []) + [str(error)]
 
 
 def _table(cells: dict[tuple[str, str], Cell]) -> Table:
@@ -185,4 +216,4 @@ def _table(cells: dict[tuple[str, str], Cell]) -> Table:
 
 
 if __name__ == "__main__":
-    worker(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4:])
+    worker(sys.argv[1], sys.argv[2], int(sys.argv[3]), Part.parse(sys.argv[4]), sys.argv[5:])

@@ -1,7 +1,7 @@
 """Operation x backend x dtype x case: every output and every gradient within its error budget, with random dy.
 
-Each operation runs on each backend in a process of its own (fastprimer/verify.py), once for the whole session: its tests share
-what follows the @ of their names, and so a worker (conftest.py).
+Each operation runs on each backend in a process of its own (fastprimer/verify.py), once for the whole session, or where Triton compiles
+for a GPU in several: the tests of one share what follows the @ of their names, and so a worker (conftest.py).
 """
 
 import functools
@@ -14,30 +14,41 @@ import fastprimer as fp
 from fastprimer import testing
 from fastprimer.backends import BACKENDS, declared, native_reason, operations
 from fastprimer.cases import attention, rms_norm_case
-from fastprimer.verify import stream, work_of
+from fastprimer.verify import Part, device_of, stream, work_of
+
+FEW = 24
+"""Comparisons of one process where each may have kernels to compile."""
+
+
+def parts(op: str, backend: str) -> list[Part]:
+    of = -(-len(work_of(op, backend)) // FEW) if device_of(backend) == "cuda" else 1
+    return [Part(n, of) for n in range(1, of + 1)]
+
 
 PARAMETERS = [
     pytest.param(
         backend,
         case,
         str(dtype).removeprefix("torch."),
-        id=f"{backend}-{case}-{str(dtype)[6:]}@{op}-{backend}",
+        part,
+        id=f"{backend}-{case}-{str(dtype)[6:]}@{op}-{backend}-{part.number}",
     )
     for backend in BACKENDS
     for op in operations()
     if backend in declared(op)
-    for case, dtype in work_of(op, backend)
+    for part in parts(op, backend)
+    for case, dtype in work_of(op, backend, part)
 ]
 
 
 @functools.cache
-def found(op: str, backend: str) -> list[dict]:
-    return list(stream(backend, [op], seed=0))
+def found(op: str, backend: str, part: Part) -> list[dict]:
+    return list(stream(backend, [op], 0, part))
 
 
-@pytest.mark.parametrize("backend, case, dtype", PARAMETERS)
-def test_within_budget(backend, case, dtype):
-    results = found(case.op, backend)
+@pytest.mark.parametrize("backend, case, dtype, part", PARAMETERS)
+def test_within_budget(backend, case, dtype, part):
+    results = found(case.op, backend, part)
     refused = [r["refused"] for r in results if "refused" in r]
     if refused:
         pytest.skip(refused[0])
@@ -97,6 +108,15 @@ def test_the_least_work_of_a_case_is_counted(case):
         assert work.bytes_forward <= 3 * work.bytes_backward and work.flops_forward <= work.flops_backward
     else:
         assert work.bytes_backward == work.flops_backward == 0
+
+
+def test_parts_are_the_whole_work_once():
+    whole = work_of("rope", "cpu")
+    for of in (1, 3, len(whole) + 2):
+        shared = [work_of("rope", "cpu", Part(n, of)) for n in range(1, of + 1)]
+        assert sorted(map(str, itertools.chain(*shared))) == sorted(map(str, whole))
+        assert max(map(len, shared)) - min(map(len, shared)) <= 1
+    assert Part.parse(str(Part(2, 5))) == Part(2, 5)
 
 
 def test_the_cases_of_attention_cover_every_pair():
