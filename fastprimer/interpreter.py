@@ -12,6 +12,7 @@ after another. What the stock interpreter (3.6 to 3.9) does, and what it does af
     order       Programs run in ascending order. -> They run in a random order, fixed by a seed (`program_order`).
     products    The order in which numpy sums a float32 dot depends on the shape of the tile, so that two kernels get different bits
                 for one number. -> It is summed as a GPU does without tensor cores: by fused multiply-adds, in the order of k.
+    sums        Triton 3.6 takes the sum of a dot for float32 unless out_dtype says otherwise, 3.9 for what it is. -> It has to be said.
     booleans    The result of a comparison carries its operands' type, so that a later cast misreads it. -> It is int1.
     scalars     Triton 3.6 cannot use a scalar as a loop bound under numpy >= 2.4. -> It can.
 
@@ -81,6 +82,13 @@ def _dot(original, builder, a, b, accumulator, *options):
         np.multiply(x[..., :, k, None], y[..., k, None, :], out=product)
         np.add(total, product, out=total, casting="same_kind")
     return Handle(total, tl.float32)
+
+
+def _typed_dot(original, semantic, a, b, accumulator, *options):
+    said = options[-1] or tl.float32
+    if accumulator is not None and accumulator.dtype.scalar != said:
+        raise TypeError(f"dot: Triton 3.6 expects out_dtype={accumulator.dtype.scalar} beside a sum of that type, got {said}")
+    return original(semantic, a, b, accumulator, *options)
 
 
 def _cast(original, builder, source, dtype, *rounding):
@@ -313,6 +321,7 @@ PATCHES = {
     "InterpreterBuilder.create_fp_to_fp": _cast,
     "ReduceScanOpInterface.apply": _reduce_or_scan,
     "GridExecutor._init_args_hst": _prepare_launch,
+    "TritonSemantic.dot": _typed_dot,
     "TritonSemantic.load": _load,
     "InterpreterBuilder.create_masked_load": _masked_load,
     "InterpreterBuilder.create_masked_store": _masked_store,

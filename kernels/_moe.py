@@ -66,7 +66,7 @@ def multiply(
     for first in range(0, size, BLOCK_K):
         left = load_left(rows_ptr, first, size, BLOCK_K, WHOLE_K)
         right = load_right(matrix_ptr, first, column, inside, size, stride_k, stride_column, BLOCK_K, WHOLE_K, WHOLE_N)
-        total = tl.dot(left, right, total, input_precision="ieee")
+        total = tl.dot(left, right, total, input_precision="ieee", out_dtype=total.dtype)  # Triton 3.6 expects float32 otherwise
     return total
 
 

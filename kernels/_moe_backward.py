@@ -100,7 +100,7 @@ def _add_rows(
     """total + left[position]ᵀ right[position] over BLOCK_K positions from `first`, those before the end."""
     left = _load_rows(left_ptr, order_ptr, first, end, m, rows, stride_left_row, K, LEFT_GATHERED, BLOCK_K, WHOLE_K, WHOLE_M)
     right = _load_rows(right_ptr, order_ptr, first, end, n, columns, stride_right_row, K, RIGHT_GATHERED, BLOCK_K, WHOLE_K, WHOLE_N)
-    return tl.dot(tl.trans(left), right, total, input_precision="ieee")
+    return tl.dot(tl.trans(left), right, total, input_precision="ieee", out_dtype=total.dtype)
 
 
 @triton.jit

@@ -104,6 +104,24 @@ def test_float32_products_have_one_order():
 
 
 @triton.jit
+def _add_product(x_ptr, sum_ptr, N: tl.constexpr, SAID: tl.constexpr):
+    n = tl.arange(0, N)
+    x, total = tl.load(x_ptr + n[:, None] * N + n[None, :]), tl.zeros((N, N), x_ptr.dtype.element_ty)
+    total = tl.dot(x, x, total, input_precision="ieee", out_dtype=total.dtype) if SAID else tl.dot(x, x, total, input_precision="ieee")
+    tl.store(sum_ptr + n[:, None] * N + n[None, :], total)
+
+
+@needs_interpreter
+def test_a_sum_wider_than_float32_is_to_be_said():
+    """Triton 3.6 does not compile it otherwise; later ones do."""
+    x, total = random(16, 16, dtype=torch.float64), torch.empty(16, 16, dtype=torch.float64)
+    _add_product[(1,)](x, total, 16, True)
+    torch.testing.assert_close(total, x @ x)
+    with pytest.raises(triton.runtime.errors.InterpreterError, match="out_dtype=fp64"):
+        _add_product[(1,)](x, total, 16, False)
+
+
+@triton.jit
 def _cast(x_ptr, y_ptr, N: tl.constexpr):
     i = tl.arange(0, N)
     tl.store(y_ptr + i, tl.load(x_ptr + i).to(y_ptr.dtype.element_ty))
