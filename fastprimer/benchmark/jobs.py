@@ -11,15 +11,13 @@ from fastprimer.backends import PREFERENCE, BackendError, declared, unavailable
 from fastprimer.benchmark.contest import Settings
 from fastprimer.benchmark.growth import THREADS, Series, series
 from fastprimer.benchmark.measure import measure
-from fastprimer.benchmark.models import MODEL, MODEL_CASES, MODEL_PASSES, measure_model
-from fastprimer.benchmark.rows import Row
-from fastprimer.benchmark.timing import BACKWARD, FORWARD, PASSES
+from fastprimer.benchmark.models import MODEL, MODEL_CASES, measure_model
+from fastprimer.benchmark.rows import ALL_PASSES, DTYPES, Row
+from fastprimer.benchmark.timing import BACKWARD, FORWARD, MODEL_PASSES, PASSES
 from fastprimer.cases import benchmarks
 from fastprimer.peers import EAGER
 
 OPS = (*EAGER, MODEL)
-ALL_PASSES = (*PASSES, *MODEL_PASSES)
-DTYPES = ("float32", "bfloat16", "float16")
 AUTOMATIC = "auto"
 PRODUCTS = ("attention", "attention_with_kv_cache", "moe", "linear_cross_entropy", MODEL)
 """Operations whose peers need matrix products."""
