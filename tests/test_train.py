@@ -221,6 +221,17 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, quick, capsys):
     assert not (tmp_path / "x" / CHECKPOINT).exists()
 
 
+def test_weights_that_are_not_finite_are_no_checkpoint(tmp_path, quick, monkeypatch, capsys):
+    """The last step's loss is that of the weights before it."""
+    assert command("--steps", 3, "--stop-at", 2, out=tmp_path) == 0
+    before, step = (tmp_path / CHECKPOINT).read_bytes(), train.Trainer.train_step
+    diverging = lambda self: (step(self), self.parameters["model.norm.weight"].data.fill_(float("nan")))  # noqa: E731
+    monkeypatch.setattr(train.Trainer, "train_step", diverging)
+    assert command("--resume", out=tmp_path) == 2
+    assert "model.norm.weight is not finite after step 3: try a smaller --learning-rate" in capsys.readouterr().err
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+
+
 def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "file"
     write_atomically(path, b"old")
