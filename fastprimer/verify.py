@@ -134,8 +134,8 @@ def worker(backend: str, device: str, seed: int, part: Part, ops: list[str]) -> 
 
 
 def run(args: argparse.Namespace) -> int:
-    ops = args.op or operations()
-    names = args.backend or BACKENDS
+    ops = list(dict.fromkeys(args.op or operations()))
+    names = tuple(dict.fromkeys(args.backend or BACKENDS))
     cells = {(op, b): Cell(op, b, device_of(b)) for b in names for op in ops if b in declared(op)}
     if not cells:
         print(f"fastprimer verify: error: none of {', '.join(ops)} has a kernel on {', '.join(names)}", file=sys.stderr)
@@ -153,9 +153,10 @@ def run(args: argparse.Namespace) -> int:
         console.print(_table(cells))
         for cell in cells.values():
             for failure in (cell.failures or [])[:10]:
-                console.print(f"[red]{failure}[/red]")
-            if cell.refused:
-                console.print(f"{cell.op} on {cell.backend}: {cell.refused}")
+                console.print(failure, style="red", markup=False)
+    for cell in cells.values():
+        if cell.refused:  # with --json too, on stderr: nothing compared is nothing proven
+            console.print(f"{cell.op} on {cell.backend}: {cell.refused}", markup=False)
     return 1 if any(cell.failures for cell in cells.values()) else 0
 
 
