@@ -161,6 +161,7 @@ def test_nothing_is_appended_to_a_cache_that_is_too_short():
         ("cache_seqlens", 3.0, "an integer, got 3.0"),
         ("cache_seqlens", 2**40, "0..6 tokens, got 1099511627776"),
         ("cache_seqlens", -1, "0..6 tokens, got -1"),
+        ("softmax_scale", "x", "a finite number, got 'x'"),
     ],
 )
 def test_errors_of_a_cache_name_the_argument(name, value, expected):

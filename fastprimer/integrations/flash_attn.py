@@ -29,8 +29,8 @@ def _refuse(function: str, **arguments) -> None:
             raise NotImplementedError(f"{function}: {name}: expected {nothing!r}, the only value that is supported, got {value!r}")
 
 
-def _options(softmax_scale, causal: bool, window_size, softcap: float) -> dict:
-    scale = None if softmax_scale is None else float(softmax_scale)
+def _options(function: str, softmax_scale, causal: bool, window_size, softcap: float) -> dict:
+    scale = None if softmax_scale is None else arguments.number(f"{function}: softmax_scale", softmax_scale)
     return {"causal": causal, "window": window_size, "scale": scale, "softcap": softcap or None}
 
 
@@ -59,7 +59,7 @@ def flash_attn_func(
 ):
     """q (B, S, H, D), k, v (B, T, Hk, D) -> o (B, S, H, D); with return_attn_probs (o, lse (B, H, S), None)."""
     _refuse("flash_attn_func", dropout_p=(dropout_p, 0.0), alibi_slopes=(alibi_slopes, None))
-    options = _options(softmax_scale, causal, window_size, softcap)
+    options = _options("flash_attn_func", softmax_scale, causal, window_size, softcap)
     o, lse = ops.attention(q, k, v, **options, return_lse=True)
     return (o, lse, None) if return_attn_probs else o
 
@@ -88,7 +88,7 @@ def flash_attn_varlen_func(
     given = {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
     longest = {label: _integer(f"{name}: {label}", value) for label, value in given.items()}
     packed = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, **longest}
-    options = _options(softmax_scale, causal, window_size, softcap)
+    options = _options(name, softmax_scale, causal, window_size, softcap)
     o, lse = ops.attention(q, k, v, **packed, **options, return_lse=True)
     return (o, lse, None) if return_attn_probs else o
 
@@ -145,7 +145,7 @@ def flash_attn_with_kvcache(
         rotary = {"cos": rotary_cos, "sin": rotary_sin, "interleaved": rotary_interleaved}
         q, _ = ops.rope(q, None, positions=own if local else cache_seqlens[:, None].expand(B, S), **rotary)
         k, _ = ops.rope(k, None, positions=own, **rotary)
-    options = {"block_table": block_table, **_options(softmax_scale, causal, window_size, softcap)}
+    options = {"block_table": block_table, **_options(name, softmax_scale, causal, window_size, softcap)}
     if S <= MAX_QUERIES:
         o, lse = ops.attention_with_kv_cache(q, k_cache, v_cache, cache_seqlens, k=k, v=v, **options, return_lse=True)
         return (o, lse) if return_softmax_lse else o
