@@ -252,6 +252,12 @@ def test_errors_say_what_was_expected(tmp_path, capsys, monkeypatch, argv, messa
     assert status == 2 and re.search(message, capsys.readouterr().err)
 
 
+def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "_live", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert cli.main(["bench", "--quick", "--op", "rms_norm", "--backend", "reference"]) == 130
+    assert capsys.readouterr().err == "fastprimer bench: stopped\n"
+
+
 @pytest.mark.slow
 def test_a_revision_is_measured_by_turns(tmp_path, capsys):
     commit = revision.resolve("HEAD")
