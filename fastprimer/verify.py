@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fastprimer.backends import BACKENDS, declared, emulator_reason, load_emulator, native_reason, operations, unavailable
-from fastprimer.generate import natural, positive
+from fastprimer.generate import natural, thread_count
 from fastprimer.testing import CASES, DTYPES, compare
 
 
@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=BACKENDS, action="append", help="only this backend (repeat for more)")
     parser.add_argument("--seed", type=natural, default=0, help="of the random inputs and gradients (default 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line: every compared tensor")
-    parser.add_argument("--jobs", type=positive, help="processes at once (default 2; on a GPU, for which Triton compiles, half the cores)")
+    parser.add_argument(
+        "--jobs", type=thread_count, help="processes at once (default 2; on a GPU, for which Triton compiles, half the cores)"
+    )
 
 
 @dataclass

@@ -129,6 +129,12 @@ def test_verify_does_once_what_is_asked_for_twice_and_tells_what_is_not_here(mon
     assert said.out == json.dumps(found) + "\n" and "route on cpu: no library, see [docs]" in said.err
 
 
+def test_verify_starts_no_more_processes_than_a_machine_bears(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["verify", "--jobs", "100000"])
+    assert "argument --jobs: expected an integer from 1 to" in capsys.readouterr().err
+
+
 def test_the_cases_of_attention_cover_every_pair():
     rows = [tuple(row.split()) for row in attention.PAIRS.strip().splitlines()]
     values = [set(column) for column in zip(*rows, strict=True)]
