@@ -157,6 +157,15 @@ main(["doctor"])
     assert "not there: no C++ compiler was found when fastprimer was built" in shown.stdout
 
 
+def test_why_the_native_library_is_not_there(tmp_path, monkeypatch):
+    module = sys.modules["fastprimer.backends"]
+    monkeypatch.setattr(module, "PACKAGE", tmp_path)
+    reason = module.native_reason.__wrapped__
+    assert reason() == "the native library was not built: install fastprimer (pip install .)"
+    (tmp_path / "_native.so").write_text("no library")
+    assert reason().startswith(f"the native library does not load: {tmp_path / '_native.so'}: ")
+
+
 def test_which_gpus_a_build_serves():
     assert runs_on("80", (8, 0)) and runs_on("80", (8, 9)) and runs_on("80", (12, 0)) and not runs_on("80", (7, 5))
     assert runs_on("90a", (9, 0)) and not runs_on("90a", (10, 0)) and runs_on("100a", (10, 0)) and not runs_on("100a", (12, 0))
