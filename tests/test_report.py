@@ -11,7 +11,7 @@ import pytest
 from bench_checks import results, row, wrong_row
 from fastprimer import checkpoint, cli
 from fastprimer.benchmark import tables
-from fastprimer.benchmark.rows import Results
+from fastprimer.benchmark.rows import Results, write_whole
 from fastprimer.peers import EAGER
 from fastprimer.report import MARKERS, readme_table
 
@@ -146,3 +146,12 @@ def test_readme_leaves_out_the_backward_pass_where_both_passes_are_there():
 def test_a_report_of_nothing_says_so(tmp_path, capsys):
     assert cli.main(["report", "--folder", str(tmp_path)]) == 2
     assert "argument --results: expected results in" in capsys.readouterr().err
+
+
+def test_a_device_and_a_pipe_are_written_to():
+    write_whole(Path(os.devnull), "text")
+    assert Path(os.devnull).is_char_device()
+    end, begin = os.pipe()
+    write_whole(Path(f"/dev/fd/{begin}"), "text")
+    assert os.read(end, 9) == b"text"
+    os.close(begin), os.close(end)

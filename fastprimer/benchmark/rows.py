@@ -122,11 +122,10 @@ def check_writable(path: Path) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Write a file, in a new folder too, so that a full disk leaves an earlier one as it was; a link stays one, a device is written to."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path, data = path.resolve(), text.encode()
-    if path.is_file() or not path.exists():
-        write_atomically(path, data)
+    if path.exists() and not path.is_file():
+        path.write_bytes(text.encode())
     else:
-        path.write_bytes(data)
+        write_atomically(path.resolve(), text.encode())
 
 
 @dataclass
