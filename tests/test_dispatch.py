@@ -155,6 +155,7 @@ main(["doctor"])
     assert shown.returncode == 0, shown.stderr
     assert "reference | no C++ compiler was found when fastprimer was built" in shown.stdout
     assert "not there: no C++ compiler was found when fastprimer was built" in shown.stdout
+    assert "in the emulator" not in shown.stdout  # which lies beside the library
 
 
 def test_why_the_native_library_is_not_there(tmp_path, monkeypatch):
