@@ -112,7 +112,7 @@ def spoiled(name: str, value) -> dict:
         ("device", None), ("date", 5), ("ours", None), ("of_roof", None), ("vs_best_peer", -1.0), ("roof_samples", []),
         ("roof_samples", [0.0]), ("size", "1"), ("wrong", "oops"),
         ("samples", []), ("median", "x"), ("median", 0), ("high", float("nan")), ("dtype", "float64"), ("measured", "both"), ("case", 5),
-        ("bytes", 0), ("left_out", []), ("host_us", {"eager": 1.0}),
+        ("bytes", 0), ("left_out", []), ("host_us", {"eager": 1.0}), ("peak_mb", {"ours": "x"}), ("best_peer", 5),
     ],
 )  # fmt: skip
 def test_a_file_that_no_table_can_show_is_refused(tmp_path, capsys, field, value):

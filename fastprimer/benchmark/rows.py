@@ -90,10 +90,12 @@ class Row:
         def timed(timing: Timing) -> bool:
             return all(map(positive, (timing.median, timing.low, timing.high, *timing.samples))) and len(timing.samples) > 0
 
-        right = {name: isinstance(getattr(self, name), str) for name in ("op", "case", "backend", "series", "letter")}
+        right = {name: isinstance(getattr(self, name), str) for name in ("op", "case", "backend", "limited_by", "series", "letter")}
         right |= {name: isinstance(getattr(self, name), int) for name in ("bytes", "flops")}
         right |= {"dtype": self.dtype in DTYPES, "measured": self.measured in ALL_PASSES, "left_out": isinstance(self.left_out, dict)}
-        right["wrong"] = isinstance(self.wrong, list)
+        right["wrong"] = isinstance(self.wrong, list) and all(isinstance(text, str) for text in self.wrong)
+        right["best_peer"] = self.best_peer is None or isinstance(self.best_peer, str)
+        right["peak_mb"] = isinstance(self.peak_mb, dict) and all(isinstance(mb, (int, float)) for mb in self.peak_mb.values())
         right["size"] = isinstance(self.size, int) and (self.size > 0 or not self.series)
         if self.ours or not self.wrong:
             right |= {name: positive(getattr(self, name)) for name in ("bytes", "copy_gb_per_s", "of_roof")}
@@ -101,7 +103,7 @@ class Row:
             right["ours"] = self.ours is not None and timed(self.ours)
             right["peers"] = all(map(timed, self.peers.values()))
             right["roof_samples"] = bool(self.roof_samples) and all(map(positive, self.roof_samples))
-            right["host_us"] = not self.host_us or OURS in self.host_us
+            right["host_us"] = not self.host_us or (OURS in self.host_us and isinstance(self.host_us[OURS], (int, float)))
         for name, fits in right.items():
             if not fits:
                 raise ValueError(f"{self.op} {self.case}: {name} is {getattr(self, name)!r:.100}")
