@@ -65,7 +65,7 @@ def short(name: str) -> str:
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--case", choices=CASES, default="llama-1b")
-    parser.add_argument("--pass", dest="measured", choices=models.MODEL_PASSES, default=models.TRAINING)
+    parser.add_argument("--pass", dest="measured", choices=(models.TRAINING, models.DECODING), default=models.TRAINING)
     parser.add_argument("--model", choices=("fast", "reference"), default="fast")
     parser.add_argument("--backend", choices=(*BACKENDS, "auto"), default="auto")
     parser.add_argument("--times", type=positive, default=5, help="calls that are recorded (default 5)")

@@ -237,11 +237,12 @@ def native_reason() -> str:
         record = PACKAGE / "_native.json"
         if record.exists():
             return json.loads(record.read_text())["reason"] or "the native library is gone: install fastprimer again"
-        return "the native library was not built (see `fastprimer doctor`)"
+        return "the native library was not built: install fastprimer (pip install .)"
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
-        return f"the native library does not load: {str(error).splitlines()[0]}"
+        cause = str(error.__cause__ or error)  # torch's own words name the file, those of the loader say what it lacks
+        return f"the native library does not load: {cause.splitlines()[0]}"
     return ""
 
 

@@ -23,9 +23,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastprimer.backends import BACKENDS, BackendError
 from fastprimer.benchmark import comparison, revision, tables
 from fastprimer.benchmark.contest import Settings
-from fastprimer.benchmark.jobs import ALL_PASSES, DTYPES, OPS, Choice, jobs
+from fastprimer.benchmark.jobs import OPS, Choice, jobs
 from fastprimer.benchmark.models import MODEL_PEERS
-from fastprimer.benchmark.rows import Results, ResultsError, Row, check_writable, machine
+from fastprimer.benchmark.rows import ALL_PASSES, DTYPES, Results, ResultsError, Row, check_writable, machine
 from fastprimer.generate import natural, positive, thread_count
 from fastprimer.memory import keep_freed_memory
 from fastprimer.peers import PEERS
@@ -113,6 +113,10 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     console = Console(stderr=args.json or args.markdown, highlight=False)
     old, commit = _base(args.compare)
+    if commit and args.results:
+        raise ResultsError(
+            f"argument --compare: expected a file of results to hold --results against, got the git revision {args.compare!r}"
+        )
     if args.out:  # not only after minutes of measuring
         check_writable(args.out)
         check_writable(_part(args.out))

@@ -27,14 +27,15 @@ class CheckpointError(ValueError):
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a crash at any moment leaves either the old file or the new one."""
+    """Write a file so that a crash at any moment leaves either the old file or the new one, which has the old one's permissions."""
+    mode = path.stat().st_mode & 0o777 if path.exists() else 0o644
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o644)
+        os.chmod(name, mode)
         os.replace(name, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):

@@ -41,6 +41,9 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     try:
         return args.run(args)
+    except KeyboardInterrupt:  # Ctrl-C is no error of ours to be traced; `train` has more to say
+        print(f"fastprimer {args.command}: stopped", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # the reader went away, as `| head` does
         sys.stderr.close()
         return 0

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 from importlib import metadata
+from importlib.util import find_spec
 
 import torch
 from rich.console import Console
@@ -84,10 +85,12 @@ def run(args: argparse.Namespace) -> int:
     reasons = sorted({(b, reason) for op in operations() for b, reason in cells[op].items() if reason and b in declared(op)})
     for backend, reason in reasons:
         console.print(f"[bold]{backend}[/bold] is not available here: {reason}")
-    if not torch.cuda.is_available():
-        console.print(
-            "Without a GPU, `fastprimer verify` runs the Triton kernels in Triton's interpreter and the CUDA kernels in the emulator."
-        )
+    stand_ins = {
+        "the Triton kernels in Triton's interpreter": find_spec("triton") is not None,
+        "the CUDA kernels in the emulator": not emulator_reason(),
+    }
+    if not torch.cuda.is_available() and any(stand_ins.values()):
+        console.print(f"Without a GPU, `fastprimer verify` runs {' and '.join(what for what, there in stand_ins.items() if there)}.")
     return 0
 
 

@@ -29,6 +29,10 @@ class PromptError(ValueError):
     """A prompt that the model cannot read."""
 
 
+class LogitsError(ArithmeticError):
+    """A model that computes no numbers."""
+
+
 class Vocabulary:
     """Whole words as tokens; the first word ends an answer."""
 
@@ -88,6 +92,7 @@ def generate(
     Raises:
         ValueError: tokens are not (B, S) with S >= 1, max_new_tokens is no integer >= 0, temperature no finite number >= 0, or
         S + max_new_tokens is more than the model's max_position_embeddings.
+        LogitsError: the logits of a row that has not ended are NaN, as those of a model whose training has diverged.
     """
     if tokens.dim() != 2 or tokens.shape[1] == 0:
         raise ValueError(f"generate: tokens: expected shape (B, S) with S >= 1, got {tuple(tokens.shape)}")
@@ -116,6 +121,8 @@ def generate(
             one_more = one_more or NextToken(model, cache)
             logits = one_more(unread)
         log_p = logits.double().log_softmax(-1)
+        if (log_p.isnan().any(-1) & running).any():  # there is no most probable token, and to draw one would end a GPU's context
+            raise LogitsError("the logits of the model are NaN: its weights are not finite, or too large")
         if temperature == 0:
             chosen = log_p.argmax(-1)
         else:
@@ -197,7 +204,7 @@ def run(args: argparse.Namespace) -> int:
             raise CheckpointError(f"{folder}: {VOCABULARY_FILE} has {len(vocabulary)} words, the model {model.config.vocab_size}")
         rng = torch.Generator().manual_seed(args.seed)
         text, probability = answer(model, vocabulary, args.prompt, args.max_new_tokens, temperature=args.temperature, generator=rng)
-    except (ConfigError, CheckpointError, PromptError, BackendError) as error:
+    except (ConfigError, CheckpointError, PromptError, LogitsError, BackendError) as error:
         print(f"fastprimer generate: error: {error}", file=sys.stderr)
         return 2
     if args.json:

@@ -10,7 +10,7 @@ from pathlib import Path
 from fastprimer.backends import operations
 from fastprimer.benchmark import tables
 from fastprimer.benchmark.models import MODEL
-from fastprimer.benchmark.rows import Results, ResultsError, Row
+from fastprimer.benchmark.rows import Results, ResultsError, Row, write_whole
 from fastprimer.benchmark.timing import BACKWARD, BOTH
 from fastprimer.doctor import markdown as backend_table
 
@@ -72,8 +72,7 @@ def _read(args: argparse.Namespace) -> list[Results]:
 
 def _write(path: Path, text: str) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        write_whole(path, text)
     except OSError as error:
         raise ReportError(f"{path}: expected a file that can be written, got {error.strerror}") from None
 
@@ -100,13 +99,18 @@ def _shortened(rows: list[Row]) -> list[Row]:
 
 def _rewritten(path: Path, results: list[Results]) -> str:
     try:
-        text = path.read_text()
+        text = path.read_bytes().decode()  # with its own ends of lines
     except (OSError, UnicodeDecodeError) as error:
         raise ReportError(f"argument --readme: expected a text file, got {path}: {getattr(error, 'strerror', error)}") from None
-    begin, end = map(re.escape, MARKERS)
-    if len(re.findall(f"{begin}.*?{end}", text, re.S)) != 1:
-        raise ReportError(f"argument --readme: expected the line {MARKERS[0]} and after it {MARKERS[1]} once in {path}, got another number")
-    return re.sub(f"({begin}).*?({end})", lambda m: f"{m[1]}\n{readme_table(results)}\n{m[2]}", text, flags=re.S)
+    begin, end = MARKERS
+    # Each of them once: after a marker that somebody only writes about, everything up to the table would be taken for an old table.
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ReportError(f"argument --readme: expected the line {begin} and after it {end} once in {path}, got another number")
+    shown = readme_table(results)
+    if not shown:
+        raise ReportError(f"argument --readme: expected results of single cases for the table in {path}, got none")
+    table = f"\n{shown}\n".replace("\n", "\r\n" if "\r\n" in text else "\n")
+    return text[: text.index(begin) + len(begin)] + table + text[text.index(end) :]
 
 
 def _page(results: list[Results], args: argparse.Namespace) -> str:
@@ -187,6 +191,6 @@ def _growth(results: Results, number: int, section, shown):
     for about in dict.fromkeys((c.series, c.letter, c.dtype, c.measured, c.backend) for c in curves):
         mine = [c for c in curves if (c.series, c.letter, c.dtype, c.measured, c.backend) == about]
         series, letter, dtype, measured, backend = about
-        name = f"growth-{series}-{letter}-{dtype}-{backend}-{number + 1}".replace(" ", "-")
+        name = re.sub(r"[^\w+-]+", "-", f"growth-{series}-{letter}-{dtype}-{backend}-{number + 1}")  # of a file in --plots
         found.figures.append(shown(name, mine, f"{series} over {letter}: {dtype}, {measured}, {backend}"))
     return found

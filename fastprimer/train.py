@@ -34,7 +34,7 @@ from fastprimer.calculator import Calculator, MixtureCalculator
 from fastprimer.checkpoint import CheckpointError, Tensors, load_checkpoint, save_checkpoint
 from fastprimer.config import ConfigError
 from fastprimer.feed_forward import auxiliary_losses, utilisation
-from fastprimer.generate import answer, natural, positive, thread_count
+from fastprimer.generate import LogitsError, answer, natural, positive, thread_count
 from fastprimer.memory import few_collected, keep_freed_memory
 from fastprimer.model import Model
 from fastprimer.train_report import Report, is_simulated, prepare_backend, serving, write_loss_curve
@@ -140,6 +140,9 @@ class Trainer:
         return tensors | {"losses": torch.tensor(self.losses, dtype=torch.float64)}
 
     def save(self, path: Path) -> None:
+        for name, parameter in self.parameters.items():  # the last loss says nothing about the step after it
+            if not parameter.isfinite().all():
+                raise TrainingError(f"{name} is not finite after step {self.step}: try a smaller --learning-rate")
         save_checkpoint(path, self.state(), describe(self.task, self.settings) | self._counters())
 
     def _counters(self) -> dict:
@@ -276,7 +279,7 @@ def run(args: argparse.Namespace) -> int:
     earlier = _saved(out / CHECKPOINT_FILE)
     try:
         return _run(args, out)
-    except (ConfigError, CheckpointError, BackendError, TrainingError, OSError) as error:
+    except (ConfigError, CheckpointError, BackendError, TrainingError, LogitsError, OSError) as error:
         print(f"fastprimer train: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import importlib.util
 import io
 import json
 import os
@@ -35,6 +36,8 @@ def prepare_backend(name: str) -> torch.device:
     if name == "triton":
         if "triton" not in sys.modules:
             os.environ.setdefault("TRITON_INTERPRET", "1")
+        if importlib.util.find_spec("triton") is None:
+            raise BackendError("the package triton is not installed")
         if not interpreting():
             raise BackendError("without a GPU, Triton kernels need its interpreter: set TRITON_INTERPRET=1 in the environment")
     return torch.device("cpu")

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fastprimer.backends import BACKENDS, declared, emulator_reason, load_emulator, native_reason, operations, unavailable
-from fastprimer.generate import natural, positive
+from fastprimer.generate import natural, thread_count
 from fastprimer.testing import CASES, DTYPES, compare
 
 
@@ -33,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", choices=BACKENDS, action="append", help="only this backend (repeat for more)")
     parser.add_argument("--seed", type=natural, default=0, help="of the random inputs and gradients (default 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line: every compared tensor")
-    parser.add_argument("--jobs", type=positive, help="processes at once (default 2; on a GPU, for which Triton compiles, half the cores)")
+    parser.add_argument(
+        "--jobs", type=thread_count, help="processes at once (default 2; on a GPU, for which Triton compiles, half the cores)"
+    )
 
 
 @dataclass
@@ -134,8 +136,8 @@ def worker(backend: str, device: str, seed: int, part: Part, ops: list[str]) -> 
 
 
 def run(args: argparse.Namespace) -> int:
-    ops = args.op or operations()
-    names = args.backend or BACKENDS
+    ops = list(dict.fromkeys(args.op or operations()))
+    names = tuple(dict.fromkeys(args.backend or BACKENDS))
     cells = {(op, b): Cell(op, b, device_of(b)) for b in names for op in ops if b in declared(op)}
     if not cells:
         print(f"fastprimer verify: error: none of {', '.join(ops)} has a kernel on {', '.join(names)}", file=sys.stderr)
@@ -153,9 +155,10 @@ def run(args: argparse.Namespace) -> int:
         console.print(_table(cells))
         for cell in cells.values():
             for failure in (cell.failures or [])[:10]:
-                console.print(f"[red]{failure}[/red]")
-            if cell.refused:
-                console.print(f"{cell.op} on {cell.backend}: {cell.refused}")
+                console.print(failure, style="red", markup=False)
+    for cell in cells.values():
+        if cell.refused:  # with --json too, on stderr: nothing compared is nothing proven
+            console.print(f"{cell.op} on {cell.backend}: {cell.refused}", markup=False)
     return 1 if any(cell.failures for cell in cells.values()) else 0
 
 

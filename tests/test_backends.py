@@ -6,12 +6,13 @@ for a GPU in several: the tests of one share what follows the @ of their names, 
 
 import functools
 import itertools
+import json
 
 import pytest
 import torch
 
 import fastprimer as fp
-from fastprimer import testing
+from fastprimer import cli, testing, verify
 from fastprimer.backends import BACKENDS, declared, native_reason, operations
 from fastprimer.cases import attention, rms_norm_case
 from fastprimer.verify import Part, device_of, stream, work_of
@@ -117,6 +118,21 @@ def test_parts_are_the_whole_work_once():
         assert sorted(map(str, itertools.chain(*shared))) == sorted(map(str, whole))
         assert max(map(len, shared)) - min(map(len, shared)) <= 1
     assert Part.parse(str(Part(2, 5))) == Part(2, 5)
+
+
+def test_verify_does_once_what_is_asked_for_twice_and_tells_what_is_not_here(monkeypatch, capsys):
+    found = {"op": "rope", "gradient": False, "share": 0.5, "ok": True, "text": ""}
+    refused = {"op": "route", "refused": "no library, see [docs]", "done": 1}
+    monkeypatch.setattr(verify, "stream", lambda backend, ops, seed, part: iter([found, refused]) if part.number == 1 else iter(()))
+    assert cli.main(["verify", "--json", *["--op", "rope", "--op", "route"] * 2, *["--backend", "cpu"] * 2]) == 0
+    said = capsys.readouterr()
+    assert said.out == json.dumps(found) + "\n" and "route on cpu: no library, see [docs]" in said.err
+
+
+def test_verify_starts_no_more_processes_than_a_machine_bears(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["verify", "--jobs", "100000"])
+    assert "argument --jobs: expected an integer from 1 to" in capsys.readouterr().err
 
 
 def test_the_cases_of_attention_cover_every_pair():

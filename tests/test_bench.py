@@ -1,6 +1,5 @@
 """`fastprimer bench`, its comparison, and `fastprimer report`: what they say is tested, never how fast something is."""
 
-import dataclasses
 import json
 import random
 import re
@@ -12,14 +11,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bench_checks import results, row, wrong_row
 from fastprimer import bench, cases, cli
 from fastprimer.backends import _functions, explain, unavailable
-from fastprimer.benchmark import comparison, contest, measure, revision, roofs, tables, timing
+from fastprimer.benchmark import comparison, contest, measure, revision, roofs, timing
 from fastprimer.benchmark.rows import MATRIX, Results, Row
 from fastprimer.benchmark.timing import PASSES, Timing
 from fastprimer.cases import CASES, rms_norm_case
 from fastprimer.peers import EAGER, PEERS, peers
-from fastprimer.report import readme_table
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("bench", "--memory", "fresh", "--op", "rms_norm", "--dtype", "float32", "--rounds", "7", "--peers", "eager")
@@ -43,33 +42,6 @@ def plant(monkeypatch, change):
     planted = SimpleNamespace(**vars(real))
     planted.rms_norm_forward = lambda *args: change(real.rms_norm_forward(*args))
     monkeypatch.setitem(_functions, ("rms_norm", "cpu"), planted)
-
-
-def samples(median: float, n: int = 21, spread: float = 0.02, seed: int = 0) -> list[float]:
-    draw = random.Random(seed)
-    return [median * (1 + draw.uniform(-spread, spread)) for _ in range(n)]
-
-
-def row(ours: float, *, eager: float = 4.0, copy: float = 60.0, case: str = "bench-a", op: str = "rms_norm", seed: int = 0, **more) -> Row:
-    made = {
-        "bytes": 1 << 25,
-        "copy_gb_per_s": 1e3 / copy,
-        "least_ms": 1.0,
-        "of_roof": 1 / ours,
-        "best_peer": "eager",
-        "vs_best_peer": eager / ours,
-    }
-    timings = {"ours": Timing.of(samples(ours, seed=seed)), "peers": {"eager": Timing.of(samples(eager, seed=seed + 1))}}
-    return Row(op, case, "float32", "forward", "cpu", roof_samples=samples(copy, seed=seed + 2), **timings, **(made | more))
-
-
-def results(*rows: Row, **machine) -> Results:
-    about = {"device": "a processor", "torch": "2.13", "commit": "abc", "date": "2026-01-01T00:00:00", "memory": "kept"}
-    return Results(about | machine, list(rows))
-
-
-def wrong_row(case: str = "bench-a") -> Row:
-    return Row("rms_norm", case, "float32", "forward", "cpu", wrong=["y: error is 9 of its budget"])
 
 
 def verdicts(old: Results, new: Results, threshold: float = 0.05) -> list[str]:
@@ -255,6 +227,10 @@ def test_a_peer_that_fails_or_computes_something_else_is_left_out():
         (["--results", "{tmp}/bad.json"], "bad.json: expected JSON"),
         (["--results", "{tmp}/old.json"], "old.json: expected results of schema 2, got schema none"),
         (["--results", "{tmp}/broken.json"], "broken.json: expected results of schema 2, got a broken record"),
+        (
+            ["--results", "{tmp}/empty.json", "--compare", "HEAD"],
+            "argument --compare: expected a file of results .*, got the git revision 'HEAD'",
+        ),
         (["--pass", "backward", "--op", "attention_with_kv_cache"], "nothing to measure: attention_with_kv_cache"),
     ],
 )
@@ -263,14 +239,23 @@ def test_errors_say_what_was_expected(tmp_path, capsys, monkeypatch, argv, messa
         "bad": "{",
         "old": '{"machine": {}, "results": []}',
         "broken": '{"schema": 2, "machine": {}, "rows": [{"x": 1}]}',
+        "empty": results().to_json(),
     }.items():
         (tmp_path / f"{name}.json").write_text(text)
     monkeypatch.setattr(bench, "_live", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(revision, "measure_by_turns", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(revision, "resolve", lambda name: "abc" if name == "HEAD" else "")
     try:
         status = cli.main(["bench", "--quick", "--peers", "none", *(word.replace("{tmp}", str(tmp_path)) for word in argv)])
     except SystemExit as stopped:
         status = stopped.code
     assert status == 2 and re.search(message, capsys.readouterr().err)
+
+
+def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "_live", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert cli.main(["bench", "--quick", "--op", "rms_norm", "--backend", "reference"]) == 130
+    assert capsys.readouterr().err == "fastprimer bench: stopped\n"
 
 
 @pytest.mark.slow
@@ -285,53 +270,3 @@ def test_a_revision_is_measured_by_turns(tmp_path, capsys):
     record = json.loads(capsys.readouterr().out)
     assert len(record["comparison"]["changes"]) == len(record["rows"]) == 1
     assert subprocess.run(["git", "worktree", "list"], cwd=ROOT, capture_output=True).stdout == before
-
-
-REPORTED = results(
-    *(row(2.0 + i, op=op, case="bench-case", flops=10**9 * (i % 2), matrix_gflop_per_s=100.0) for i, op in enumerate(EAGER)), wrong_row()
-)
-
-
-def report(tmp_path, *more, of: Results = REPORTED) -> int:
-    of.write(tmp_path / "r.json")
-    where = ["--results", tmp_path / "r.json", "--out", tmp_path / "page.html", "--folder", ROOT / "benchmarks/results"]
-    return cli.main(["report", *map(str, [*where, *more])])
-
-
-def test_the_page_has_every_operation_and_needs_nothing_else(tmp_path):
-    assert report(tmp_path) == 0
-    text = (tmp_path / "page.html").read_text()
-    for op in EAGER:
-        assert f'<h2 id="{op}">' in text and f'id="{op}-peers-figure_1"' in text
-    assert 'name="viewport"' in text and "error is 9 of its budget" in text
-    assert "Operation x backend" in text and "The compile gate" in text
-    assert not re.search(r"""(src|href)\s*=\s*["'](?!#)|url\((?!#)|@import|<script""", text)
-    ids = re.findall(r'\bid="([^"]+)"', text)
-    assert len(ids) == len(set(ids))
-
-
-def test_readme_is_rewritten_between_its_markers_and_plots_are_files(tmp_path, capsys):
-    readme, short = tmp_path / "README.md", results(*REPORTED.rows[:1], wrong_row(case="bench-b"))
-    readme.write_text("before\n\n<!-- results -->\nold\n<!-- /results -->\n\nafter\n")
-    assert report(tmp_path, "--readme", readme, "--plots", tmp_path / "plots", of=short) == 0
-    first = readme.read_text()
-    assert report(tmp_path, "--readme", readme, of=short) == 0
-    assert readme.read_text() == first
-    assert first.startswith("before\n\n<!-- results -->\n") and first.endswith("\n<!-- /results -->\n\nafter\n") and "old" not in first
-    assert tables.markdown(short.rows) in first
-    assert all((tmp_path / f"plots/rms_norm-{what}").stat().st_size for what in ("roof.png", "roof.svg", "peers.png", "peers.svg"))
-    readme.write_text("no markers")
-    assert report(tmp_path, "--readme", readme, of=short) == 2
-    assert "argument --readme: expected the line <!-- results -->" in capsys.readouterr().err
-
-
-def test_readme_leaves_out_the_backward_pass_where_both_passes_are_there():
-    row = REPORTED.rows[0]
-    passes = [dataclasses.replace(row, measured=measured) for measured in ("forward", "backward", "forward+backward")]
-    alone = dataclasses.replace(row, case="bench-alone", measured="backward")
-    assert tables.markdown([passes[0], passes[2], alone]) in readme_table([results(*passes, alone)])
-
-
-def test_a_report_of_nothing_says_so(tmp_path, capsys):
-    assert cli.main(["report", "--folder", str(tmp_path)]) == 2
-    assert "argument --results: expected results in" in capsys.readouterr().err

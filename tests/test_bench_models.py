@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fastprimer import cli, layers, ops, reference
-from fastprimer.backends import explain, unavailable
+from fastprimer.backends import BackendError, explain, unavailable
 from fastprimer.benchmark import contest, growth, jobs, models, roofs, tables, timing
 from fastprimer.benchmark.models import DECODING, TRAINING, ModelCase
 from fastprimer.benchmark.rows import Results, Row
@@ -227,6 +227,17 @@ def test_a_case_is_chosen_by_its_name_or_by_what_is_in_many():
 
     assert chosen("llama-1b") == ["model-llama-1b"]
     assert chosen("llama") == ["model-llama-1b", "model-llama-1b-alone"]
+
+
+def test_what_is_asked_for_twice_is_measured_once_and_a_case_is_a_size_too():
+    choice = jobs.Choice(
+        ops=["route", "route"], backends=["reference"] * 2, dtypes=["float32"] * 2, growth=True, passes=["forward+backward"] * 2
+    )
+    assert [job.what for job in jobs.jobs("cpu", choice)] == [f"route E {size}" for size in (8, 16, 32, 64, 128, 256)]
+    choice = jobs.Choice(ops=["attention", "route"], backends=["reference"], dtypes=["float32"], growth=True, case="window S")
+    assert {job.what.rpartition(" ")[0] for job in jobs.jobs("cpu", choice)} == {"attention window S"}
+    with pytest.raises(BackendError, match="of this choice of --case, --backend, --growth and --pass here"):
+        jobs.jobs("cpu", jobs.Choice(ops=["route"], growth=True, case="nonsense"))
 
 
 def test_half_types_of_products_are_left_out_where_they_have_no_instructions(monkeypatch):

@@ -155,6 +155,16 @@ main(["doctor"])
     assert shown.returncode == 0, shown.stderr
     assert "reference | no C++ compiler was found when fastprimer was built" in shown.stdout
     assert "not there: no C++ compiler was found when fastprimer was built" in shown.stdout
+    assert "in the emulator" not in shown.stdout  # which lies beside the library
+
+
+def test_why_the_native_library_is_not_there(tmp_path, monkeypatch):
+    module = sys.modules["fastprimer.backends"]
+    monkeypatch.setattr(module, "PACKAGE", tmp_path)
+    reason = module.native_reason.__wrapped__
+    assert reason() == "the native library was not built: install fastprimer (pip install .)"
+    (tmp_path / "_native.so").write_text("no library")
+    assert reason().startswith(f"the native library does not load: {tmp_path / '_native.so'}: ")
 
 
 def test_which_gpus_a_build_serves():

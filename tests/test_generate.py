@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from conftest import SMALL
-from fastprimer import reference
-from fastprimer.generate import generate
+from fastprimer import cli, reference
+from fastprimer.calculator import Calculator
+from fastprimer.generate import LogitsError, generate
 from fastprimer.model import Model
 
 TOKENS = torch.randint(50, (3, 14), generator=torch.Generator().manual_seed(0))
@@ -52,6 +53,31 @@ def test_generate_refuses_an_empty_prompt_and_less_than_no_tokens():
         with pytest.raises(ValueError, match=f"generate: max_new_tokens: expected an integer >= 0, got {wrong!r}"):
             generate(model, TOKENS, wrong)
     assert generate(model, TOKENS, 0) == ([[]] * 3, [1.0] * 3)
+
+
+@pytest.mark.parametrize("temperature", (0.0, 1.0))
+@pytest.mark.parametrize("kind", (0, 1))
+def test_generate_refuses_a_model_that_has_diverged(temperature, kind):
+    model = models()[kind]
+    model.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(LogitsError, match="the logits of the model are NaN"):
+        generate(model, TOKENS, 2, temperature=temperature)
+
+
+@pytest.mark.parametrize("weight", (float("nan"), 3e38))
+def test_a_folder_of_a_diverged_model_gives_no_answer(tmp_path, capsys, weight):
+    task = Calculator(0)
+    model = Model(task.config)
+    model.model.norm.weight.data.fill_(weight)
+    model.save_pretrained(tmp_path)
+    task.vocabulary.save(tmp_path)
+    for temperature in "01":
+        assert cli.main(["generate", "--model", str(tmp_path), "--json", "--temperature", temperature, "two plus three equals"]) == 2
+        said = capsys.readouterr()
+        assert (
+            said.out == ""
+            and said.err == "fastprimer generate: error: the logits of the model are NaN: its weights are not finite, or too large\n"
+        )
 
 
 def test_a_cache_does_not_go_beyond_the_positions():

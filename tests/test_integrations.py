@@ -149,6 +149,35 @@ def test_nothing_is_appended_to_a_cache_that_is_too_short():
     assert not k_cache.any() and not v_cache.any()
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("q", random(4), "4 dimensions, got (4,)"),
+        ("q", [1.0], "a tensor, got list"),
+        ("k_cache", None, "a tensor, got NoneType"),
+        ("k_cache", random(4), "4 dimensions, got (4,)"),
+        ("block_table", torch.zeros(1, dtype=torch.int32), "shape (B, n), got (1,)"),
+        ("cache_seqlens", [3], "an integer, got [3]"),
+        ("cache_seqlens", 3.0, "an integer, got 3.0"),
+        ("cache_seqlens", 2**40, "0..6 tokens, got 1099511627776"),
+        ("cache_seqlens", -1, "0..6 tokens, got -1"),
+        ("softmax_scale", "x", "a finite number, got 'x'"),
+    ],
+)
+def test_errors_of_a_cache_name_the_argument(name, value, expected):
+    arguments = {"q": random(1, 1, 4, 8), "k_cache": random(1, 6, 2, 8), "v_cache": random(1, 6, 2, 8)} | {name: value}
+    with pytest.raises((TypeError, ValueError)) as error:
+        fa.flash_attn_with_kvcache(**arguments)
+    assert str(error.value) == f"flash_attn_with_kvcache: {name}: expected {expected}"
+
+
+@pytest.mark.parametrize("name", ["max_seqlen_q", "max_seqlen_k"])
+def test_a_longest_length_is_an_integer(name):
+    q, ends = random(6, 2, 8), torch.tensor([0, 6], dtype=torch.int32)
+    with pytest.raises(TypeError, match=f"flash_attn_varlen_func: {name}: expected an integer, got 6.0"):
+        fa.flash_attn_varlen_func(q, q, q, ends, ends, **({"max_seqlen_q": 6, "max_seqlen_k": 6} | {name: 6.0}))
+
+
 @pytest.mark.parametrize("given", ["rotary_cos", "rotary_sin"])
 def test_a_rotation_needs_both_tables(given):
     q, cache, new = random(1, 1, 2, 8), torch.zeros(1, 4, 2, 8), random(1, 1, 2, 8)

@@ -145,6 +145,13 @@ def test_training_off_the_main_thread(tmp_path, quick):
     assert codes == [0]
 
 
+def test_training_on_triton_without_the_package(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    if not torch.cuda.is_available():
+        assert command("--steps", 2, "--backend", "triton", out=tmp_path) == 2
+        assert capsys.readouterr().err == "fastprimer train: error: the package triton is not installed\n"
+
+
 def first_and_last(lines):
     return json.loads(lines.splitlines()[0]), json.loads(lines.splitlines()[-1])
 
@@ -221,6 +228,17 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, quick, capsys):
     assert not (tmp_path / "x" / CHECKPOINT).exists()
 
 
+def test_weights_that_are_not_finite_are_no_checkpoint(tmp_path, quick, monkeypatch, capsys):
+    """The last step's loss is that of the weights before it."""
+    assert command("--steps", 3, "--stop-at", 2, out=tmp_path) == 0
+    before, step = (tmp_path / CHECKPOINT).read_bytes(), train.Trainer.train_step
+    diverging = lambda self: (step(self), self.parameters["model.norm.weight"].data.fill_(float("nan")))  # noqa: E731
+    monkeypatch.setattr(train.Trainer, "train_step", diverging)
+    assert command("--resume", out=tmp_path) == 2
+    assert "model.norm.weight is not finite after step 3: try a smaller --learning-rate" in capsys.readouterr().err
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+
+
 def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "file"
     write_atomically(path, b"old")
@@ -285,23 +303,13 @@ def test_out_that_is_a_file_is_refused(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("fastprimer train: error: ")
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        ("cooking",),
-        ("--steps", "0"),
-        ("--steps", "x"),
-        ("--learning-rate", "-1"),
-        ("--learning-rate", "nan"),
-        ("--seed", "-1"),
-        ("--backend", "gpu"),
-        ("--threads", "100000"),
-    ],
-    ids=" ".join,
-)
+WRONG = "cooking", "--steps 0", "--steps x", "--learning-rate -1", "--learning-rate nan", "--seed -1", "--backend gpu", "--threads 100000"
+
+
+@pytest.mark.parametrize("line", WRONG)
 def test_bad_arguments(line, capsys):
     with pytest.raises(SystemExit) as error:
-        parsed(train, [*(["calculator"] if line[0].startswith("-") else []), *line])
+        parsed(train, [*(["calculator"] if line.startswith("-") else []), *line.split()])
     assert error.value.code == 2 and "error" in capsys.readouterr().err
 
 

@@ -11,15 +11,13 @@ from fastprimer.backends import PREFERENCE, BackendError, declared, unavailable
 from fastprimer.benchmark.contest import Settings
 from fastprimer.benchmark.growth import THREADS, Series, series
 from fastprimer.benchmark.measure import measure
-from fastprimer.benchmark.models import MODEL, MODEL_CASES, MODEL_PASSES, measure_model
-from fastprimer.benchmark.rows import Row
-from fastprimer.benchmark.timing import BACKWARD, FORWARD, PASSES
+from fastprimer.benchmark.models import MODEL, MODEL_CASES, measure_model
+from fastprimer.benchmark.rows import ALL_PASSES, DTYPES, Row
+from fastprimer.benchmark.timing import BACKWARD, FORWARD, MODEL_PASSES, PASSES
 from fastprimer.cases import benchmarks
 from fastprimer.peers import EAGER
 
 OPS = (*EAGER, MODEL)
-ALL_PASSES = (*PASSES, *MODEL_PASSES)
-DTYPES = ("float32", "bfloat16", "float16")
 AUTOMATIC = "auto"
 PRODUCTS = ("attention", "attention_with_kv_cache", "moe", "linear_cross_entropy", MODEL)
 """Operations whose peers need matrix products."""
@@ -52,17 +50,20 @@ class Job:
 
 def jobs(device: str, choice: Choice) -> list[Job]:
     """Raises BackendError: a backend asked for is not there, or nothing is left to measure."""
-    found = [job for op in choice.ops or OPS for job in _of_operation(op, device, choice)]
+    found = [job for op in dict.fromkeys(choice.ops or OPS) for job in _of_operation(op, device, choice)]
     if not found:
         asked = ", ".join(choice.ops or ["every operation"])
-        raise BackendError(f"nothing to measure: {asked} has no kernel, or no pass, of this choice of --case, --backend and --pass here")
+        options = f"--case, --backend{', --growth' if choice.growth else ''} and --pass"
+        raise BackendError(f"nothing to measure: {asked} has no kernel, or no pass, of this choice of {options} here")
     return found
 
 
 def _of_operation(op: str, device: str, choice: Choice) -> list[Job]:
     make = _growth if choice.growth else _models if op == MODEL else _cases
     backends, dtypes = _backends(op, device, choice), choice.dtypes or usual_dtypes(op, device)
-    return [job for backend in backends for dtype in dtypes for job in make(op, device, backend, dtype, choice)]
+    return [
+        job for backend in dict.fromkeys(backends) for dtype in dict.fromkeys(dtypes) for job in make(op, device, backend, dtype, choice)
+    ]
 
 
 def usual_dtypes(op: str, device: str) -> tuple[str, ...]:
@@ -106,7 +107,7 @@ def _jobs(measure: Callable, cases: Sequence, passes: list[str], backend: str, d
 
 
 def _growth(op: str, device: str, backend: str, dtype: str, choice: Choice) -> list[Job]:
-    """Threads are a CPU's."""
+    """Threads are a CPU's. A case is a size here."""
     found = [s for s in series() if s.op == op and s.measured in (choice.passes or ALL_PASSES)]
 
     def job(one: Series, size: int) -> Job:
@@ -114,7 +115,8 @@ def _growth(op: str, device: str, backend: str, dtype: str, choice: Choice) -> l
         return Job(f"{one} {one.letter} {size}", dtype, backend, 1, lambda settings: one.measure(size, kind, backend, settings))
 
     fitting = [one for one in found if device == "cpu" or one.letter != THREADS]
-    return [job(one, size) for one in fitting for size in (one.sizes[:3] if choice.quick else one.sizes)]
+    points = [(one, size) for one in fitting for size in (one.sizes[:3] if choice.quick else one.sizes)]
+    return [job(one, size) for one, size in points if choice.case in f"{one} {one.letter} {size}"]
 
 
 def _passes(every: tuple[str, ...], choice: Choice, quick: list[str]) -> list[str]:

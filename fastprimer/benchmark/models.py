@@ -29,6 +29,7 @@ from fastprimer import reference
 from fastprimer.backends import use_backend
 from fastprimer.benchmark.contest import SHORT, Settings, contest
 from fastprimer.benchmark.rows import Row
+from fastprimer.benchmark.timing import DECODING, TRAINING
 from fastprimer.config import Config
 from fastprimer.decoding import captured
 from fastprimer.layers import pack_projections
@@ -36,8 +37,6 @@ from fastprimer.model import Model
 from fastprimer.testing import FORWARD_FACTOR, GRADIENT_FACTOR, poisoned_empty, share_of_budget
 
 MODEL = "model"
-TRAINING, DECODING = "training", "decoding"
-MODEL_PASSES = (TRAINING, DECODING)
 MODEL_PEERS = ("eager", "compiled", "transformers", "hf-compiled", "liger")
 PROVEN_TOKENS = 256
 """Of the first sequence, in the proof against float64."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import io
 import re
 import statistics
@@ -18,7 +19,9 @@ from fastprimer.benchmark.rows import Row
 from fastprimer.benchmark.tables import SHORT, Curve
 
 OURS = "fastprimer"
-COLOURS = {
+OTHER = "#7f7f7f"
+"""Of a peer that only another revision knows."""
+COLOURS = collections.defaultdict(lambda: OTHER) | {
     OURS: "#0b5fa5",
     "eager": "#d1495b",
     "sdpa": "#d1495b",

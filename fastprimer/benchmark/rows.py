@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import subprocess
 from dataclasses import asdict, dataclass, field
@@ -12,9 +13,12 @@ from pathlib import Path
 import torch
 
 import fastprimer
-from fastprimer.benchmark.timing import Timing
+from fastprimer.benchmark.timing import MODEL_PASSES, PASSES, Timing
+from fastprimer.checkpoint import write_atomically
 
 SCHEMA = 2
+DTYPES = ("float32", "bfloat16", "float16")
+ALL_PASSES = (*PASSES, *MODEL_PASSES)
 MEMORY, MATRIX = "memory", "matrix"
 OURS = "ours"
 """The contestant that is no peer."""
@@ -74,7 +78,35 @@ class Row:
         row = cls(**record)
         row.ours = row.ours and Timing(**row.ours)
         row.peers = {name: Timing(**timing) for name, timing in row.peers.items()}
+        row._check()
         return row
+
+    def _check(self) -> None:
+        """What a file may hold that was not written here, and no table can show. Raises ValueError: a field is wrong."""
+
+        def positive(value) -> bool:
+            return isinstance(value, (int, float)) and 0 < value < math.inf
+
+        def timed(timing: Timing) -> bool:
+            return all(map(positive, (timing.median, timing.low, timing.high, *timing.samples))) and len(timing.samples) > 0
+
+        right = {name: isinstance(getattr(self, name), str) for name in ("op", "case", "backend", "limited_by", "series", "letter")}
+        right |= {name: isinstance(getattr(self, name), int) for name in ("bytes", "flops")}
+        right |= {"dtype": self.dtype in DTYPES, "measured": self.measured in ALL_PASSES, "left_out": isinstance(self.left_out, dict)}
+        right["wrong"] = isinstance(self.wrong, list) and all(isinstance(text, str) for text in self.wrong)
+        right["best_peer"] = self.best_peer is None or isinstance(self.best_peer, str)
+        right["peak_mb"] = isinstance(self.peak_mb, dict) and all(isinstance(mb, (int, float)) for mb in self.peak_mb.values())
+        right["size"] = isinstance(self.size, int) and (self.size > 0 or not self.series)
+        if self.ours or not self.wrong:
+            right |= {name: positive(getattr(self, name)) for name in ("bytes", "copy_gb_per_s", "of_roof")}
+            right |= {name: getattr(self, name) is None or positive(getattr(self, name)) for name in ("matrix_gflop_per_s", "vs_best_peer")}
+            right["ours"] = self.ours is not None and timed(self.ours)
+            right["peers"] = all(map(timed, self.peers.values()))
+            right["roof_samples"] = bool(self.roof_samples) and all(map(positive, self.roof_samples))
+            right["host_us"] = not self.host_us or (OURS in self.host_us and isinstance(self.host_us[OURS], (int, float)))
+        for name, fits in right.items():
+            if not fits:
+                raise ValueError(f"{self.op} {self.case}: {name} is {getattr(self, name)!r:.100}")
 
 
 def check_writable(path: Path) -> None:
@@ -89,6 +121,15 @@ def check_writable(path: Path) -> None:
         raise ResultsError(f"argument --out: expected a file that can be written, got {path}: {error.strerror}") from None
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, in a new folder too, so that a full disk leaves an earlier one as it was; a link stays one, a device is written to."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():
+        path.write_bytes(text.encode())
+    else:
+        write_atomically(path.resolve(), text.encode())
+
+
 @dataclass
 class Results:
     machine: dict
@@ -100,8 +141,7 @@ class Results:
 
     def write(self, path: Path) -> None:
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(self.to_json(indent=1) + "\n")
+            write_whole(path, self.to_json(indent=1) + "\n")
         except OSError as error:
             raise ResultsError(f"cannot write {path}: {error.strerror}") from None
 
@@ -115,14 +155,17 @@ class Results:
         if schema != SCHEMA:
             raise ResultsError(f"{source}: expected results of schema {SCHEMA}, got schema {schema}: measure again with `fastprimer bench`")
         try:
+            about = {key: record["machine"][key] for key in ("device", "torch", "commit", "date")}
+            if not all(isinstance(value, str) for value in about.values()):
+                raise ValueError(f"machine is {record['machine']!r}")
             return cls(record["machine"], [Row.read(row) for row in record["rows"]])
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ResultsError(f"{source}: expected results of schema {SCHEMA}, got a broken record ({error})") from None
 
     @classmethod
     def read(cls, path: Path) -> Results:
         try:
-            return cls.parse(path.read_text(), str(path))
+            return cls.parse(path.read_text(encoding="utf-8"), str(path))
         except (OSError, UnicodeDecodeError) as error:
             raise ResultsError(f"{path}: expected a file of results, got {getattr(error, 'strerror', error)}") from None
 

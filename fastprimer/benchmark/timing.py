@@ -22,6 +22,8 @@ from fastprimer.memory import extra_resident_bytes, few_collected
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
 PASSES = (FORWARD, BACKWARD, BOTH)
+MODEL_PASSES = TRAINING, DECODING = "training", "decoding"
+"""What is measured of whole models."""
 CONFIDENCE = 0.95
 PATIENCE_MS, FEWEST = 20_000, 3
 """A contestant that has taken this long altogether, in at least so many measurements, is measured no more."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastprimer import ops
+from fastprimer.ops import _arguments as arguments
 from fastprimer.ops.decoding import MAX_QUERIES, check_cached
 
 UNLIMITED = (-1, -1)
@@ -28,14 +29,19 @@ def _refuse(function: str, **arguments) -> None:
             raise NotImplementedError(f"{function}: {name}: expected {nothing!r}, the only value that is supported, got {value!r}")
 
 
-def _options(softmax_scale, causal: bool, window_size, softcap: float) -> dict:
-    scale = None if softmax_scale is None else float(softmax_scale)
+def _options(function: str, softmax_scale, causal: bool, window_size, softcap: float) -> dict:
+    scale = None if softmax_scale is None else arguments.number(f"{function}: softmax_scale", softmax_scale)
     return {"causal": causal, "window": window_size, "scale": scale, "softcap": softcap or None}
 
 
-def _integer(value):
+def _integer(name: str, value):
     """A number of tokens as FlashAttention takes it: also an integer of numpy, or a tensor of one."""
-    return value if value is None or isinstance(value, int) else operator.index(value)
+    if value is None or isinstance(value, int):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer, got {value!r}") from None
 
 
 def flash_attn_func(
@@ -53,7 +59,7 @@ def flash_attn_func(
 ):
     """q (B, S, H, D), k, v (B, T, Hk, D) -> o (B, S, H, D); with return_attn_probs (o, lse (B, H, S), None)."""
     _refuse("flash_attn_func", dropout_p=(dropout_p, 0.0), alibi_slopes=(alibi_slopes, None))
-    options = _options(softmax_scale, causal, window_size, softcap)
+    options = _options("flash_attn_func", softmax_scale, causal, window_size, softcap)
     o, lse = ops.attention(q, k, v, **options, return_lse=True)
     return (o, lse, None) if return_attn_probs else o
 
@@ -79,9 +85,10 @@ def flash_attn_varlen_func(
     """Packed sequences: q (N, H, D), k, v (M, Hk, D), cu_seqlens int32 (B + 1,) -> o (N, H, D); lse is (H, N)."""
     name = "flash_attn_varlen_func"
     _refuse(name, dropout_p=(dropout_p, 0.0), alibi_slopes=(alibi_slopes, None), block_table=(block_table, None))
-    longest = {"max_seqlen_q": _integer(max_seqlen_q), "max_seqlen_k": _integer(max_seqlen_k)}
+    given = {"max_seqlen_q": max_seqlen_q, "max_seqlen_k": max_seqlen_k}
+    longest = {label: _integer(f"{name}: {label}", value) for label, value in given.items()}
     packed = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, **longest}
-    options = _options(softmax_scale, causal, window_size, softcap)
+    options = _options(name, softmax_scale, causal, window_size, softcap)
     o, lse = ops.attention(q, k, v, **packed, **options, return_lse=True)
     return (o, lse, None) if return_attn_probs else o
 
@@ -115,10 +122,20 @@ def flash_attn_with_kvcache(
     """
     name = "flash_attn_with_kvcache"
     _refuse(name, cache_batch_idx=(cache_batch_idx, None), cache_leftpad=(cache_leftpad, None), alibi_slopes=(alibi_slopes, None))
+    for label, tensor in (("q", q), ("k_cache", k_cache)):  # whose sizes are read here
+        arguments.check_floating(f"{name}: {label}", tensor)
+        if tensor.dim() != 4:
+            arguments.refuse(f"{name}: {label}", "4 dimensions", tuple(tensor.shape))
+    if block_table is not None:
+        arguments.check_integer(f"{name}: block_table", block_table)
+        if block_table.dim() != 2:
+            arguments.refuse(f"{name}: block_table", "shape (B, n)", tuple(block_table.shape))
     B, S = q.shape[:2]
     room = k_cache.shape[1] * (1 if block_table is None else block_table.shape[1])
     if not isinstance(cache_seqlens, Tensor) or cache_seqlens.dim() == 0:
-        length = room if cache_seqlens is None else _integer(cache_seqlens)
+        length = room if cache_seqlens is None else _integer(f"{name}: cache_seqlens", cache_seqlens)
+        if not 0 <= length <= room:
+            arguments.refuse(f"{name}: cache_seqlens", f"0..{room} tokens", length)
         cache_seqlens = torch.full((B,), length, dtype=torch.int32, device=q.device)
     if (rotary_cos is None) != (rotary_sin is None) or (rotary_cos is not None and k is None):
         raise ValueError(f"{name}: rotary_cos: expected rotary_cos, rotary_sin and new keys k together, got only some of them")
@@ -128,7 +145,7 @@ def flash_attn_with_kvcache(
         rotary = {"cos": rotary_cos, "sin": rotary_sin, "interleaved": rotary_interleaved}
         q, _ = ops.rope(q, None, positions=own if local else cache_seqlens[:, None].expand(B, S), **rotary)
         k, _ = ops.rope(k, None, positions=own, **rotary)
-    options = {"block_table": block_table, **_options(softmax_scale, causal, window_size, softcap)}
+    options = {"block_table": block_table, **_options(name, softmax_scale, causal, window_size, softcap)}
     if S <= MAX_QUERIES:
         o, lse = ops.attention_with_kv_cache(q, k_cache, v_cache, cache_seqlens, k=k, v=v, **options, return_lse=True)
         return (o, lse) if return_softmax_lse else o

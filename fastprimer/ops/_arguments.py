@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -47,6 +49,17 @@ def check_integer(name: str, tensor: object) -> None:
 def check_flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
+def number(name: str, value: object) -> float:
+    """A finite number as a float; it may come as one of numpy or as a tensor."""
+    try:
+        result = value if isinstance(value, (int, float)) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name}: expected a finite number, got {value!r}") from None
+    if not -math.inf < result < math.inf:
+        refuse(name, "a finite number", value)
+    return float(result)
 
 
 SOFTCAPS = 2.0**-126, 2.0**126
