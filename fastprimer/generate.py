@@ -121,19 +121,21 @@ def generate(
             one_more = one_more or NextToken(model, cache)
             logits = one_more(unread)
         log_p = logits.double().log_softmax(-1)
-        if (log_p.isnan().any(-1) & running).any():  # there is no most probable token, and to draw one would end a GPU's context
-            raise LogitsError("the logits of the model are NaN: its weights are not finite, or too large")
+        unknown = log_p.isnan().any(-1) & running  # there is no most probable token
         if temperature == 0:
             chosen = log_p.argmax(-1)
         else:
             below = log_p - log_p.amax(-1, keepdim=True)  # the largest stays 0 at any temperature, where -inf / -inf would be no number
-            p = (below / max(temperature, LEAST_TEMPERATURE)).softmax(-1)
+            p = (below / max(temperature, LEAST_TEMPERATURE)).softmax(-1).nan_to_num(1.0)  # to draw by NaN would end a GPU's context
             chosen = torch.multinomial(p, 1, generator=generator)[:, 0]
         log_probability += torch.where(running, log_p.gather(-1, chosen[:, None])[:, 0], 0.0)
         unread = chosen[:, None]
         tokens = torch.cat((tokens, unread), dim=1)
         running &= chosen != (-1 if end is None else end)
-        if not running.any():
+        failed, going_on = torch.stack((unknown.any(), running.any())).tolist()  # at once: a GPU is waited for only here
+        if failed:
+            raise LogitsError("the logits of the model are NaN: its weights are not finite, or too large")
+        if not going_on:
             break
     return [_until(row, end) for row in tokens[:, length:].tolist()], log_probability.exp().tolist()
 

@@ -159,7 +159,9 @@ def run(args: argparse.Namespace) -> int:
     for cell in cells.values():
         if cell.refused:  # with --json too, on stderr: nothing compared is nothing proven
             console.print(f"{cell.op} on {cell.backend}: {cell.refused}", markup=False)
-    return 1 if any(cell.failures for cell in cells.values()) else 0
+    if any(cell.failures for cell in cells.values()):
+        return 1
+    return 2 if args.backend and any(cell.refused for cell in cells.values()) else 0  # what was asked for by name is not proven
 
 
 def stream(backend: str, ops: list[str], seed: int, part: Part = WHOLE) -> Iterator[dict]:

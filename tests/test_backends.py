@@ -124,9 +124,10 @@ def test_verify_does_once_what_is_asked_for_twice_and_tells_what_is_not_here(mon
     found = {"op": "rope", "gradient": False, "share": 0.5, "ok": True, "text": ""}
     refused = {"op": "route", "refused": "no library, see [docs]", "done": 1}
     monkeypatch.setattr(verify, "stream", lambda backend, ops, seed, part: iter([found, refused]) if part.number == 1 else iter(()))
-    assert cli.main(["verify", "--json", *["--op", "rope", "--op", "route"] * 2, *["--backend", "cpu"] * 2]) == 0
+    assert cli.main(["verify", "--json", *["--op", "rope", "--op", "route"] * 2, *["--backend", "cpu"] * 2]) == 2
     said = capsys.readouterr()
     assert said.out == json.dumps(found) + "\n" and "route on cpu: no library, see [docs]" in said.err
+    assert cli.main(["verify", "--op", "rope", "--op", "route"]) == 0  # wherever there is something to prove
 
 
 def test_verify_starts_no_more_processes_than_a_machine_bears(capsys):

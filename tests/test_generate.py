@@ -64,6 +64,19 @@ def test_generate_refuses_a_model_that_has_diverged(temperature, kind):
         generate(model, TOKENS, 2, temperature=temperature)
 
 
+def test_what_follows_the_end_of_a_row_does_not_matter():
+    def model(tokens):  # it gives 3, then 0, the end, then NaN to the first row
+        logits = torch.full((*tokens.shape, 5), -1e9)
+        logits[:, -1, 3] = 0
+        logits[0, -1] = torch.where(torch.arange(5) == 0, 0.0, -1e9) if tokens.shape[1] == 2 else logits[0, -1]
+        logits[0, -1] = torch.nan if tokens.shape[1] > 2 else logits[0, -1]
+        return logits
+
+    for temperature in (0.0, 1.0):
+        rows, probabilities = generate(model, torch.zeros(2, 1, dtype=torch.int64), 4, end=0, temperature=temperature)
+        assert rows == [[3], [3, 3, 3, 3]] and probabilities == [1.0, 1.0]
+
+
 @pytest.mark.parametrize("weight", (float("nan"), 3e38))
 def test_a_folder_of_a_diverged_model_gives_no_answer(tmp_path, capsys, weight):
     task = Calculator(0)
