@@ -23,7 +23,8 @@ def _patch_builtin(original):
     """A builtin is given the interpreter's semantics at once, not by two functions in turn."""
 
     def patch(owner, name, member, builder, scope):
-        semantic, function = _semantic_of(builder), member.__wrapped__ if member.__code__ is _BUILTIN else member
+        builtin = getattr(member, "__code__", None) is _BUILTIN  # Triton 3.8 has a class among them
+        semantic, function = _semantic_of(builder), member.__wrapped__ if builtin else member
 
         def call(*args, **kwargs):
             kwargs["_semantic"] = semantic

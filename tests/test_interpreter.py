@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ import torch
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
+from triton.runtime import interpreter as stock  # noqa: E402
 
 import fastprimer.kernels  # noqa: E402, F401
-from fastprimer import interpreter  # noqa: E402
+from fastprimer import interpreter, interpreter_speed  # noqa: E402
 from fastprimer.backends import interpreting  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -248,6 +250,20 @@ def test_scalar_is_a_loop_bound():
     x = torch.zeros(100, dtype=torch.int32)
     _loop[(1,)](x, 100, 32)
     assert x.tolist() == list(range(100))
+
+
+@needs_interpreter
+def test_a_class_among_the_builtins_is_one():
+    """As in Triton 3.8."""
+
+    class Made:
+        def __init__(self, value, _semantic):
+            self.value, self.semantic = value, _semantic
+
+    owner = types.SimpleNamespace(made=Made)
+    scope = types.SimpleNamespace(set_attr=setattr)
+    interpreter_speed._patch_builtin(None)(owner, "made", Made, stock.interpreter_builder, scope)
+    assert owner.made(3).value == 3 and isinstance(owner.made(3).semantic, stock.TritonSemantic)
 
 
 @needs_interpreter
