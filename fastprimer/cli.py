@@ -1,4 +1,4 @@
-"""The command line: fastprimer doctor | verify | bench | report | train | generate."""
+"""The command line: fastprimer doctor | verify | bench | report | train | generate | scaling."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ COMMANDS = {
     "report": ("results of bench as one HTML page, as plots, and as README's table", "fastprimer report --out report.html"),
     "train": ("train a model: the calculator", "fastprimer train calculator --seed 1 --out runs/calculator"),
     "generate": ("ask a trained model", 'fastprimer generate --model runs/calculator "two plus three equals"'),
+    "scaling": (
+        "how large a model and how many tokens for a budget, by published laws or one measured here",
+        "fastprimer scaling --flops 1e21",
+    ),
 }
 """Each command is the module of its name, with add_arguments(parser) and run(args) -> exit status."""
 
