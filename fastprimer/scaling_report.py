@@ -110,6 +110,8 @@ def _plot(path: Path, runs: list, law: Law | None) -> bool:
         least, most = (f(6.0 * one.parameters * one.tokens for one in runs) for f in (min, max))
         C = torch.logspace(math.log10(least), math.log10(most), 50, dtype=torch.float64).tolist()
         axes.plot(C, [law.loss(*law.for_flops(c)) for c in C], "k--", linewidth=1, label="best of each budget")
+    axes.yaxis.set_major_formatter("{x:.2g}")
+    axes.yaxis.set_minor_formatter("{x:.2g}")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     image = io.BytesIO()
