@@ -221,6 +221,9 @@ def run(args: argparse.Namespace) -> int:
     except (ScalingError, FitError, TrainingError, OSError) as error:
         print(f"fastprimer scaling: error: {error}", file=sys.stderr)
         return 2
+    except OverflowError:
+        print("fastprimer scaling: error: a budget beyond the range of floating-point numbers", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print(f"fastprimer scaling: stopped; the finished runs are in {args.out / RUNS_FILE}, --resume goes on", file=sys.stderr)
         return 130
@@ -251,12 +254,13 @@ def _sweep(args: argparse.Namespace, console: Console) -> int:
     plans = [Plan(width, ratio, args.seed) for width in args.widths for ratio in args.ratios]
     about = {"text": str(args.text or "Python's standard library"), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     runs = _read(args.out / RUNS_FILE, about) if args.resume else []
+    if not args.resume and (args.out / RUNS_FILE).exists():
+        console.print(f"starting anew: {args.out / RUNS_FILE} will be replaced (--resume keeps its runs)", markup=False, soft_wrap=True)
     args.out.mkdir(parents=True, exist_ok=True)
     for one in _train(plans, runs, data, prepare_backend("auto"), console):
         runs.append(one)
-        write_atomically(
-            args.out / RUNS_FILE, (json.dumps(about | {"runs": [dataclasses.asdict(r) for r in runs]}, indent=1) + "\n").encode()
-        )
+        record = about | {"runs": [dataclasses.asdict(r) for r in runs]}
+        write_atomically(args.out / RUNS_FILE, (json.dumps(record, indent=1) + "\n").encode())
     show([one for one in runs if one.plan in plans], args, console)
     return 0
 

@@ -149,6 +149,8 @@ def test_a_sweep_finds_the_law_and_goes_on_where_it_stopped(by_law, command, cap
     assert len(json.loads((tmp_path / "out/runs.json").read_text())["runs"]) == 16
     assert command("--resume", "--widths", "16,32", "--ratios", "5") == 0 and len(by_law) == 17
     assert "no law was fitted: expected at least 6 runs" in capsys.readouterr().out
+    assert command("--widths", "16", "--ratios", "5") == 0 and len(by_law) == 18
+    assert "starting anew" in capsys.readouterr().out and len(json.loads((tmp_path / "out/runs.json").read_text())["runs"]) == 1
 
 
 def test_a_plot_is_drawn_where_there_is_matplotlib(by_law, command, tmp_path):
@@ -190,6 +192,11 @@ def test_bad_arguments_are_named(options, message, capsys):
     with pytest.raises(SystemExit):
         cli.main(["scaling", *options])
     assert message in capsys.readouterr().err
+
+
+def test_a_budget_beyond_all_numbers(capsys):
+    assert cli.main(["scaling", "--parameters", "1e300"]) == 2
+    assert "a budget beyond the range of floating-point numbers" in capsys.readouterr().err
 
 
 def test_a_text_that_is_not_there(capsys, tmp_path):
