@@ -1,6 +1,6 @@
 #!/bin/sh
 # `make gpu`: on a machine with a GPU and nvcc, with that machine's own python (torch >= 2.10, triton >= 3.6), no network.
-#   make gpu                                  everything
+#   make gpu                                  everything (tune changes nothing, and models are a part of bench)
 #   make gpu WHAT="test models"               some of probe test sanitize train models bench profile growth tune, in that order;
 #                                             nothing is built where the library is newer than its sources
 #   OP=attention                              only that operation (or OP=model); CASE=causal  only those cases;
@@ -10,7 +10,11 @@
 # A part that fails does not keep the next from running; the exit status tells.
 set -u
 cd "$(dirname "$0")/.."
-what=${WHAT:-probe test sanitize train bench models profile growth}
+parts="probe test sanitize train models bench profile growth tune"
+what=${WHAT:-probe test sanitize train bench profile growth}
+for one in $what; do
+  case " $parts " in *" $one "*) ;; *) echo "make gpu: WHAT: expected some of $parts, got $one" >&2; exit 2 ;; esac
+done
 python=${PYTHON:-python3}
 results=${RESULTS:-benchmarks/results}
 status=0
@@ -101,7 +105,7 @@ asked bench && part "the benchmarks" \
 if asked profile; then
   for case in ${CASE:-llama-1b mixtral-8x160m}; do
     for measured in training decoding; do
-      part "where $measured of $case goes" $python benchmarks/profile.py --case "$case" --pass $measured \
+      part "where $measured of $case goes" $python benchmarks/profile_model.py --case "$case" --pass $measured \
         --out "$results/profile-$device-$case-$measured.txt"
     done
   done

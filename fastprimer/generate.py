@@ -121,7 +121,6 @@ def generate(
             one_more = one_more or NextToken(model, cache)
             logits = one_more(unread)
         log_p = logits.double().log_softmax(-1)
-        unknown = log_p.isnan().any(-1) & running  # there is no most probable token
         if temperature == 0:
             chosen = log_p.argmax(-1)
         else:
@@ -132,7 +131,8 @@ def generate(
         unread = chosen[:, None]
         tokens = torch.cat((tokens, unread), dim=1)
         running &= chosen != (-1 if end is None else end)
-        failed, going_on = torch.stack((unknown.any(), running.any())).tolist()  # at once: a GPU is waited for only here
+        # A row with a logit that is NaN has no most probable token. Both at once: a GPU is waited for only here.
+        failed, going_on = torch.stack((log_probability.isnan().any(), running.any())).tolist()
         if failed:
             raise LogitsError("the logits of the model are NaN: its weights are not finite, or too large")
         if not going_on:

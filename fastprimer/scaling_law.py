@@ -17,8 +17,9 @@ a grid of exponents is a good first guess, for which the paper runs L-BFGS from 
 anew and fitted again.
 
 Sources: Hoffmann et al. (2022), "Training compute-optimal large language models" (Chinchilla); Besiroglu et al. (2024), "Chinchilla
-scaling: a replication attempt", which corrects its third fit; Kaplan et al. (2020), "Scaling laws for neural language models", table 6,
-whose N are weights without embeddings, and whose operations are those of small batches: 6 N D is about twice as many.
+scaling: a replication attempt", which corrects its third fit, and has the digits of it that the paper rounds away; Kaplan et al. (2020),
+"Scaling laws for neural language models", appendix A, whose N are weights without embeddings, and whose operations are those of small
+batches: 6 N D is about twice as many.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ class Powers:
 
 PUBLISHED = {
     "Hoffmann 2022, 20 a weight": Powers((1 / 120) ** 0.5, 0.5, 20 * (1 / 120) ** 0.5, 0.5, 1.0),
-    "Hoffmann 2022, third fit": Law(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28),
+    "Hoffmann 2022, third fit": Law(E=1.6934, A=406.4, B=410.7, alpha=0.3392, beta=0.2849),
     "Besiroglu 2024": Law(E=1.8172, A=482.01, B=2085.43, alpha=0.3478, beta=0.3658),
     "Kaplan 2020": Powers(1.3e9, 0.73, 2e10, 0.27, PETAFLOP_DAY),
 }

@@ -5,6 +5,7 @@ import importlib.util
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,14 +84,24 @@ def test_every_part_is_a_call_that_exists(rehearse):
     done, calls = rehearse()
     assert done.returncode == 0, done.stdout + done.stderr
     found = [check(call) for call in calls]
-    assert set(found) - {"build"} == {"doctor", "emulator.probe", "test", "sanitize", "train", "bench", "profile", "tune"}
+    assert set(found) - {"build"} == {"doctor", "emulator.probe", "test", "sanitize", "train", "bench", "profile_model", "tune"}
     assert found.count("sanitize") == 18 and found.count("train") == 4 and found.count("bench") == 6
 
 
 def test_a_part_is_chosen_and_what_fails_does_not_keep_the_next_from_running(rehearse):
     done, calls = rehearse("models profile", fails="mixtral", CASE="llama-1b")
     assert done.returncode != 0 and done.stdout.count("FAILED") == 1
-    assert [check(call) for call in calls if check(call) != "build"] == ["doctor"] + 4 * ["bench"] + 2 * ["profile"]
+    assert [check(call) for call in calls if check(call) != "build"] == ["doctor"] + 4 * ["bench"] + 2 * ["profile_model"]
+
+
+def test_a_part_that_does_not_exist_is_refused(rehearse):
+    done, calls = rehearse("probe tets")
+    assert done.returncode != 0 and not calls and "make gpu: WHAT: expected some of probe test" in done.stderr and "got tets" in done.stderr
+
+
+def test_no_script_hides_a_module_of_python():
+    """A script's folder comes first where modules are looked for: a profile.py there broke cProfile, and so torch.compile."""
+    assert not {path.stem for path in (ROOT / "benchmarks").glob("*.py")} & sys.stdlib_module_names
 
 
 def test_no_command_takes_longer_than_its_limit(rehearse):

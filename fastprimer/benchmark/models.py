@@ -62,6 +62,9 @@ class ModelCase:
         generator = torch.Generator().manual_seed(settings.seed)
         return torch.randint(self.config.vocab_size, (rows, length), generator=generator).to(settings.device)
 
+    def inputs(self, measured: str, settings: Settings) -> Tensor:
+        return self.tokens(*((self.batch, self.length) if measured == TRAINING else (self.streams, self.cached + 1)), settings)
+
     def work(self, measured: str, itemsize: int) -> tuple[int, int]:
         """(bytes, floating-point operations)"""
         c = self.config
@@ -119,9 +122,7 @@ MODEL_CASES = {
 
 def measure_model(case: ModelCase, dtype: torch.dtype, backend: str, passes: tuple[str, ...], settings: Settings) -> Iterator[Row]:
     """A row for each pass; without times where the model is beyond its error budget."""
-    torch.manual_seed(settings.seed)
-    with torch.device(settings.device):
-        weights = Model(case.config).to(dtype).state_dict()
+    weights = weights_of(case, dtype, settings)
     with use_backend(backend):
         wrong = _proof(case, weights, dtype, backend, settings)
     for measured in passes:
@@ -136,14 +137,24 @@ def measure_model(case: ModelCase, dtype: torch.dtype, backend: str, passes: tup
         yield row
 
 
+def weights_of(case: ModelCase, dtype: torch.dtype, settings: Settings) -> dict[str, Tensor]:
+    torch.manual_seed(settings.seed)
+    with torch.device(settings.device):
+        return Model(case.config).to(dtype).state_dict()
+
+
+def our_call(case: ModelCase, measured: str, weights: dict[str, Tensor], tokens: Tensor) -> tuple[Callable, str]:
+    """(a training step, or one more token; why that token is not one CUDA graph where it should be)"""
+    prepare = _training_call if measured == TRAINING else _decoding_call
+    call = prepare(lambda: _compiled(Model(case.config)) if case.compiled else Model(case.config), weights, tokens)
+    return captured(call, tokens.device) if measured == DECODING and tokens.is_cuda else (call, "")
+
+
 def _time(row: Row, case: ModelCase, weights: dict[str, Tensor], settings: Settings) -> None:
-    training = row.measured == TRAINING
-    tokens = case.tokens(*((case.batch, case.length) if training else (case.streams, case.cached + 1)), settings)
-    prepare = _training_call if training else _decoding_call
-    ours = prepare(lambda: _compiled(Model(case.config)) if case.compiled else Model(case.config), weights, tokens)
-    if not training and settings.device == "cuda":
-        ours, reason = captured(ours, tokens.device)
-        row.left_out |= {"ours in a CUDA graph": reason} if reason else {}
+    tokens = case.inputs(row.measured, settings)
+    ours, reason = our_call(case, row.measured, weights, tokens)
+    row.left_out |= {"ours in a CUDA graph": reason} if reason else {}
+    prepare = _training_call if row.measured == TRAINING else _decoding_call
     makers = {name: functools.partial(prepare, make, weights, tokens) for name, make in _peers(case, row.measured, settings).items()}
     contest(row, ours, makers, settings, warm=row.flops < SHORT)
 

@@ -1,6 +1,6 @@
 """Where a model's time on a GPU goes: the kernels of one training step, or of one token of decoding, largest first.
 
-    python benchmarks/profile.py --case llama-1b --pass training [--model reference] [--backend cuda] [--out FILE]
+    python benchmarks/profile_model.py --case llama-1b --pass training [--backend cuda] [--out FILE]
 
 The models are those of the benchmark (fastprimer/benchmark/models.py). Times are torch.profiler's, of the device alone; the last lines hold
 them against the time from the first kernel's start to the last one's end, for what is missing there is the device waiting for the host.
@@ -9,39 +9,22 @@ them against the time from the first kernel's start to the last one's end, for w
 from __future__ import annotations
 
 import argparse
-import re
 from collections import defaultdict
 from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from fastprimer import reference
 from fastprimer.backends import BACKENDS, use_backend
 from fastprimer.benchmark import models
 from fastprimer.benchmark.contest import Settings
-from fastprimer.decoding import captured
 from fastprimer.generate import positive
-from fastprimer.model import Model
 
 CASES = {case.name: case for case in models.MODEL_CASES["cuda"]}
 
 
-def call_of(case: models.ModelCase, measured: str, model: str, dtype: torch.dtype) -> tuple:
-    """(the call, why it is not one CUDA graph where it should be)"""
-    settings = Settings("cuda", rounds=1)
-    make = {"fast": Model, "reference": reference.Model}[model]
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        weights = Model(case.config).to(dtype).state_dict()
-    if measured == models.TRAINING:
-        return models._training_call(lambda: make(case.config), weights, case.tokens(case.batch, case.length, settings)), ""
-    tokens = case.tokens(case.streams, case.cached + 1, settings)
-    return captured(models._decoding_call(lambda: Model(case.config), weights, tokens), tokens.device)
-
-
 def kernels(call, times: int) -> tuple[dict[str, list[float]], float]:
-    """(name -> milliseconds of each launch in one call, on average; milliseconds from first start to last end)"""
+    """(name -> milliseconds of each launch in all calls; milliseconds from the first's start to the last's end)"""
     for _ in range(3):
         call()
     torch.cuda.synchronize()
@@ -58,15 +41,14 @@ def kernels(call, times: int) -> tuple[dict[str, list[float]], float]:
 
 
 def short(name: str) -> str:
-    """A kernel's name without its template's arguments' arguments."""
-    return re.sub(r"\s+", " ", re.sub(r"^void ", "", name))[:110]
+    """The beginning of a kernel's name, which tells it from others."""
+    return name.removeprefix("void ")[:110]
 
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--case", choices=CASES, default="llama-1b")
     parser.add_argument("--pass", dest="measured", choices=(models.TRAINING, models.DECODING), default=models.TRAINING)
-    parser.add_argument("--model", choices=("fast", "reference"), default="fast")
     parser.add_argument("--backend", choices=(*BACKENDS, "auto"), default="auto")
     parser.add_argument("--times", type=positive, default=5, help="calls that are recorded (default 5)")
     parser.add_argument("--out", type=Path, help="write the table there too")
@@ -76,10 +58,12 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = parser().parse_args()
     with use_backend(args.backend):
-        call, reason = call_of(CASES[args.case], args.measured, args.model, torch.bfloat16)
+        case, settings = CASES[args.case], Settings("cuda", rounds=1)
+        weights = models.weights_of(case, torch.bfloat16, settings)
+        call, reason = models.our_call(case, args.measured, weights, case.inputs(args.measured, settings))
         found, span = kernels(call, args.times)
     total = sum(map(sum, found.values())) / args.times
-    lines = [f"{args.case}, {args.measured}, {args.model}, {args.backend}, bfloat16 on {torch.cuda.get_device_name()}; ms of one call"]
+    lines = [f"{args.case}, {args.measured}, {args.backend}, bfloat16 on {torch.cuda.get_device_name()}; ms of one call"]
     lines += [f"no CUDA graph: {reason}"] if reason else []
     for name, times in sorted(found.items(), key=lambda item: -sum(item[1])):
         ms = sum(times) / args.times
