@@ -178,6 +178,14 @@ def _integer(text: str, least: int, most: int = 2**31 - 1) -> int:
     return int(text)
 
 
+def amount(text: str) -> float:
+    """An argument: a finite number > 0."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number > 0, got {text}")
+    return value
+
+
 def temperature(text: str) -> float:
     value = float(text)
     if not 0 <= value < math.inf:

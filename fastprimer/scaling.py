@@ -12,10 +12,9 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import math
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 
 from fastprimer.checkpoint import write_atomically
 from fastprimer.config import Config
-from fastprimer.generate import natural, positive, thread_count
+from fastprimer.generate import amount, natural, positive, thread_count
 from fastprimer.memory import few_collected, keep_freed_memory
 from fastprimer.model import Model
 from fastprimer.scaling_law import PUBLISHED, FitError, Law, Powers
@@ -144,15 +143,15 @@ class Run:
         return Plan(self.width, self.ratio, self.seed)
 
 
-def trained(plan: Plan, data: bytes, device: torch.device) -> Iterator[Run | int]:
-    """Yields the tokens of each step, then the run."""
+def trained(plan: Plan, data: bytes, device: torch.device, advance: Callable[[int], object] = lambda tokens: None) -> Run:
+    """advance: is told the tokens of every step."""
     task = Text(data, shape(plan.width), plan.seed)
     trainer = Trainer(task, Model(task.config).to(device), plan.settings)
     for _ in range(plan.settings.steps):
         trainer.train_step()
-        yield BATCH * LENGTH
+        advance(BATCH * LENGTH)
     loss = task.evaluate(trainer.average.module)
-    yield Run(plan.width, plan.ratio, plan.seed, plan.parameters, plan.tokens, loss, trainer.seconds, plan.tokens / task.trained_tokens)
+    return Run(plan.width, plan.ratio, plan.seed, plan.parameters, plan.tokens, loss, trainer.seconds, plan.tokens / task.trained_tokens)
 
 
 def standard_library() -> bytes:
@@ -172,17 +171,6 @@ def sizes(text: str) -> list[int]:
     if not all(width > 0 and width % 16 == 0 for width in found):
         raise argparse.ArgumentTypeError(f"expected multiples of 16 with commas between them, got {text!r}")
     return sorted(set(found))
-
-
-def amount(text: str) -> float:
-    """An argparse type: a number > 0, as 1e21."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number > 0, got {text!r}")
-    return value
 
 
 def ratios(text: str) -> list[float]:
@@ -225,7 +213,7 @@ def run(args: argparse.Namespace) -> int:
         print("fastprimer scaling: error: a budget beyond the range of floating-point numbers", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"fastprimer scaling: stopped; the finished runs are in {args.out / RUNS_FILE}, --resume goes on", file=sys.stderr)
+        print(f"fastprimer scaling: stopped; --resume keeps the finished runs that are in {args.out / RUNS_FILE}", file=sys.stderr)
         return 130
     finally:
         torch.set_num_threads(threads)
@@ -292,8 +280,4 @@ def _train(plans: list[Plan], done: list[Run], data: bytes, device: torch.device
         bar = progress.add_task("training", total=sum(plan.tokens * plan.parameters for plan in missing))
         for plan in missing:
             progress.update(bar, description=f"{plan.parameters:,} weights, {plan.tokens:,} tokens")
-            for found in trained(plan, data, device):
-                if isinstance(found, Run):
-                    yield found
-                else:
-                    progress.advance(bar, found * plan.parameters)
+            yield trained(plan, data, device, lambda tokens, each=plan.parameters: progress.advance(bar, tokens * each))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import io
 import json
 import math
 from pathlib import Path
@@ -14,8 +13,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from fastprimer.checkpoint import write_atomically
 from fastprimer.scaling_law import PUBLISHED, FitError, Law, Powers, fit, intervals
+from fastprimer.train_report import new_figure, write_png
 
 PLOT_FILE = "scaling.png"
 
@@ -93,12 +92,9 @@ def _in_words(law: Law, bounds: dict[str, tuple[float, float]]) -> str:
 
 def _plot(path: Path, runs: list, law: Law | None) -> bool:
     """Loss over operations, a line for each size; whether there is a matplotlib to draw it."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
+    figure = new_figure(7, 4.5)
+    if figure is None:
         return False
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot(xlabel="operations of training, 6 N D", ylabel="held-out loss (nats a byte)", xscale="log", yscale="log")
     for N in sorted({one.parameters for one in runs}):
         mine = sorted((one.tokens, one.loss) for one in runs if one.parameters == N)
@@ -114,7 +110,5 @@ def _plot(path: Path, runs: list, law: Law | None) -> bool:
     axes.yaxis.set_minor_formatter("{x:.2g}")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    image = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(image)
-    write_atomically(path, image.getvalue())
+    write_png(figure, path)
     return True

@@ -34,7 +34,7 @@ from fastprimer.calculator import Calculator, MixtureCalculator
 from fastprimer.checkpoint import CheckpointError, Tensors, load_checkpoint, save_checkpoint
 from fastprimer.config import ConfigError
 from fastprimer.feed_forward import auxiliary_losses, utilisation
-from fastprimer.generate import LogitsError, answer, natural, positive, thread_count
+from fastprimer.generate import LogitsError, amount, answer, natural, positive, thread_count
 from fastprimer.memory import few_collected, keep_freed_memory
 from fastprimer.model import Model
 from fastprimer.train_report import Report, is_simulated, prepare_backend, serving, write_loss_curve
@@ -239,13 +239,6 @@ def settings_for(args: argparse.Namespace, record: dict | None) -> Settings:
     return settings
 
 
-def rate(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number > 0, got {text}")
-    return value
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = Settings()
     parser.add_argument(
@@ -258,7 +251,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=natural, metavar="N", help=f"of the weights, the split and the batches (default: {defaults.seed})")
     parser.add_argument("--steps", type=positive, metavar="N", help=f"(default: {defaults.steps})")
     parser.add_argument("--batch-size", type=positive, metavar="N", help=f"(default: {defaults.batch_size})")
-    parser.add_argument("--learning-rate", type=rate, metavar="X", help=f"the highest (default: {defaults.learning_rate})")
+    parser.add_argument("--learning-rate", type=amount, metavar="X", help=f"the highest (default: {defaults.learning_rate})")
     parser.add_argument("--stop-at", type=positive, metavar="N", help="stop after step N as Ctrl-C does: with a checkpoint to resume from")
     parser.add_argument(
         "--backend",

@@ -201,17 +201,29 @@ class Report:
         say(f'try: fastprimer generate --model {shlex.quote(str(out))} "{trainer.task.samples()[0][0]}"', soft_wrap=True, markup=False)
 
 
+def new_figure(width: float, height: float):
+    """A figure of so many inches, or None where matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def write_png(figure, path: Path) -> None:
+    image = io.BytesIO()
+    figure.savefig(image, format="png")
+    write_atomically(path, image.getvalue())
+
+
 def write_loss_curve(out: Path, losses: list[float]) -> list[Path]:
     """loss.csv, and loss.png where matplotlib is installed; returns what was written."""
     text = io.StringIO()
     csv.writer(text).writerows([("step", "loss"), *enumerate(losses, 1)])
     write_atomically(out / "loss.csv", text.getvalue().encode())
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
+    figure = new_figure(7, 4)
+    if figure is None:
         return [out / "loss.csv"]
-    figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per answer token)", yscale="log", title="training loss")
     axes.plot(range(1, len(losses) + 1), losses, linewidth=0.5, alpha=0.4, label="each step")
     width = max(1, len(losses) // 50)
@@ -219,7 +231,5 @@ def write_loss_curve(out: Path, losses: list[float]) -> list[Path]:
     axes.plot([(i + 1) * width for i in range(len(means))], means, label=f"mean of {width} steps")
     axes.grid(alpha=0.3)
     axes.legend()
-    image = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(image)
-    write_atomically(out / "loss.png", image.getvalue())
+    write_png(figure, out / "loss.png")
     return [out / "loss.csv", out / "loss.png"]
