@@ -52,18 +52,28 @@ struct LinearCrossEntropyProblem {
   Dtype dtype;      // of x and weight
   LossOptions options;
   int64_t columns;  // of kept: all V, or a multiple of 256
+  bool in_16_bits;  // kept is; its shifts are (N, kept_blocks(columns))
 };
+
+// How z is kept in 16 bits: steps of a unit, columns that share a shift, and what the shift is below the largest z so far. The lowest
+// number stands for -infinity.
+constexpr float KEPT_STEPS = 1024, KEPT_TOP = 31;
+constexpr int64_t KEPT_BLOCK = 128;
+constexpr int16_t KEPT_LOWEST = -32768;
+inline int64_t kept_blocks(int64_t columns) { return (columns + KEPT_BLOCK - 1) / KEPT_BLOCK; }
 
 struct LinearCrossEntropyForward {
   LinearCrossEntropyProblem problem;
   LossOutputs outputs;
-  float* kept;  // (N, columns): z, for backward
+  void* kept;    // (N, columns): z for backward, float32 or int16
+  float* shift;  // (N, blocks), or null
 };
 
 struct LinearCrossEntropyBackward {
   LinearCrossEntropyProblem problem;
   LossGradients gradients;
-  const float* kept;
+  const void* kept;
+  const float* shift;
   void* dx;       // (N, C)
   void* dweight;  // (V, C)
   float* dbias;   // (V,) or null
@@ -86,9 +96,15 @@ struct LogitsPiece {
   bool kept;  // they belong to `kept`, and what is to be read there in backward is z
 };
 
+// All of `kept` where it is in 16 bits.
+struct Kept16 {
+  int16_t* z;    // (N, columns)
+  float* shift;  // (N, blocks)
+};
+
 // What has been seen of a token's z, from one piece to the next.
 struct LossState {
-  float top, sum, total, z_target;  // the largest z, the sum of exp(z - top), that of z
+  float top, sum, total, z_target;  // the largest z, the sum of exp(z - top), that of z; after the last piece only `top` counts
   int64_t argmax;                   // -1: nothing yet
 };
 
@@ -103,8 +119,12 @@ struct DlogitsPiece {
 // Adds a piece to `state` (N,); the first one begins it, the last one writes the outputs. A kept piece becomes z, 0 for ignored tokens.
 Error linear_cross_entropy_fold(Cuda, const LinearCrossEntropyProblem& problem, const LogitsPiece& piece, LossState* state,
                                 const LossOutputs& outputs);
-Error linear_cross_entropy_dlogits(Cuda, const LinearCrossEntropyProblem& problem, const LogitsPiece& piece, const LossGradients& gradients,
-                                   const DlogitsPiece& out);
+// A kept piece, after it was added to `state`, in 16 bits.
+Error linear_cross_entropy_keep(Cuda, const LinearCrossEntropyProblem& problem, const LogitsPiece& piece, const LossState* state,
+                                const Kept16& kept);
+// A piece kept in 16 bits is read there, and its logits are null.
+Error linear_cross_entropy_dlogits(Cuda, const LinearCrossEntropyProblem& problem, const LogitsPiece& piece, const Kept16& kept,
+                                   const LossGradients& gradients, const DlogitsPiece& out);
 // A power of two by which the dlogits of all tokens become large, but not too large, numbers of 16 bits.
 Error linear_cross_entropy_scale(Cuda, const LinearCrossEntropyProblem& problem, const LossGradients& gradients, float* scale);
 // x (N, C) without gaps and with zeros for ignored tokens.

@@ -31,17 +31,18 @@ inline Tensor transposed(const Tensor& t) { return torch::stable::transpose(t, 0
 inline Tensor some_columns(Tensor t, int64_t first, int64_t n) { return torch::stable::narrow(t, 1, first, n); }
 inline Tensor some_rows(Tensor t, int64_t first, int64_t n) { return torch::stable::narrow(t, 0, first, n); }
 
-// The pieces one after the other: those of `kept` stand there, the others in one scratch tensor.
+// The pieces one after the other: those of `kept` stand there if it is float32, the others in one scratch tensor.
 class Pieces {
  public:
   const int64_t width;
 
-  Pieces(const LinearCrossEntropyProblem& p, const Tensor& weight, const Tensor& kept)
-      : width(piece_width(p.N, p.V, 4 * p.N * p.columns)),
+  // compute_kept: whether logits of kept pieces are to be computed, too.
+  Pieces(const LinearCrossEntropyProblem& p, const Tensor& weight, const Tensor& kept, bool compute_kept)
+      : width(piece_width(p.N, p.V, (p.in_16_bits ? 2 : 4) * p.N * p.columns)),
         p_(p),
         weight_(weight),
         kept_(kept),
-        scratch_(empty(kept, {p_.columns < p_.V ? p_.N : 0, width}, ScalarType::Float)) {}
+        scratch_(empty(weight, {p_.columns < p_.V || (p_.in_16_bits && compute_kept) ? p_.N : 0, width}, ScalarType::Float)) {}
 
   bool single() const { return p_.V <= width && (p_.columns == 0 || p_.columns == p_.V); }
 
@@ -51,9 +52,10 @@ class Pieces {
     for (int64_t first = 0; first < p_.V;) {
       const bool kept = first < p_.columns;
       const int64_t n = std::min(width, (kept ? p_.columns : p_.V) - first);
-      const Tensor logits = kept ? some_columns(kept_, first, n) : some_columns(scratch_, 0, n);
+      const bool there = kept && !p_.in_16_bits;
+      const Tensor logits = there ? some_columns(kept_, first, n) : some_columns(scratch_, 0, n);
       body(LogitsPiece{.logits = static_cast<float*>(logits.mutable_data_ptr()),
-                       .stride_row = kept ? p_.columns : width,
+                       .stride_row = there ? p_.columns : width,
                        .first = first,
                        .width = n,
                        .kept = kept},
@@ -67,14 +69,21 @@ class Pieces {
   const Tensor weight_, kept_, scratch_;
 };
 
+inline Kept16 kept_in_16_bits(const LinearCrossEntropyProblem& p, const Tensor& kept, const Tensor& shift) {
+  if (!p.in_16_bits) return {};
+  return {static_cast<int16_t*>(kept.mutable_data_ptr()), static_cast<float*>(shift.mutable_data_ptr())};
+}
+
 inline void forward_by_pieces(Cuda device, const LinearCrossEntropyProblem& p, const Tensor& x, const Tensor& weight,
-                              const LossOutputs& outputs, const Tensor& kept) {
-  const Pieces pieces(p, weight, kept);
-  Tensor state = empty(kept, {p.N * static_cast<int64_t>(sizeof(LossState))}, ScalarType::Byte);
+                              const LossOutputs& outputs, const Tensor& kept, const Tensor& shift) {
+  const Pieces pieces(p, weight, kept, true);
+  const auto done = [](Error error) { check(error, "linear_cross_entropy_forward"); };
+  Tensor room = empty(kept, {p.N * static_cast<int64_t>(sizeof(LossState))}, ScalarType::Byte);
+  auto* const state = static_cast<LossState*>(room.mutable_data_ptr());
   pieces.each([&](const LogitsPiece& piece, const Tensor& logits, const Tensor& rows) {
     product(x, transposed(rows), logits);
-    check(linear_cross_entropy_fold(device, p, piece, static_cast<LossState*>(state.mutable_data_ptr()), outputs),
-          "linear_cross_entropy_forward");
+    done(linear_cross_entropy_fold(device, p, piece, state, outputs));
+    if (piece.kept && p.in_16_bits) done(linear_cross_entropy_keep(device, p, piece, state, kept_in_16_bits(p, kept, shift)));
   });
 }
 
@@ -84,11 +93,12 @@ inline void forward_by_pieces(Cuda device, const LinearCrossEntropyProblem& p, c
 class BackwardByPieces {
  public:
   BackwardByPieces(Cuda device, const LinearCrossEntropyProblem& p, const Tensor& weight, const LossGradients& gradients,
-                   const Tensor& kept, const Tensor& dx, const Tensor& dweight, float* dbias)
+                   const Tensor& kept, const Tensor& shift, const Tensor& dx, const Tensor& dweight, float* dbias)
       : device_(device),
         p_(p),
         gradients_(gradients),
-        pieces_(p, weight, kept),
+        pieces_(p, weight, kept, false),
+        kept_(kept_in_16_bits(p, kept, shift)),
         dweight_(dweight),
         dx_(dx),
         dbias_(dbias),
@@ -110,7 +120,7 @@ class BackwardByPieces {
                                 .stride_row = pieces_.width,
                                 .scale = scale(),
                                 .dbias = dbias_ ? dbias_ + piece.first : nullptr};
-      done(linear_cross_entropy_dlogits(device_, p_, piece, gradients_, out));
+      done(linear_cross_entropy_dlogits(device_, p_, piece, kept_, gradients_, out));
       const Tensor dlogits = some_columns(dlogits_, 0, piece.width);
       write_dweight(piece, dlogits);
       add_dx(piece, dlogits, weight);
@@ -147,6 +157,7 @@ class BackwardByPieces {
   const LinearCrossEntropyProblem& p_;
   const LossGradients gradients_;
   const Pieces pieces_;
+  const Kept16 kept_;
   Tensor dweight_, dx_;
   float* dbias_;
   const bool scaled_, direct_;  // direct: products are written where they belong, and dx_sum_ is dx itself

@@ -41,10 +41,10 @@ STABLE_TORCH_LIBRARY(FASTPRIMER_NAMESPACE, m) {
       "label_smoothing, float z_loss, float? softcap) -> Tensor");
   m.def(
       "linear_cross_entropy_forward(Tensor x, Tensor weight, Tensor target, Tensor? bias, SymInt ignore_index, float label_smoothing, "
-      "float z_loss, float? softcap, SymInt memory_budget) -> (Tensor, Tensor, Tensor, Tensor)");
+      "float z_loss, float? softcap, SymInt memory_budget) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "linear_cross_entropy_backward(Tensor dloss, Tensor? dlse, Tensor x, Tensor weight, Tensor target, Tensor lse, Tensor kept, Tensor? "
-      "bias, SymInt ignore_index, float label_smoothing, float z_loss, float? softcap) -> (Tensor, Tensor, Tensor)");
+      "linear_cross_entropy_backward(Tensor dloss, Tensor? dlse, Tensor x, Tensor weight, Tensor target, Tensor lse, Tensor kept, Tensor "
+      "shift, Tensor? bias, SymInt ignore_index, float label_smoothing, float z_loss, float? softcap) -> (Tensor, Tensor, Tensor)");
   m.def("set_loss_piece_bytes(int bytes) -> int");  // for tests: csrc/linear_cross_entropy.cpp
 #ifndef FASTPRIMER_EMULATED
   m.def("limit_cpu_instruction_set(int limit) -> int");  // for tests: csrc/cpu/dispatch.cpp

@@ -11,8 +11,13 @@ import triton
 import triton.language as tl
 
 from fastprimer.kernels._attention import tanh
+from fastprimer.ops.cross_entropy import BLOCK as KEPT_BLOCK
+from fastprimer.ops.cross_entropy import STEPS as KEPT_STEPS
 
 NOBODY = tl.constexpr(0x7FFFFFFF)
+BLOCK, STEPS = tl.constexpr(KEPT_BLOCK), tl.constexpr(KEPT_STEPS)
+LOWEST, HIGHEST = tl.constexpr(-(2.0**15)), tl.constexpr(2.0**15 - 1)
+"""What is kept in 16 bits: columns that share a shift, steps of a unit, the least number, which stands for −infinity, and the largest."""
 
 
 @triton.jit
@@ -36,12 +41,18 @@ def _weight(m, top):
 
 @triton.jit
 def _load_z(
-    z_ptr, bias_ptr, first, column, columns, stride_column, valid,
+    z_ptr, shift_ptr, bias_ptr, first, column, columns, stride_column, valid,
     RAW: tl.constexpr, MASKED: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """z in these columns of a piece's row, and the mask; RAW: from logits without bias. Not valid: 0, and nothing is read."""
+    """z in these columns of a piece's row, and the mask; RAW: from logits without bias. Not valid: 0, and nothing is read.
+
+    shift_ptr, or None: the row's shifts, of z in 16 bits.
+    """
     inside = (column < columns) & valid if MASKED else (column >= 0) & valid
-    z = tl.load(z_ptr + column.to(tl.int64) * stride_column, mask=inside, other=0.0).to(WIDE)
+    z = tl.load(z_ptr + column.to(tl.int64) * stride_column, mask=inside, other=0).to(WIDE)
+    if shift_ptr is not None:
+        shift = tl.load(shift_ptr + (first + column) // BLOCK, mask=inside, other=0.0)
+        z = tl.where(z == LOWEST, float("-inf"), z * (1 / STEPS)) + shift
     if RAW:
         if bias_ptr is not None:
             z += tl.load(bias_ptr + first + column, mask=inside, other=0.0).to(WIDE)
@@ -55,7 +66,7 @@ def _fold(
     KEEP: tl.constexpr, MASKED: tl.constexpr, SMOOTHED: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """m, s, total and place of every lane after these columns."""
-    z, inside = _load_z(logits_ptr, bias_ptr, first, column, columns, stride_column, True, True, MASKED, SOFTCAP, WIDE)
+    z, inside = _load_z(logits_ptr, None, bias_ptr, first, column, columns, stride_column, True, True, MASKED, SOFTCAP, WIDE)
     if KEEP and (SOFTCAP > 0 or bias_ptr is not None):
         tl.store(logits_ptr + column.to(tl.int64) * stride_column, z, mask=inside)
     if SMOOTHED:
@@ -77,7 +88,8 @@ def cross_entropy_fold_kernel(
 ):  # fmt: skip
     """One row of a piece. logits (N, columns) by strides, bias (V,), target (N,) -> in the LAST piece loss, lse, argmax (N,).
 
-    What a row has of it between two pieces stands in state (4, N): m, s, the sum of z, z of the target; and in argmax.
+    What a row has of it between two pieces stands in state (4, N): m, s, the sum of z, z of the target; and in argmax. m of all of them
+    stands there in the end.
     KEEP: logits become z, and 0 in ignored rows.
 
     Bytes moved, with b bytes a logit: b a column; with KEEP and a softcap or a bias twice that. A bias is read from the cache.
@@ -145,6 +157,8 @@ def cross_entropy_fold_kernel(
             loss -= LABEL_SMOOTHING * (total_row / V)
         tl.store(loss_ptr + row, loss)
         tl.store(lse_ptr + row, lse)
+        if state_ptr is not None:
+            tl.store(state_ptr + row, top)
     else:
         tl.store(state_ptr + row, top)
         tl.store(state_ptr + N + row, s_row)
@@ -153,9 +167,31 @@ def cross_entropy_fold_kernel(
 
 
 @triton.jit
+def cross_entropy_keep_kernel(
+    z_ptr, target_ptr, m_ptr, kept_ptr, shift_ptr, stride_z_row, stride_kept_row, stride_shift_row,
+    first, columns, ignore_index, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One row of a piece after its fold. z (N, columns), target and m (N,) -> these columns of kept, in 16 bits, and their shifts.
+
+    Bytes moved: 6 a column.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    valid = tl.load(target_ptr + row).to(tl.int64) != ignore_index
+    shift = tl.where(valid, tl.load(m_ptr + row, mask=valid, other=0.0) - 31, 0.0)
+    for start in range(0, columns, COLUMNS):
+        column = start + tl.arange(0, COLUMNS)
+        inside = column < columns
+        steps = (tl.load(z_ptr + row * stride_z_row + column, mask=inside, other=0.0) - shift) * STEPS
+        steps = tl.floor(tl.minimum(tl.maximum(steps, LOWEST), HIGHEST) + 0.5)
+        place = first + column
+        tl.store(kept_ptr + row * stride_kept_row + place, steps.to(tl.int16), mask=inside)
+        tl.store(shift_ptr + row * stride_shift_row + place // BLOCK, tl.zeros_like(steps) + shift, mask=inside & (place % BLOCK == 0))
+
+
+@triton.jit
 def _gradient(
-    z_ptr, bias_ptr, target_ptr, dloss_ptr, dlse_ptr, lse_ptr, scale_ptr, dlogits_ptr, partial_ptr,
-    stride_z_row, stride_z_column, stride_dlogits_row, first_row, end_row, first, column, columns, V, ignore_index,
+    z_ptr, shift_ptr, bias_ptr, target_ptr, dloss_ptr, dlse_ptr, lse_ptr, scale_ptr, dlogits_ptr, partial_ptr,
+    stride_z_row, stride_z_column, stride_shift_row, stride_dlogits_row, first_row, end_row, first, column, columns, V, ignore_index,
     RAW: tl.constexpr, MASKED: tl.constexpr,
     LABEL_SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -171,8 +207,9 @@ def _gradient(
         dtop = dloss * (1 + 2 * Z_LOSS * lse)
         if dlse_ptr is not None:
             dtop += tl.load(dlse_ptr + row).to(WIDE)
+        shifts = None if shift_ptr is None else shift_ptr + row * stride_shift_row
         z, inside = _load_z(
-            z_ptr + row * stride_z_row, bias_ptr, first, column, columns, stride_z_column, valid, RAW, MASKED, SOFTCAP, WIDE
+            z_ptr + row * stride_z_row, shifts, bias_ptr, first, column, columns, stride_z_column, valid, RAW, MASKED, SOFTCAP, WIDE
         )
         dz = dtop * tl.exp(z - lse) - tl.where(first + column == target, dloss * (1 - LABEL_SMOOTHING), 0.0)
         if LABEL_SMOOTHING != 0:
@@ -195,12 +232,13 @@ def _gradient(
 
 @triton.jit
 def cross_entropy_gradient_kernel(
-    z_ptr, bias_ptr, target_ptr, dloss_ptr, dlse_ptr, lse_ptr, scale_ptr, dlogits_ptr, partial_ptr,
-    stride_z_row, stride_z_column, stride_dlogits_row, N, first, columns, V, ignore_index,
+    z_ptr, shift_ptr, bias_ptr, target_ptr, dloss_ptr, dlse_ptr, lse_ptr, scale_ptr, dlogits_ptr, partial_ptr,
+    stride_z_row, stride_z_column, stride_shift_row, stride_dlogits_row, N, first, columns, V, ignore_index,
     RAW: tl.constexpr, LABEL_SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """COLUMNS of a piece in ROWS rows. z (N, columns) by strides, RAW: logits without bias; bias (V,), dloss, dlse, lse, target (N,)
+    """COLUMNS of a piece in ROWS rows. z (N, columns) by strides, RAW: logits without bias; shift (N, blocks of all columns), of z in
+    16 bits; bias (V,), dloss, dlse, lse, target (N,)
 
     -> dlogits (N, columns) with a row stride, times scale where there is one; partial (programs, columns), dbias of these rows.
 
@@ -215,13 +253,15 @@ def cross_entropy_gradient_kernel(
         partial_ptr += chunk.to(tl.int64) * columns
     if (block + 1) * COLUMNS <= columns:  # so that most accesses are of 16 bytes, however many columns there are
         _gradient(
-            z_ptr, bias_ptr, target_ptr, dloss_ptr, dlse_ptr, lse_ptr, scale_ptr, dlogits_ptr, partial_ptr,
-            stride_z_row, stride_z_column, stride_dlogits_row, first_row, end_row, first, column, columns, V, ignore_index,
+            z_ptr, shift_ptr, bias_ptr, target_ptr, dloss_ptr, dlse_ptr, lse_ptr, scale_ptr, dlogits_ptr, partial_ptr,
+            stride_z_row, stride_z_column, stride_shift_row, stride_dlogits_row,
+            first_row, end_row, first, column, columns, V, ignore_index,
             RAW, False, LABEL_SMOOTHING, Z_LOSS, SOFTCAP, WIDE,
         )  # fmt: skip
     else:
         _gradient(
-            z_ptr, bias_ptr, target_ptr, dloss_ptr, dlse_ptr, lse_ptr, scale_ptr, dlogits_ptr, partial_ptr,
-            stride_z_row, stride_z_column, stride_dlogits_row, first_row, end_row, first, column, columns, V, ignore_index,
+            z_ptr, shift_ptr, bias_ptr, target_ptr, dloss_ptr, dlse_ptr, lse_ptr, scale_ptr, dlogits_ptr, partial_ptr,
+            stride_z_row, stride_z_column, stride_shift_row, stride_dlogits_row,
+            first_row, end_row, first, column, columns, V, ignore_index,
             RAW, True, LABEL_SMOOTHING, Z_LOSS, SOFTCAP, WIDE,
         )  # fmt: skip

@@ -3,16 +3,18 @@
     cross_entropy          forward   all of the vocabulary is one piece                        cross_entropy_fold_kernel
                            backward  dlogits, tile by tile                                     cross_entropy_gradient_kernel
     linear_cross_entropy   forward   for each piece: logits, loss so far                       product of torch, fold kernel
+                                     and if it is kept in 16 bits, that                        cross_entropy_keep_kernel
                            backward  for each piece: logits unless they were kept, dlogits     product of torch, gradient kernel
                                      dweight's rows = dlogitsᵀ x, dx += dlogits weight         products of torch
 
 A piece is as many columns of the vocabulary as fit into PIECE bytes, or the memory budget if that is more. It holds logits in float32,
-and where it is to be kept it is `kept` itself, in which the fold leaves z. dlogits are handed to the products in x's type, for the
+and where it is to be kept so it is `kept` itself, in which the fold leaves z. dlogits are handed to the products in x's type, for the
 matrix units, and so that float16 does not lose the small ones, times a power of two that takes the largest near its end.
 
 FLOPs: 2 N V C a product; forward has one, backward two, and one more for what was not kept. Bytes moved by the kernels for each logit,
-with b bytes a number of x: plain forward b, backward 2 b; fused forward 4 (8 with a softcap or a bias where it is kept), backward
-4 + b. Products move 4 a logit forward (writing it) and 2 b backward (reading dlogits twice), and for each piece x, and dx four times.
+with b bytes a number of x: plain forward b, backward 2 b; fused forward 4 (8 with a softcap or a bias where it is kept; 6 more to keep
+it in 16 bits), backward 4 + b (2 + b where it is). Products move 4 a logit forward (writing it) and 2 b backward (reading dlogits
+twice), and for each piece x, and dx four times.
 """
 
 from __future__ import annotations
@@ -24,9 +26,9 @@ import triton
 from torch import Tensor
 
 from fastprimer.backends import outside_autocast
-from fastprimer.kernels._cross_entropy import cross_entropy_fold_kernel, cross_entropy_gradient_kernel
+from fastprimer.kernels._cross_entropy import cross_entropy_fold_kernel, cross_entropy_gradient_kernel, cross_entropy_keep_kernel
 from fastprimer.kernels._launch import as_rows, on_device, wide
-from fastprimer.ops.cross_entropy import kept_columns
+from fastprimer.ops.cross_entropy import BLOCK, keeps_16_bits, kept_columns
 
 PIECE = 64 * 2**20
 """Bytes of logits in a piece, at least: enough for a product that keeps a GPU busy."""
@@ -85,6 +87,14 @@ class Losses:
         self.argmax = torch.empty(N, dtype=torch.int64, device=like.device)
         self.state = None if one_piece else torch.empty((4, N), dtype=dtype, device=like.device)
 
+    def keep(self, z: Tensor, first: int, kept: Tensor, shift: Tensor) -> None:
+        """z (N, columns) of a piece that is folded, into its columns of kept and shift."""
+        COLUMNS, num_warps = fold_tile(z.shape[1])
+        cross_entropy_keep_kernel[(self.N,)](
+            z, self.target, self.state, kept, shift, z.stride(0), kept.stride(0), shift.stride(0),
+            first, z.shape[1], self.ignore_index, COLUMNS, num_warps=num_warps,
+        )  # fmt: skip
+
     def fold(self, logits: Tensor, first: int, keep: bool = False) -> None:
         """logits (N, columns) of a piece, without bias; with `keep` they become z. Pieces come in order."""
         columns = logits.shape[1]
@@ -105,16 +115,16 @@ class Gradients:
         self.V, self.WIDE, self.scale = V, wide(like), scale
         self.ignore_index, self.constants = options[0], (options[1], options[2], options[3] or 0.0)
 
-    def dlogits(self, z: Tensor, dlogits: Tensor, first: int, raw: bool) -> Optional[Tensor]:
-        """z (N, columns), or `raw` logits, -> dlogits, in place of what is there; returns this piece of dbias."""
+    def dlogits(self, z: Tensor, dlogits: Tensor, first: int, raw: bool, shift: Optional[Tensor] = None) -> Optional[Tensor]:
+        """z (N, columns), or `raw` logits, -> dlogits, in place of what is there; returns this piece of dbias. shift: of z in 16 bits."""
         N, columns = z.shape
         COLUMNS, num_warps = gradient_tile(columns)
         ROWS = 1 if self.bias is None else SUMMED
         chunks = triton.cdiv(N, ROWS)
         partial = None if self.bias is None else torch.empty((chunks, columns), dtype=self.vectors[-1].dtype, device=z.device)
         cross_entropy_gradient_kernel[(chunks * triton.cdiv(columns, COLUMNS),)](
-            z, self.bias, *self.vectors, self.scale, dlogits, partial,
-            *z.stride(), dlogits.stride(0), N, first, columns, self.V, self.ignore_index,
+            z, shift, self.bias, *self.vectors, self.scale, dlogits, partial,
+            *z.stride(), 0 if shift is None else shift.stride(0), dlogits.stride(0), N, first, columns, self.V, self.ignore_index,
             raw, *self.constants, self.WIDE, ROWS, COLUMNS, num_warps=num_warps,
         )  # fmt: skip
         return None if partial is None else partial.sum(0)
@@ -173,23 +183,28 @@ def linear_cross_entropy_forward(
     z_loss: float,
     softcap: Optional[float],
     memory_budget: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x (N, C), weight (V, C), target (N,), bias (V,) or None -> loss, lse, argmax (N,), kept (N, kept_columns)."""
-    N, V = x.shape[0], weight.shape[0]
-    columns, width = kept_columns(N, V, memory_budget), piece_columns(N, V, memory_budget)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x (N, C), weight (V, C), target (N,), bias (V,) or None -> loss, lse, argmax (N,), kept (N, kept_columns), shift (N, blocks)."""
+    N, V, in_16_bits = x.shape[0], weight.shape[0], keeps_16_bits(x, bias, softcap)
+    columns, width = kept_columns(N, V, memory_budget, in_16_bits), piece_columns(N, V, memory_budget)
     parts = pieces(V, columns, width)
-    losses = Losses(x, target, V, bias, (ignore_index, label_smoothing, z_loss, softcap), one_piece=len(parts) == 1)
+    one_piece = len(parts) == 1 and not (columns and in_16_bits)
+    losses = Losses(x, target, V, bias, (ignore_index, label_smoothing, z_loss, softcap), one_piece)
     dtype = losses.lse.dtype
-    kept = torch.empty((N, columns), dtype=dtype, device=x.device)
+    kept = torch.empty((N, columns), dtype=torch.int16 if in_16_bits else dtype, device=x.device)
+    shift = torch.empty((N, triton.cdiv(columns, BLOCK) if in_16_bits else 0), dtype=dtype, device=x.device)
     if N:
-        buffer = _buffer(x, N, min(width, V - columns), dtype)
+        buffer = _buffer(x, N, min(width, V if in_16_bits else V - columns), dtype)
         with on_device(x):
             x = as_rows(x)
             for first, end in parts:
-                logits = kept[:, first:end] if end <= columns else buffer[:, : end - first]
+                keep = end <= columns
+                logits = kept[:, first:end] if keep and not in_16_bits else buffer[:, : end - first]
                 _multiply(x, weight[first:end].t(), logits)
-                losses.fold(logits, first, keep=end <= columns)
-    return losses.loss, losses.lse, losses.argmax, kept
+                losses.fold(logits, first, keep)
+                if keep and in_16_bits:
+                    losses.keep(logits, first, kept, shift)
+    return losses.loss, losses.lse, losses.argmax, kept, shift
 
 
 @outside_autocast
@@ -201,6 +216,7 @@ def linear_cross_entropy_backward(
     target: Tensor,
     lse: Tensor,
     kept: Tensor,
+    shift: Tensor,
     bias: Optional[Tensor],
     ignore_index: int,
     label_smoothing: float,
@@ -216,7 +232,8 @@ def linear_cross_entropy_backward(
     if N == 0:
         return torch.empty_like(x), torch.zeros((V, C), dtype=weight.dtype, device=x.device), dbias
     dx, dweight = (torch.empty(s, dtype=d, device=x.device) for s, d in (((N, C), lse.dtype), ((V, C), weight.dtype)))
-    width = piece_columns(N, V, 4 * kept.numel())
+    shift = shift if kept.dtype == torch.int16 else None
+    width = piece_columns(N, V, (4 if shift is None else 2) * kept.numel())
     parts = pieces(V, columns, width)
     share = torch.empty_like(dx) if len(parts) > 1 else dx
     with on_device(x):
@@ -231,7 +248,7 @@ def linear_cross_entropy_backward(
             z, dl = kept[:, first:end] if end <= columns else buffer[:, : end - first], dlogits[:, : end - first]
             if end > columns:
                 _multiply(x, weight[first:end].t(), z)
-            dbias_piece = gradients.dlogits(z, dl, first, raw=end > columns)
+            dbias_piece = gradients.dlogits(z, dl, first, raw=end > columns, shift=shift if end <= columns else None)
             if bias is not None:
                 dbias[first:end] = dbias_piece
             _multiply(dl, weight[first:end], share if first else dx)

@@ -48,23 +48,41 @@ def plain(functions, logits, target, options, dloss, dlse):
 
 
 def linear(functions, x, weight, bias, target, options, budget, dloss, dlse):
-    loss, lse, argmax, kept = functions.linear_cross_entropy_forward(x, weight, target, bias, *options, budget)
-    gradients = functions.linear_cross_entropy_backward(dloss, dlse, x, weight, target, lse, kept, bias, *options)
-    return {"loss": loss, "lse": lse, "argmax": argmax, "kept": kept, **dict(zip(("dx", "dweight", "dbias"), gradients, strict=True))}
+    loss, lse, argmax, kept, shift = functions.linear_cross_entropy_forward(x, weight, target, bias, *options, budget)
+    gradients = functions.linear_cross_entropy_backward(dloss, dlse, x, weight, target, lse, kept, shift, bias, *options)
+    outputs = {"loss": loss, "lse": lse, "argmax": argmax, "kept": recalled(kept, shift)}
+    return outputs | dict(zip(("dx", "dweight", "dbias"), gradients, strict=True))
+
+
+def recalled(kept, shift):
+    """z as it was kept."""
+    if kept.dtype != torch.int16:
+        return kept
+    steps = torch.where(kept == -(2**15), -torch.inf, kept / reference.STEPS)
+    return steps + shift.repeat_interleave(reference.BLOCK, 1)[:, : kept.shape[1]]
+
+
+def in_16_bits(arguments):
+    """Whether z is kept so, of the arguments of `linear`."""
+    x, _, bias, _, options = arguments[:5]
+    return reference.keeps_16_bits(x, bias, options[-1])
 
 
 def check(run, module, *arguments):
-    """Like the reference: argmax the same, all else within its budget."""
-    chosen = []
+    """Like the reference: argmax the same, what is kept to a step of 16 bits, all else within its budget."""
+    chosen, kept = [], []
 
     def call(functions, wide):
         floating = lambda a: isinstance(a, torch.Tensor) and a.is_floating_point()  # noqa: E731
         results = run(functions, *(wide(a) if floating(a) else a for a in arguments))
         chosen.append(results.pop("argmax"))
+        kept.append(results.pop("kept", None))
         return results
 
     found = shares_of(call, module, reference)
     assert torch.equal(chosen[0], chosen[2])
+    if kept[0] is not None:
+        torch.testing.assert_close(kept[0], kept[1], rtol=1e-5, atol=1.01 / reference.STEPS if in_16_bits(arguments) else 1e-5)
     assert_within_budget(found)
 
 

@@ -95,12 +95,13 @@ def test_nan_in_a_token_that_counts_stays_visible():
     assert dweight.isnan().any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
 @pytest.mark.parametrize("op", ["cross_entropy", "linear_cross_entropy"])
-def test_words_that_are_ruled_out_have_probability_zero(op):
+def test_words_that_are_ruled_out_have_probability_zero(op, dtype):
     """Logits of -infinity, a whole tile of them and more."""
     device_or_skip(op, "cpu")
-    x, weight, target = inputs(5, 20, 700)
-    bias = torch.zeros(700)
+    x, weight, target = inputs(5, 20, 700, dtype)
+    bias = torch.zeros(700, dtype=dtype)
     bias[100:650] = -torch.inf
     target %= 100
     answers = []
@@ -110,10 +111,11 @@ def test_words_that_are_ruled_out_have_probability_zero(op):
             if op == "cross_entropy":
                 loss = fp.cross_entropy(leaves[0] @ leaves[1].t() + bias, target)
             else:
-                loss = fp.linear_cross_entropy(*leaves, target, bias=bias)
+                loss = fp.linear_cross_entropy(*leaves, target, bias=bias, memory_budget=1 << 20)
         answers.append([loss, *torch.autograd.grad(loss, leaves)])
     for expected, mine in zip(*answers, strict=True):
-        torch.testing.assert_close(mine, expected)
+        rounding = {} if dtype == torch.float32 else {"rtol": 2**-6, "atol": 2**-10 * expected.abs().max().item()}
+        torch.testing.assert_close(mine, expected, **rounding)
     assert not answers[1][2][100:650].any()
 
 
@@ -245,7 +247,7 @@ def test_operators_check_what_they_are_given():
     ops = torch.ops.fastprimer
     x, weight, target = inputs(4, 8, 6)
     options = -100, 0.0, 0.0, None
-    loss, lse, _, kept = ops.linear_cross_entropy_forward(x, weight, target, None, *options, 1 << 10)
+    loss, lse, _, kept, shift = ops.linear_cross_entropy_forward(x, weight, target, None, *options, 1 << 10)
     assert kept.shape == (4, 6) and ops.linear_cross_entropy_forward(x, weight, target, None, *options, 95)[3].shape == (4, 0)
     for bad, message in [
         ((x[0], weight, target, None), "x: expected shape"),
@@ -259,11 +261,15 @@ def test_operators_check_what_they_are_given():
             ops.linear_cross_entropy_forward(*bad, *options, 0)
     backward = ops.linear_cross_entropy_backward
     with pytest.raises(RuntimeError, match="dloss: expected another shape"):
-        backward(loss[:2], None, x, weight, target, lse, kept, None, *options)
+        backward(loss[:2], None, x, weight, target, lse, kept, shift, None, *options)
     with pytest.raises(RuntimeError, match="kept: expected shape"):
-        backward(loss, None, x, weight, target, lse, kept[:, :4], None, *options)
+        backward(loss, None, x, weight, target, lse, kept[:, :4], shift, None, *options)
+    with pytest.raises(RuntimeError, match="kept: expected another dtype"):
+        backward(loss, None, x.bfloat16(), weight.bfloat16(), target, lse, kept, shift, None, *options)
+    with pytest.raises(RuntimeError, match="shift: expected another shape"):
+        backward(loss, None, x.bfloat16(), weight.bfloat16(), target, lse, kept.short(), shift, None, *options)
     with pytest.raises(RuntimeError, match="dlse: expected another dtype"):
-        backward(loss, lse.double(), x, weight, target, lse, kept, None, *options)
+        backward(loss, lse.double(), x, weight, target, lse, kept, shift, None, *options)
     with pytest.raises(RuntimeError, match="target: expected numbers in 0..5"):
         ops.cross_entropy_forward(x @ weight.t(), target - 7, *options)
     with pytest.raises(RuntimeError, match="lse: expected another shape"):
@@ -276,12 +282,13 @@ import torch
 import fastprimer as fp
 torch.set_num_threads(2)
 N, C, V = 1024, 512, 32000
-x, weight = torch.randn(N, C, requires_grad=True), torch.randn(V, C, requires_grad=True)
+dtype = getattr(torch, sys.argv[2])
+x, weight = (torch.randn(n, C, dtype=dtype, requires_grad=True) for n in (N, V))
 target = torch.randint(0, V, (N,))
 with fp.use_backend("cpu"):
     fp.linear_cross_entropy(x[:8], weight[:64], target[:8] % 64).backward()  # what is loaded once
     weight.grad = None
-    gradients = torch.ones(N, C), torch.ones(V, C)  # as much as what is returned, touched and freed
+    gradients = torch.ones(N, C, dtype=dtype), torch.ones(V, C, dtype=dtype)  # as much as what is returned, touched and freed
     del gradients
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     torch.autograd.grad(fp.linear_cross_entropy(x, weight, target, memory_budget=int(sys.argv[1])), (x, weight))
@@ -289,12 +296,47 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
+@pytest.mark.parametrize("spread", [1, 30], ids=["near", "far"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=name)
+def test_gradients_of_what_was_kept_in_16_bits(dtype, spread):
+    """Also of z that are further apart than 16 bits tell."""
+    device_or_skip("linear_cross_entropy", "cpu")
+    x, weight, target = inputs(150, 64, 700, dtype)
+    recomputed, kept = (results(x * spread, weight, target, memory_budget=budget) for budget in (0, 1 << 30))
+    assert torch.equal(recomputed[0], kept[0])
+    for a, b in zip(recomputed[1:], kept[1:], strict=True):
+        assert not torch.equal(a, b)
+        torch.testing.assert_close(b, a, rtol=2**-6, atol=2**-10 * a.abs().max().item())
+
+
+def test_what_is_kept_in_16_bits():
+    """Nothing of which a gradient is wanted in more, nor where a softcap's slope is steep so far below the largest z."""
+    device_or_skip("linear_cross_entropy", "cpu")
+    x, weight, target = inputs(4, 8, 300)
+    half, bias = torch.bfloat16, torch.zeros(300)
+    for dtype, b, softcap, expected in [
+        (torch.float32, None, None, torch.float32),
+        (half, None, None, torch.int16),
+        (torch.float16, bias.half(), 31.0, torch.int16),
+        (half, bias, None, torch.float32),
+        (half, None, 32.0, torch.float32),
+    ]:
+        arguments = x.to(dtype), weight.to(dtype), target, b, -100, 0.0, 0.0, softcap
+        size = 2 * 300 + 4 * 3 if expected == torch.int16 else 4 * 300
+        for functions in (torch.ops.fastprimer, reference):
+            for budget, columns in ((4 * size, 300), (4 * size - 1, 256), (0, 0)):
+                kept, shift = functions.linear_cross_entropy_forward(*arguments, budget)[3:]
+                assert (kept.dtype, kept.shape) == (expected, (4, columns))
+                assert shift.shape == (4, -(-columns // 128) if expected == torch.int16 else 0)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
 @pytest.mark.parametrize("budget, limit", [(0, 16_000_000), (88 << 20, 110_000_000)])
-def test_extra_memory(budget, limit):
+def test_extra_memory(budget, limit, dtype):
     """The peak of a process beyond its inputs and gradients: the logits alone would be 131 MB."""
     device_or_skip("linear_cross_entropy", "cpu")
-    child = subprocess.run([sys.executable, "-c", PEAK, str(budget)], capture_output=True, text=True)
+    child = subprocess.run([sys.executable, "-c", PEAK, str(budget), name(dtype)], capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
     unit = 1 if sys.platform == "darwin" else 1024
     assert int(child.stdout) * unit < limit

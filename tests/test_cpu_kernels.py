@@ -151,7 +151,8 @@ PLANTED = {
     },
     "linear_cross_entropy": {
         "a part of the vocabulary left out": ("cross_entropy_forward.h", "for (int64_t part = 1; part <", "for (int64_t part = 2; part <"),
-        "what was kept of other words": ("cross_entropy_plan.h", "* p_.columns + first_, n_", "* p_.columns, n_"),
+        "what was kept of other words": ("cross_entropy_plan.h", "tokens_[i + r], first_, n_", "tokens_[i + r], 0 * first_, n_"),
+        "a shift for all that is kept": ("cross_entropy_kept.h", "kept_blocks(p.columns) + first / KEPT_BLOCK;", "kept_blocks(p.columns);"),
         "a range overwrites those before it": ("cross_entropy_backward.h", "x_.range > 0);", "false);"),
         "the gradient of the bias from one token": ("cross_entropy_backward.h", "load(dbias + v, count) + d, count);", "d, count);"),
         "dx of an ignored token not cleared": (

@@ -82,7 +82,7 @@ def test_a_target_that_is_no_word(device):
     x, weight, target = problem(5, 24, 300, torch.float32, device)
     target[1], target[3] = 300, -5
     options = -100, 0.0, 0.0, None
-    loss, lse, argmax, _ = functions.linear_cross_entropy_forward(x.detach(), weight.detach(), target, None, *options, 0)
+    loss, lse, argmax, *_ = functions.linear_cross_entropy_forward(x.detach(), weight.detach(), target, None, *options, 0)
     logits = x.detach() @ weight.detach().t()
     assert loss.isnan().tolist() == [False, True, False, True, False]
     torch.testing.assert_close(lse, logits.logsumexp(-1))
@@ -94,6 +94,6 @@ def test_operators_take_inputs_that_ask_for_gradients(device):
     functions = torch.ops.fastprimer if device == "cuda" else torch.ops.fastprimer_emulated
     x, weight, target = problem(5, 24, 300, torch.bfloat16, device)
     options = -100, 0.0, 0.0, None
-    loss, lse, _, kept = functions.linear_cross_entropy_forward(x, weight, target, None, *options, 0)
-    functions.linear_cross_entropy_backward(loss, None, x, weight, target, lse, kept, None, *options)
+    loss, lse, _, kept, shift = functions.linear_cross_entropy_forward(x, weight, target, None, *options, 0)
+    functions.linear_cross_entropy_backward(loss, None, x, weight, target, lse, kept, shift, None, *options)
     assert torch.is_grad_enabled()

@@ -68,12 +68,16 @@ def test_blocks_of_a_row(options, dtype, small):
 
 def test_widths():
     for N, V, budget in itertools.product((0, 1, 60, 8192, 10**6), (1, 255, 256, 50257, 262144), (0, 10**6, 2**28, 2**34)):
-        width, kept = kernels.piece_columns(N, V, budget), reference.kept_columns(N, V, budget)
+        width = kernels.piece_columns(N, V, budget)
         assert width == V or width % 256 == 0
         assert width in (V, 256) or 4 * N * width <= max(budget, kernels.PIECE)
-        assert 0 <= kept <= V and (kept == 0 or kept <= width)
-        parts = kernels.pieces(V, kept, width)
-        assert [v for part in parts for v in range(*part)] == list(range(V)) and kept in (0, *(end for _, end in parts))
+        for in_16_bits in (False, True):
+            kept = reference.kept_columns(N, V, budget, in_16_bits)
+            size = (lambda n: 2 * n + 4 * -(-n // 128)) if in_16_bits else (lambda n: 4 * n)
+            assert kept == V or (kept % 256 == 0 and size(kept) * N <= budget < size(kept + 256) * max(N, 1))
+            assert (kept == V) == (size(V) * max(N, 1) <= budget) and kept <= V
+            parts = kernels.pieces(V, kept, width)
+            assert [v for part in parts for v in range(*part)] == list(range(V)) and kept in (0, *(end for _, end in parts))
     for columns in (1, 2, 3, 1000, 2048, 10**6):
         for COLUMNS, num_warps in (kernels.fold_tile(columns), kernels.gradient_tile(columns)):
             assert COLUMNS & (COLUMNS - 1) == 0 == num_warps & (num_warps - 1) and 1 <= num_warps <= 8
@@ -119,7 +123,7 @@ def test_special_numbers_in_any_piece(budget, small):
     for first, second, place in itertools.product(range(4), (10, 300), (310, 529)):
         bias = random(2, 530)
         bias[place], bias[second] = SPECIAL[first], SPECIAL[(first + 1) % 3]
-        loss, lse, argmax, _ = kernels.linear_cross_entropy_forward(x, weight, target, bias, *NOTHING, budget)
+        loss, lse, argmax, *_ = kernels.linear_cross_entropy_forward(x, weight, target, bias, *NOTHING, budget)
         expected = reference.linear_cross_entropy_forward(x, weight, target, bias, *NOTHING, budget)
         torch.testing.assert_close((loss, lse), expected[:2], equal_nan=True)
         assert torch.equal(argmax, expected[2])

@@ -67,10 +67,19 @@ PLANTED = {
     "dlogits beyond the piece": (TILES, "mask=column < columns)\n        else:", "mask=column <= columns)\n        else:"),
     "rows of the next sum": (TILES, "tl.minimum(first_row + ROWS, N)", "tl.minimum(first_row + ROWS + 1, N)"),
     "another sum's place": (TILES, "partial_ptr += chunk.to(tl.int64) * columns", "partial_ptr += chunk.to(tl.int64) // 2 * columns"),
+    "16 bits rounded down": (TILES, "HIGHEST) + 0.5)", "HIGHEST) + 0.0)"),
+    "16 bits have no infinity": (TILES, 'tl.where(z == LOWEST, float("-inf"), z * (1 / STEPS))', "z * (1 / STEPS)"),
+    "16 bits by a piece's own blocks": (TILES, "tl.load(shift_ptr + (first + column) // BLOCK", "tl.load(shift_ptr + column // BLOCK"),
+    "16 bits by the m before": (TILES, "        if state_ptr is not None:\n            tl.store(state_ptr + row, top)\n", ""),
+    "an ignored row by its own m": (
+        TILES,
+        "tl.where(valid, tl.load(m_ptr + row, mask=valid, other=0.0) - 31, 0.0)",
+        "tl.load(m_ptr + row) - 31",
+    ),
     "what was kept capped again": (
         LAUNCHES,
-        "gradients.dlogits(z, dl, first, raw=end > columns)",
-        "gradients.dlogits(z, dl, first, raw=True)",
+        "gradients.dlogits(z, dl, first, raw=end > columns,",
+        "gradients.dlogits(z, dl, first, raw=True,",
     ),
     "an ignored token in dweight": (LAUNCHES, "x = torch.where(valid.unsqueeze(-1), as_rows(x), 0.0)", "x = as_rows(x)"),
     "dx of the last piece": (LAUNCHES, "dx += share", "dx = share"),
@@ -86,7 +95,7 @@ def plant(monkeypatch, folder, module, old, new):
     """The launches of a copy in which one line is another, with small tiles."""
     copy = mutated(module, old, new, folder)
     if module is TILES:
-        for name in ("cross_entropy_fold_kernel", "cross_entropy_gradient_kernel"):
+        for name in ("cross_entropy_fold_kernel", "cross_entropy_keep_kernel", "cross_entropy_gradient_kernel"):
             monkeypatch.setattr(kernels, name, getattr(copy, name))
         copy = kernels
     make_small(monkeypatch, copy)
@@ -107,6 +116,12 @@ def checks(module):
     check(linear, module, x, weight, bias, targets(5, 530, (2,)), EVERY, 4 * 5 * 300, dloss, dlse)
     for budget in (0, 1 << 20):
         check(linear, module, x, weight, None, targets(5, 530, (2,)), NOTHING, budget, dloss, None)
+    x, weight, bias = (t.bfloat16() for t in projection(5, 20, 530))
+    bias[7] = -torch.inf
+    for budget in (5 * 600, 5 * (2 * 530 + 4 * 5), 1 << 20):  # in 16 bits: the first piece, all of three, one alone
+        arguments = x, weight, bias, targets(5, 530, (2,)), NOTHING, budget, *upstream(5)
+        check(linear, module, *arguments)
+        assert not linear(module, *arguments)["dweight"][7].any()
     check_targets_that_do_not_exist(module)
     check_small_gradients(module)
 

@@ -74,7 +74,7 @@ class Slice {
     float dbias[COLUMNS] = {};
     for (int64_t i = 0; i < count; i += ROWS) {
       const int64_t n = smaller(ROWS, count - i), padded = round_up(n, STEP);
-      differentiate(i, n, kept ? tiles_.recall(i, n, x_.args.kept) : tiles_.project(i, n), dbias);
+      differentiate(i, n, kept ? tiles_.recalled(i, n, x_.args) : tiles_.project(i, n), dbias);
       for (int64_t r = 0; r < padded; r++)
         __builtin_memcpy(x_.dlogits.data() + (i + r) * x_.ld + task * COLUMNS, dlogits_.data() + r * COLUMNS, COLUMNS * sizeof(Tile));
       transpose_left(dlogits_.data(), padded, Width<Tile>(COLUMNS), transposed_.data(), ROWS);

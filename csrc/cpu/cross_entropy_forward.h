@@ -55,7 +55,7 @@ class ForwardPart {
       const int64_t token = x_.tokens[i + r], target = p.target[token] - first;
       statistics[r].add(z, columns, first, p.options.label_smoothing != 0);
       if (0 <= target && target < columns) x_.z_target[i + r] = z[target];
-      if (first + columns <= p.columns) __builtin_memcpy(x_.args.kept + token * p.columns + first, z, columns * sizeof(float));
+      if (first + columns <= p.columns) keep(x_.args, token, first, columns, z, statistics[r].top);
     }
   }
 
@@ -80,7 +80,7 @@ Error forward(const LinearCrossEntropyForward& args) {
   for (int64_t n = 0; n < p.N; n++) {
     if (p.target[n] != p.options.ignore_index) continue;
     write(args.outputs, n, 0.0f, 0.0f, -1);
-    __builtin_memset(args.kept + n * p.columns, 0, p.columns * sizeof(float));
+    keep_nothing(args, n);
   }
   if (count == 0) return nullptr;
   if (const Error error = run_tasks<ForwardPart<T, Tile>>(context.parts, context)) return error;

@@ -1,6 +1,6 @@
 // What the passes of the fused cross-entropy share on the CPU: the tokens that count, and tiles of their logits.
 #pragma once
-#include "cross_entropy_row.h"
+#include "cross_entropy_kept.h"
 #include "pack.h"
 #include "products.h"
 #include "tasks.h"
@@ -12,6 +12,7 @@ namespace surprise {
 constexpr int64_t STEP = 16;      // sizes of products are multiples of it
 constexpr int64_t COLUMNS = 128;  // of the vocabulary in a tile: kept columns end where a tile does
 constexpr int64_t ROWS = 128;     // tokens of a product
+static_assert(COLUMNS == KEPT_BLOCK);
 
 inline int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
@@ -99,9 +100,8 @@ class Tiles {
   }
 
   // The same from what forward kept.
-  float* recall(int64_t i, int64_t n, const float* kept) const {
-    for (int64_t r = 0; r < n; r++)
-      __builtin_memcpy(z_.data() + r * COLUMNS, kept + tokens_[i + r] * p_.columns + first_, n_ * sizeof(float));
+  float* recalled(int64_t i, int64_t n, const LinearCrossEntropyBackward& args) const {
+    for (int64_t r = 0; r < n; r++) recall(args, tokens_[i + r], first_, n_, z_.data() + r * COLUMNS);
     return z_.data();
   }
 

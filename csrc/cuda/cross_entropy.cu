@@ -25,12 +25,23 @@ LossCap cap_of(const LossOptions& options, const float* bias) {
 }
 
 LossArgs args_of(const CrossEntropyProblem& p) {
-  return {p.logits, p.stride_logits_row, 0, p.V, p.target, p.N, p.V, p.options.ignore_index, cap_of(p.options, nullptr)};
+  return {p.logits, p.stride_logits_row, 0, p.V, nullptr, 0, p.target, p.N, p.V, p.options.ignore_index, cap_of(p.options, nullptr)};
 }
 
 LossArgs args_of(const LinearCrossEntropyProblem& p, const LogitsPiece& piece) {
   const float* bias = p.bias == nullptr ? nullptr : p.bias + piece.first;
-  return {piece.logits, piece.stride_row, piece.first, piece.width, p.target, p.N, p.V, p.options.ignore_index, cap_of(p.options, bias)};
+  return {piece.logits,           piece.stride_row,       piece.first, piece.width, nullptr, 0, p.target, p.N, p.V,
+          p.options.ignore_index, cap_of(p.options, bias)};
+}
+
+// The same piece as it is kept in 16 bits.
+LossArgs args_of(const LinearCrossEntropyProblem& p, const LogitsPiece& piece, const Kept16& kept) {
+  LossArgs args = args_of(p, piece);
+  args.logits = kept.z + piece.first;
+  args.stride_row = p.columns;
+  args.blocks = kept_blocks(p.columns);
+  args.shift = kept.shift;
+  return args;
 }
 
 DlogitsArgs args_of(const LossArgs& in, const LossOptions& options, const LossGradients& gradients, const DlogitsPiece& out) {
@@ -61,16 +72,33 @@ Error linear_cross_entropy_fold(Cuda device, const LinearCrossEntropyProblem& p,
   return launch_tokens(cross_entropy_fold<float>, device, p.N, piece.width, fold);
 }
 
-Error linear_cross_entropy_dlogits(Cuda device, const LinearCrossEntropyProblem& p, const LogitsPiece& piece,
-                                   const LossGradients& gradients, const DlogitsPiece& out) {
-  DlogitsArgs args = args_of(args_of(p, piece), p.options, gradients, out);
-  args.in.cap.done = piece.kept;
-  const Error error = by_dtype(p.dtype, [&](auto element) {
-    return launch_tokens(cross_entropy_dlogits<float, decltype(element)>, device, p.N, piece.width, args);
+Error linear_cross_entropy_keep(Cuda device, const LinearCrossEntropyProblem& p, const LogitsPiece& piece, const LossState* state,
+                                const Kept16& kept) {
+  const LossArgs from = args_of(p, piece), to = args_of(p, piece, kept);
+  return launch_tokens(cross_entropy_keep, device, p.N, piece.width, from, state, kept, to.stride_row, to.blocks);
+}
+
+// From z or logits of In.
+template <class In>
+static Error launch_dlogits(Cuda device, Dtype dtype, const DlogitsArgs& args) {
+  const Error error = by_dtype(dtype, [&](auto element) -> Error {
+    using T = decltype(element);
+    if constexpr (sizeof(T) > 2 && std::is_same_v<In, int16_t>)
+      return "z of float32 is not kept in 16 bits";
+    else
+      return launch_tokens(cross_entropy_dlogits<In, T>, device, args.in.N, args.in.width, args);
   });
-  if (error != nullptr || out.dbias == nullptr) return error;
-  const dim3 grid(static_cast<unsigned>((piece.width + 31) / 32)), block(32, DBIAS_LINES);
-  return launch(cross_entropy_dbias, grid, block, 0, device, args);
+  if (error != nullptr || args.out.dbias == nullptr) return error;
+  const dim3 grid(static_cast<unsigned>((args.in.width + 31) / 32)), block(32, DBIAS_LINES);
+  return launch(cross_entropy_dbias<In>, grid, block, 0, device, args);
+}
+
+Error linear_cross_entropy_dlogits(Cuda device, const LinearCrossEntropyProblem& p, const LogitsPiece& piece, const Kept16& kept,
+                                   const LossGradients& gradients, const DlogitsPiece& out) {
+  const bool in_16_bits = piece.kept && p.in_16_bits;
+  DlogitsArgs args = args_of(in_16_bits ? args_of(p, piece, kept) : args_of(p, piece), p.options, gradients, out);
+  args.in.cap.done = piece.kept;
+  return in_16_bits ? launch_dlogits<int16_t>(device, p.dtype, args) : launch_dlogits<float>(device, p.dtype, args);
 }
 
 Error linear_cross_entropy_scale(Cuda device, const LinearCrossEntropyProblem& p, const LossGradients& gradients, float* scale) {

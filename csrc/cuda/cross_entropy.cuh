@@ -71,6 +71,8 @@ struct LossCap {
 struct LossArgs {
   const void* logits;  // (N, width)
   int64_t stride_row, first, width;
+  const float* shift;  // (N, blocks), of logits in 16 bits, which are z
+  int64_t blocks;
   const int64_t* target;
   int64_t N, V, ignore_index;
   LossCap cap;
@@ -80,12 +82,29 @@ struct LossArgs {
     return static_cast<const T*>(logits) + n * stride_row;
   }
   __device__ __forceinline__ bool counts(int64_t n) const { return target[n] != ignore_index; }
+
+  // The numbers of token n from `column` of this piece on: of a block or two, if they are in 16 bits.
+  template <class T, int W>
+  __device__ __forceinline__ void widen_row(const Vector<T, W>& v, int64_t n, int64_t column, float (&wide)[W]) const {
+    if constexpr (std::is_same_v<T, int16_t>) {
+      const float* shifts = shift + n * blocks;
+      const int64_t block = (first + column) / KEPT_BLOCK, last = (first + column + W - 1) / KEPT_BLOCK;
+      const float here = shifts[block], behind = shifts[last];
+#pragma unroll
+      for (int i = 0; i < W; i++) {
+        const float steps = v.data[i] == KEPT_LOWEST ? -INFINITY : static_cast<float>(v.data[i]);
+        wide[i] = steps * (1 / KEPT_STEPS) + ((first + column + i) / KEPT_BLOCK == block ? here : behind);
+      }
+    } else {
+      widen(v, wide);
+    }
+  }
 };
 
 struct FoldArgs {
   LossArgs in;
   float* z;          // (N, width): where a kept piece stands, or null
-  LossState* state;  // null where the piece is all of V
+  LossState* state;  // null for plain logits, which are one piece
   LossOutputs outputs;
   double label_smoothing, z_loss;
 };
@@ -172,10 +191,8 @@ __device__ __forceinline__ void finish_token(const FoldArgs& args, Seen seen, in
     if (args.z == nullptr) in.cap.apply(z, target);  // else that is z already
     state.z_target = z[0];
   }
-  if (in.first + in.width < in.V) {
-    args.state[n] = {all.top, all.sum, all.total, state.z_target, all.argmax};
-    return;
-  }
+  if (args.state != nullptr) args.state[n] = {all.top, all.sum, all.total, state.z_target, all.argmax};
+  if (in.first + in.width < in.V) return;
   const double lse = static_cast<float>(static_cast<double>(all.top) + log(static_cast<double>(all.sum)));
   double loss = lse - (1 - args.label_smoothing) * state.z_target + args.z_loss * lse * lse;
   if (args.label_smoothing != 0) loss -= args.label_smoothing * all.total / static_cast<double>(in.V);
@@ -215,6 +232,27 @@ __global__ void __launch_bounds__(LOSS_THREADS) cross_entropy_fold(const FoldArg
   static_cast<float*>(args.outputs.loss)[n] = 0;
   static_cast<float*>(args.outputs.lse)[n] = 0;
   args.outputs.argmax[n] = -1;
+}
+
+// Moves N width numbers of float32, z, in and as many of 16 bits out. kept (N, stride_row), its shifts (N, blocks).
+static __global__ void __launch_bounds__(LOSS_THREADS)
+    cross_entropy_keep(const LossArgs in, const LossState* state, const Kept16 kept, int64_t stride_row, int64_t blocks) {
+  const int64_t n = loss_token();
+  if (n >= in.N) return;
+  const float shift = in.counts(n) ? state[n].top - KEPT_TOP : 0;  // the z of an ignored token are 0
+  float* shifts = kept.shift + n * blocks + in.first / KEPT_BLOCK;
+  for (int64_t block = threadIdx.x; block * KEPT_BLOCK < in.width; block += blockDim.x) shifts[block] = shift;
+  int16_t* row = kept.z + n * stride_row + in.first;
+  along_row<LOSS_VECTOR<int16_t>>(in.row<float>(n), row, in.width, threadIdx.x, blockDim.x, [&](auto v, int64_t column) {
+    constexpr int COUNT = sizeof v.data / sizeof v.data[0];
+    Vector<int16_t, COUNT> steps;
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+      const float number = (v.data[i] - shift) * KEPT_STEPS;
+      steps.data[i] = static_cast<int16_t>(rintf(fminf(fmaxf(number, KEPT_LOWEST), -1.0f - KEPT_LOWEST)));
+    }
+    store(row + column, steps);
+  });
 }
 
 struct DlogitsArgs {
@@ -272,7 +310,7 @@ __global__ void __launch_bounds__(LOSS_THREADS) cross_entropy_dlogits(const Dlog
   along_row<W>(in.row<In>(n), out, in.width, threadIdx.x, blockDim.x, [&](auto v, int64_t column) {
     constexpr int COUNT = sizeof v.data / sizeof v.data[0];
     float dl[COUNT];
-    widen(v, dl);
+    in.widen_row(v, n, column, dl);
     gradient.template apply<Out>(in.cap, dl, column);
 #pragma unroll
     for (int i = 0; i < COUNT; i++) dl[i] *= scale;
@@ -285,7 +323,8 @@ constexpr int DBIAS_RUN = 16;   // tokens that a line adds up before it adds the
 
 // The sums of dlogits' columns, before they are rounded: computed once more. Line i adds tokens i, i + DBIAS_LINES, ..., and one thread a
 // column the lines: always the same order. Moves N width numbers in.
-static __global__ void __launch_bounds__(32 * DBIAS_LINES) cross_entropy_dbias(const DlogitsArgs args) {
+template <class In>
+__global__ void __launch_bounds__(32 * DBIAS_LINES) cross_entropy_dbias(const DlogitsArgs args) {
   FASTPRIMER_SHARED(lines, float[DBIAS_LINES][32]);
   const LossArgs& in = args.in;
   const int64_t column = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x;
@@ -294,7 +333,8 @@ static __global__ void __launch_bounds__(32 * DBIAS_LINES) cross_entropy_dbias(c
     float run = 0;
     for (int64_t n = first; n < in.N && n < first + DBIAS_LINES * DBIAS_RUN; n += DBIAS_LINES) {
       if (!in.counts(n)) continue;
-      float dl[1] = {in.row<float>(n)[column]};
+      float dl[1];
+      in.widen_row(load<1>(in.row<In>(n) + column), n, column, dl);
       TokenGradient(args, n).apply<float>(in.cap, dl, column);
       run += dl[0];
     }

@@ -29,8 +29,14 @@ and 0 for ignored tokens. With logits L = X Wᵀ + bias (N x V) and dL as above,
 
 **Memory.** lse is all that backward needs besides the inputs: it recomputes any part of L, which makes four products of N V C
 multiplications out of three. Within `memory_budget` bytes the forward also hands on `kept`, z of the first columns of the
-vocabulary in float32 (`kept_columns` says how many), and only the rest is computed twice. A budget of 4 N V bytes keeps all
-of them, one of 0 none. Every gradient is summed in float32 in a fixed order.
+vocabulary (`kept_columns` says how many), and only the rest is computed twice: in float32, or in 16 bits where x and bias have no more.
+Those are numbers of fixed point, and every BLOCK columns of a token have a shift, 31 below m, the largest z so far,
+
+    z_v ≈ shift + kept_v / STEPS,    kept_v = round((z_v − shift) STEPS) in −2^15 .. 2^15 − 1,    shift = m − 31,
+
+so that z is wrong by at most 2^−11 and p by as much of itself, which is what rounding it to float16 does; below m − 63 it counts as −∞,
+p < e^−63 as 0. (A softcap's slope would not bear that where z spreads so far: with c > 31 z stays float32.) About 2 N V bytes keep all
+of them, or 4 N V in float32, none a budget of 0. Every gradient is summed in float32 in a fixed order.
 
 Each token's loss is a separate output of the operation, so `reduction` is plain torch outside it and per-token gradients are right
 by construction. This reference holds N x V numbers; a backend of linear_cross_entropy never does, beyond the budget.
@@ -49,6 +55,8 @@ from fastprimer.ops import _arguments as arguments
 
 DEFAULT_BUDGET = 8
 """Bytes of z that linear_cross_entropy keeps for backward by default, for each byte of x."""
+BLOCK, STEPS = 128, 1024
+"""Of what is kept in 16 bits: columns that share a shift, and steps that a unit of z has."""
 
 
 def cross_entropy_forward(
@@ -83,15 +91,21 @@ def linear_cross_entropy_forward(
     z_loss: float,
     softcap: Optional[float],
     memory_budget: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x (N, C), weight (V, C), target (N,), bias (V,) or None -> loss, lse, argmax (N,), kept (N, columns) in lse's dtype.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x (N, C), weight (V, C), target (N,), bias (V,) or None -> loss, lse, argmax (N,), kept (N, columns), shift (N, blocks).
 
-    kept is z of the first `kept_columns`, 0 for ignored tokens.
+    kept is z of the first `kept_columns`, 0 for ignored tokens: in lse's dtype, without blocks, or int16 with its shifts in float32.
     """
     z = _capped(_logits(x, weight, bias), softcap)
-    columns = kept_columns(x.shape[0], weight.shape[0], memory_budget)
-    kept = torch.where((target != ignore_index).unsqueeze(-1), z[:, :columns], 0.0).contiguous()
-    return *_losses(z, target, ignore_index, label_smoothing, z_loss), kept
+    in_16_bits = keeps_16_bits(x, bias, softcap)
+    columns = kept_columns(x.shape[0], weight.shape[0], memory_budget, in_16_bits)
+    valid = (target != ignore_index).unsqueeze(-1)
+    kept, shift = torch.where(valid, z[:, :columns], 0.0), z.new_empty(x.shape[0], 0)
+    if in_16_bits:
+        row_shift = torch.where(valid, z.amax(-1, keepdim=True) - 31, 0.0)
+        kept = ((kept - row_shift) * STEPS).round().clamp(-(2**15), 2**15 - 1).to(torch.int16)
+        shift = row_shift.expand(-1, (columns + BLOCK - 1) // BLOCK)
+    return *_losses(z, target, ignore_index, label_smoothing, z_loss), kept.contiguous(), shift.contiguous()
 
 
 def linear_cross_entropy_backward(
@@ -102,6 +116,7 @@ def linear_cross_entropy_backward(
     target: Tensor,
     lse: Tensor,
     kept: Tensor,
+    shift: Tensor,
     bias: Optional[Tensor],
     ignore_index: int,
     label_smoothing: float,
@@ -117,10 +132,17 @@ def linear_cross_entropy_backward(
     return dx.to(x.dtype), dweight.to(weight.dtype), dbias
 
 
-def kept_columns(N: int, V: int, memory_budget: int) -> int:
-    """Of how many columns of the vocabulary the budget has room for z in float32: all, or a multiple of 256."""
-    room = memory_budget // (4 * torch.sym_max(N, 1))
-    return torch.sym_min(V, torch.sym_max(room // 256 * 256, torch.sym_min(room, V) // V * V))
+def keeps_16_bits(x: Tensor, bias: Optional[Tensor], softcap: Optional[float]) -> bool:
+    """Whether z is kept in 16 bits: where no gradient that comes of it is wanted in more."""
+    return x.element_size() == 2 and (bias is None or bias.element_size() == 2) and (softcap is None or softcap <= 31)
+
+
+def kept_columns(N: int, V: int, memory_budget: int, in_16_bits: bool) -> int:
+    """Of how many columns of the vocabulary the budget has room for z, shifts included: all, or a multiple of 256."""
+    size, shift = (2, 4) if in_16_bits else (4, 0)
+    room, all_columns = memory_budget // torch.sym_max(N, 1), size * V + (V + BLOCK - 1) // BLOCK * shift
+    columns = room // (256 * size + 2 * shift) * 256
+    return torch.sym_min(V, torch.sym_max(columns, torch.sym_min(room, all_columns) // all_columns * V))
 
 
 def _losses(z: Tensor, target: Tensor, ignore_index: int, label_smoothing: float, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -185,19 +207,19 @@ class CrossEntropy(torch.autograd.Function):
     def forward(ctx, backend, x, weight, bias, target, memory_budget, options):
         ctx.set_materialize_grads(False)
         ctx.backend, ctx.options = backend, options
-        kept = None
+        kept = shift = None
         if weight is None:
             loss, lse, argmax = implementation("cross_entropy", backend).cross_entropy_forward(x, target, *options)
         else:
             functions = implementation("linear_cross_entropy", backend)
-            loss, lse, argmax, kept = functions.linear_cross_entropy_forward(x, weight, target, bias, *options, memory_budget)
-        ctx.save_for_backward(x, weight, bias, target, lse, kept)
+            loss, lse, argmax, kept, shift = functions.linear_cross_entropy_forward(x, weight, target, bias, *options, memory_budget)
+        ctx.save_for_backward(x, weight, bias, target, lse, kept, shift)
         ctx.mark_non_differentiable(argmax)
         return loss, lse, argmax
 
     @staticmethod
     def backward(ctx, dloss, dlse, _):
-        x, weight, bias, target, lse, kept = ctx.saved_tensors
+        x, weight, bias, target, lse, kept, shift = ctx.saved_tensors
         options, backend = ctx.options, ctx.backend
         if dloss is None:
             if dlse is None:
@@ -211,7 +233,7 @@ class CrossEntropy(torch.autograd.Function):
             dx = implementation("cross_entropy", backend).cross_entropy_backward(dloss, dlse, x, target, lse, *options)
             return None, dx, None, None, None, None, None
         functions = implementation("linear_cross_entropy", backend)
-        dx, dweight, dbias = functions.linear_cross_entropy_backward(dloss, dlse, x, weight, target, lse, kept, bias, *options)
+        dx, dweight, dbias = functions.linear_cross_entropy_backward(dloss, dlse, x, weight, target, lse, kept, shift, bias, *options)
         return None, dx, dweight, dbias if bias is not None else None, None, None, None
 
 
@@ -283,8 +305,8 @@ def linear_cross_entropy(
     Args:
         x: (..., C), the last hidden state.
         weight: (V, C), the output projection, like x; bias: (V,) or None. Under autocast they are cast as by a linear layer.
-        memory_budget: bytes of logits that may be kept for backward, which recomputes the rest: 4 N V keeps all and is fastest,
-            0 needs least memory. Default: 8 times the bytes of x.
+        memory_budget: bytes of logits that may be kept for backward, which recomputes the rest: 4 N V keeps all and is fastest, and
+            2.04 N V do for bfloat16 and float16; 0 needs least memory. Default: 8 times the bytes of x.
         target and the others: as for `cross_entropy`.
 
     Returns:

@@ -71,6 +71,14 @@ BUGS = [
     ),
     bug("an ignored token's x is multiplied", "counts ? v : decltype(v){}", "counts || true ? v : decltype(v){}", "tokens is wrong"),
     bug("a part overwrites the sum", "v.data[k] += before.data[k];", "v.data[k] += 0 * before.data[k];", "is wrong"),
+    bug("16 bits are rounded down", "rintf(fminf", "floorf(fminf", "kept is wrong"),
+    bug(
+        "16 bits by the pieces before",
+        "if (args.state != nullptr) args",
+        "if (in.first + in.width < in.V) args",
+        "kept is wrong",
+    ),
+    bug("a vector's second block", "/ KEPT_BLOCK == block ? here : behind", "/ KEPT_BLOCK == block ? here : here + 0 * behind", "dlogits is wrong"),
     bug("a kept piece is capped again", "args.in.cap.done = piece.kept;", "args.in.cap.done = false;", "dlogits is wrong", LAUNCH),
     bug("the bias of the first words for all", "p.bias + piece.first;", "p.bias;", "is wrong", LAUNCH),
 ]

@@ -11,6 +11,8 @@ using namespace check;
 using fastprimer::Cuda;
 using fastprimer::DlogitsPiece;
 using fastprimer::Dtype;
+using fastprimer::Kept16;
+using fastprimer::kept_blocks;
 using fastprimer::LinearCrossEntropyProblem;
 using fastprimer::LogitsPiece;
 using fastprimer::LossGradients;
@@ -35,14 +37,14 @@ const Case CASES[] = {
     {.N = 1, .V = 1, .z_loss = 0.5},                                                                // one word
     {.N = 9, .V = 37, .label_smoothing = 0.1, .more = 2, .dlse = true, .bias = true, .width = 20},  // a warp a token, nothing aligned
     {.N = 5, .V = 2048, .softcap = 3, .offset = 4, .bias = true},                                   // vectors behind a head
-    {.N = 3, .V = 2311, .label_smoothing = 0.2, .z_loss = 0.1, .softcap = 5, .dlse = true},         // a block a token
-    {.N = 150, .V = 70, .z_loss = 0.01, .bias = true, .width = 64},                                 // more tokens than dbias' run
-    {.N = 4, .V = 4099, .z_loss = 0.01, .more = 5, .offset = 1, .dlse = true, .bias = true, .width = 3000},
+    {.N = 3, .V = 2311, .label_smoothing = 0.2, .z_loss = 0.1, .softcap = 5, .dlse = true, .width = 301},  // a block a token
+    {.N = 150, .V = 70, .z_loss = 0.01, .bias = true, .width = 64},                                        // more tokens than dbias' run
+    {.N = 4, .V = 4099, .z_loss = 0.01, .more = 5, .offset = 1, .dlse = true, .bias = true, .width = 3001},
 };
 
 // The chapter's formulas for one token, of its logits with their bias.
 struct Truth {
-  std::vector<double> z, dl, size;  // size: of what dl is the sum of, with the error of its exponent
+  std::vector<double> z, dl, size, slope;  // size: of what dl is the sum of, with the error of its exponent; slope: of dl over z, at most
   double lse, loss, terms;
   int argmax;
 
@@ -61,8 +63,10 @@ struct Truth {
     terms = std::abs(lse) + std::abs(z[target]) + total_size / c.V + c.z_loss * lse * lse + 4;
     const double top = dloss * (1 + 2 * c.z_loss * lse) + dlse;
     for (int v = 0; v < c.V; v++) {
-      const double p = std::exp(z[v] - lse), slope = cap > 0 ? 1 - z[v] * z[v] / (cap * cap) : 1;
-      dl.push_back((top * p - dloss * ((v == target ? 1 - c.label_smoothing : 0) + c.label_smoothing / c.V)) * slope);
+      const double p = std::exp(z[v] - lse), cap_slope = cap > 0 ? 1 - z[v] * z[v] / (cap * cap) : 1;
+      const double dz = top * p - dloss * ((v == target ? 1 - c.label_smoothing : 0) + c.label_smoothing / c.V);
+      dl.push_back(dz * cap_slope);
+      slope.push_back(std::abs(top) * p * cap_slope + (cap > 0 ? std::abs(dz * z[v]) * 2 / (cap * cap) : 0));
       size.push_back((std::abs(dloss) + std::abs(dlse)) * p * (4 + std::abs(z[v]) + std::abs(lse)) +
                      std::abs(dloss) * (v == target ? 1 : c.label_smoothing / c.V) + std::abs(dl.back()));
     }
@@ -151,13 +155,26 @@ void check_plain(const Case& c, Dtype dtype, const std::string& name) {
   dlogits.finish(name + ": dlogits");
 }
 
-// The same numbers as two pieces of float32 logits, of which the first is kept; dlogits of T.
+// Of z in 16 bits, and a little for the float32 in which they are counted.
+constexpr double HALF_A_STEP = 0.505 / fastprimer::KEPT_STEPS;
+
+// What kept numbers of 16 bits stand for.
+double recalled(const LinearCrossEntropyProblem& p, const Kept16& kept, int64_t n, int64_t v) {
+  const int16_t steps = kept.z[n * p.columns + v];
+  const float shift = kept.shift[n * kept_blocks(p.columns) + v / fastprimer::KEPT_BLOCK];
+  return steps == fastprimer::KEPT_LOWEST ? -INFINITY : static_cast<double>(steps) / fastprimer::KEPT_STEPS + shift;
+}
+
+// The same numbers as two pieces of float32 logits, of which the first is kept, in 16 bits where T has no more; dlogits of T.
 template <class T>
 void check_pieces(const Case& c, Dtype dtype, const std::string& name) {
   Run<float> run(c);
   const int widths[] = {std::min(c.width, c.V), c.V - std::min(c.width, c.V)};
   Buffer<float> kept(static_cast<size_t>(c.N) * widths[0]), dbias(c.V);
   Buffer<LossState> state(c.N);
+  Buffer<int16_t> kept_numbers(kept.size());
+  Buffer<float> kept_shifts(c.N * kept_blocks(widths[0]));
+  const Kept16 kept16 = {kept_numbers.data(), kept_shifts.data()};
   const LinearCrossEntropyProblem problem = {.x = nullptr,
                                              .stride_x_row = 0,
                                              .weight = nullptr,
@@ -169,7 +186,8 @@ void check_pieces(const Case& c, Dtype dtype, const std::string& name) {
                                              .V = c.V,
                                              .dtype = dtype,
                                              .options = c.options(),
-                                             .columns = widths[0]};
+                                             .columns = widths[0],
+                                             .in_16_bits = sizeof(T) == 2};
   for (int n = 0; n < c.N; n++)
     std::copy_n(run.logits.data() + static_cast<size_t>(n) * run.stride, widths[0], kept.data() + static_cast<size_t>(n) * widths[0]);
   const LogitsPiece pieces[] = {{kept.data(), widths[0], 0, widths[0], true},
@@ -178,26 +196,42 @@ void check_pieces(const Case& c, Dtype dtype, const std::string& name) {
     if (piece.width == 0) continue;
     if (const char* error = linear_cross_entropy_fold(Cuda{}, problem, piece, state.data(), run.outputs()))
       return fail(name + ": fold: " + error);
+    if (!piece.kept || !problem.in_16_bits) continue;
+    if (const char* error = linear_cross_entropy_keep(Cuda{}, problem, piece, state.data(), kept16)) return fail(name + ": keep: " + error);
   }
   run.check_outputs(name, c.bias);
+  for (int n = 0; n < c.N; n++) {  // every other block by another shift, so that blocks are told apart
+    for (int v = 128; problem.in_16_bits && v < widths[0]; v++) {
+      if (v / 128 % 2 == 0) continue;
+      if (v % 128 == 0) kept_shifts[n * kept_blocks(widths[0]) + v / 128] += 1;
+      kept_numbers[static_cast<size_t>(n) * widths[0] + v] -= static_cast<int16_t>(fastprimer::KEPT_STEPS);
+    }
+  }
   std::vector<double> sums(c.V), sizes(c.V);
-  for (const LogitsPiece& piece : pieces) {
+  for (LogitsPiece piece : pieces) {
     if (piece.width == 0) continue;
-    const int64_t stride = piece.width + 3;
+    const bool in_16_bits = piece.kept && problem.in_16_bits;
+    const int64_t stride = piece.width + (in_16_bits ? 8 : 3);  // 8: rows lie as those of kept do, and vectors across two blocks
+    if (in_16_bits) piece.logits = nullptr;
     Buffer<T> dlogits(static_cast<size_t>(c.N - 1) * stride + piece.width);
     const DlogitsPiece out = {dlogits.data(), stride, nullptr, c.bias ? dbias.data() + piece.first : nullptr};
-    if (const char* error = linear_cross_entropy_dlogits(Cuda{}, problem, piece, run.gradients(), out))
+    if (const char* error = linear_cross_entropy_dlogits(Cuda{}, problem, piece, kept16, run.gradients(), out))
       return fail(name + ": dlogits: " + error);
     for (int n = 0; n < c.N; n++) {
       const bool ignored = run.ignored(n);
       const Truth t = ignored ? Truth(c, std::vector<double>(c.V), 0, 0, 0) : run.truth(n, c.bias);
       for (int64_t i = 0; i < piece.width; i++) {
         const int64_t v = piece.first + i;
-        const float z = piece.logits[n * piece.stride_row + i];
-        if (piece.kept && !close(z, ignored ? 0 : t.z[v], ignored ? 0 : 1 + std::abs(t.z[v]))) return fail(name + ": kept is wrong");
-        if (!close(dlogits[n * stride + i], ignored ? 0 : t.dl[v], t.size[v])) return fail(name + ": dlogits is wrong");
+        const double expected = ignored ? 0 : t.z[v];
+        if (in_16_bits && !(std::abs(recalled(problem, kept16, n, v) - expected) <= (ignored ? 0 : HALF_A_STEP)))
+          return fail(name + ": kept is wrong");
+        if (piece.kept && !in_16_bits && !close(piece.logits[n * piece.stride_row + i], expected, ignored ? 0 : 1 + std::abs(expected)))
+          return fail(name + ": kept is wrong");
+        // As if it were the rounding of so large a sum.
+        const double size = ignored ? 0 : t.size[v] + (in_16_bits ? HALF_A_STEP * t.slope[v] / (8 * ROUNDING<float>) : 0);
+        if (!close(dlogits[n * stride + i], ignored ? 0 : t.dl[v], size)) return fail(name + ": dlogits is wrong");
         sums[v] += ignored ? 0 : t.dl[v];
-        sizes[v] += ignored ? 0 : t.size[v];
+        sizes[v] += size;
       }
     }
     if (c.more == 0) dlogits.finish(name + ": dlogits");
@@ -206,6 +240,9 @@ void check_pieces(const Case& c, Dtype dtype, const std::string& name) {
     if (!close(dbias[v], sums[v], sizes[v])) return fail(name + ": dbias is wrong");
   if (c.bias) dbias.finish(name + ": dbias");
   kept.finish(name + ": kept");
+  if (!problem.in_16_bits) return;
+  kept_numbers.finish(name + ": kept");
+  kept_shifts.finish(name + ": shift");
 }
 
 // What stands around the products: tokens without gaps, sums of parts, the scale of 16 bits.
