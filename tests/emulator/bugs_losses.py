@@ -78,7 +78,12 @@ BUGS = [
         "if (in.first + in.width < in.V) args",
         "kept is wrong",
     ),
-    bug("a vector's second block", "/ KEPT_BLOCK == block ? here : behind", "/ KEPT_BLOCK == block ? here : here + 0 * behind", "dlogits is wrong"),
+    bug(
+        "a vector's second block",
+        "/ KEPT_BLOCK == block ? here : behind",
+        "/ KEPT_BLOCK == block ? here : here + 0 * behind",
+        "dlogits is wrong",
+    ),
     bug("a kept piece is capped again", "args.in.cap.done = piece.kept;", "args.in.cap.done = false;", "dlogits is wrong", LAUNCH),
     bug("the bias of the first words for all", "p.bias + piece.first;", "p.bias;", "is wrong", LAUNCH),
 ]
