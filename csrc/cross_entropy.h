@@ -127,7 +127,7 @@ Error linear_cross_entropy_dlogits(Cuda, const LinearCrossEntropyProblem& proble
                                    const LossGradients& gradients, const DlogitsPiece& out);
 // A power of two by which the dlogits of all tokens become large, but not too large, numbers of 16 bits.
 Error linear_cross_entropy_scale(Cuda, const LinearCrossEntropyProblem& problem, const LossGradients& gradients, float* scale);
-// x (N, C) without gaps and with zeros for ignored tokens.
+// x (N, C) without gaps and with zeros for ignored tokens; in place, if it has none.
 Error linear_cross_entropy_tokens(Cuda, const LinearCrossEntropyProblem& problem, void* x);
 // sum + part, `count` numbers, where a null sum is 0: into `out`, divided by *scale, or into sum where `out` is null.
 Error linear_cross_entropy_add(Cuda, Dtype dtype, float* sum, const float* part, int64_t count, const float* scale, void* out);

@@ -87,7 +87,7 @@ inline void forward_by_pieces(Cuda device, const LinearCrossEntropyProblem& p, c
   });
 }
 
-// Three products a piece. Those of 16 bits are of dlogits rounded to them; float16 has too few exponents for what a mean over many tokens
+// Three products a piece, and zeros for ignored tokens in the end. Those of 16 bits are of dlogits rounded to them; float16 has too few exponents for what a mean over many tokens
 // and words makes so small: there dlogits are scaled, and the products scaled back. What those of 16 bits give is float32, and rounded
 // here: a library may split a product, and add up the parts in the type of the result.
 class BackwardByPieces {
@@ -125,6 +125,10 @@ class BackwardByPieces {
       write_dweight(piece, dlogits);
       add_dx(piece, dlogits, weight);
     });
+    LinearCrossEntropyProblem result = p_;
+    result.x = dx_.const_data_ptr();
+    result.stride_x_row = p_.C;
+    done(linear_cross_entropy_tokens(device_, result, dx_.mutable_data_ptr()));  // dlogits of 0 times a weight that is NaN are none
   }
 
  private:

@@ -262,6 +262,7 @@ def linear_cross_entropy_backward(
                 dweight[first:end] = rows if scale is None else rows / scale
         if scale is not None:
             dx /= scale
+        dx = torch.where(valid.unsqueeze(-1), dx, 0.0)  # dlogits of 0 times a weight that is NaN are none
     return dx.to(x.dtype), dweight, dbias
 
 

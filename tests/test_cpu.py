@@ -134,6 +134,20 @@ def test_upstream_gradients_of_rows_without_keys_are_ignored(S, T):
     assert (got[1][:, :, :10] == -torch.inf).all() and not got[0][:, :10].any() and not got[2][:, :10].any()
 
 
+def test_rms_norm_where_dy_times_x_overflows():
+    device_or_skip("rms_norm", "cpu")
+    generator = torch.Generator().manual_seed(0)
+    x, dy = torch.randn(5, 70, generator=generator) * 1e17, torch.randn(5, 70, generator=generator) * 1e25
+    results = []
+    for dtype, backend in ((torch.float64, "reference"), (torch.float32, "cpu")):
+        leaves = [x.to(dtype).requires_grad_(), torch.ones(70, dtype=dtype, requires_grad=True)]
+        with use_backend(backend):
+            results.append(torch.autograd.grad(fp.rms_norm(*leaves), leaves, dy.to(dtype)))
+    for expected, mine in zip(*results, strict=True):
+        largest = expected.abs().max()
+        torch.testing.assert_close(mine / largest, (expected / largest).float())
+
+
 def test_attention_checks_its_operators_arguments():
     device_or_skip("attention", "cpu")
     q, k = torch.randn(1, 4, 2, 8), torch.randn(1, 5, 1, 8)

@@ -89,6 +89,17 @@ def test_a_target_that_is_no_word(device):
     assert torch.equal(argmax, logits.argmax(-1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_weight_that_is_nan_is_nothing_to_an_ignored_token(dtype, device):
+    functions = torch.ops.fastprimer if device == "cuda" else torch.ops.fastprimer_emulated
+    x, weight, target = (t.detach() for t in problem(5, 24, 300, dtype, device))
+    weight[7, 3], target[2] = torch.nan, -100
+    options = -100, 0.0, 0.0, None
+    loss, lse, _, *kept = functions.linear_cross_entropy_forward(x, weight, target, None, *options, 1 << 20)
+    dx = functions.linear_cross_entropy_backward(loss.nan_to_num(), None, x, weight, target, lse, *kept, None, *options)[0]
+    assert not dx[2].any() and dx[torch.arange(5) != 2].isnan().any(1).all()
+
+
 def test_operators_take_inputs_that_ask_for_gradients(device):
     """The products inside are no part of a graph: torch refuses those with `out` that would be."""
     functions = torch.ops.fastprimer if device == "cuda" else torch.ops.fastprimer_emulated

@@ -157,6 +157,13 @@ def test_what_an_ignored_token_holds_reaches_nothing(budget, dtype, small):
     assert dlogits.isfinite().all() and not dlogits[4].any() and dlogits[3].all()
 
 
+def test_a_weight_that_is_nan_is_nothing_to_an_ignored_token(small):
+    x, weight, bias = projection(5, 20, 300)
+    weight[7, 3] = torch.nan
+    dx = linear(kernels, x, weight, bias, targets(5, 300, (2,)), NOTHING, 1 << 20, *upstream(5))["dx"]
+    assert not dx[2].any() and dx[torch.arange(5) != 2].isnan().any(1).all()
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 def test_every_token_ignored(reduction):
     x, weight, bias = (t.requires_grad_() for t in projection(5, 8, 30))

@@ -90,11 +90,11 @@ inline void backward_row(const RmsNormBackward& a, int64_t row, const Wide<T>* w
   T* dx = static_cast<T*>(a.dx) + row * a.C;
   const A rstd = static_cast<const A*>(a.rstd)[row];
   const A products = sum_columns<A>(a.C, [&](int64_t c, auto n) {
-    const Vec<A> dy_h = load(dy + c, n) * load(h + c, n);
-    if (dweight) store(dweight + c, load(dweight + c, n) + dy_h * rstd, n);
-    return dy_h * load(w + c, n);
+    const Vec<A> dy_h_hat = load(dy + c, n) * (load(h + c, n) * rstd);  // dy h may be too large for its type
+    if (dweight) store(dweight + c, load(dweight + c, n) + dy_h_hat, n);
+    return dy_h_hat * load(w + c, n);
   });
-  const A shrink = products / A(a.C) * rstd * rstd;
+  const A shrink = products / A(a.C) * rstd;
   const bool long_rows = a.C * sizeof(T) >= LONG_ROW;
   with_stores(past, [&](auto put) {
     if (dh == nullptr) {
