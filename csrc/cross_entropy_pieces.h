@@ -36,9 +36,9 @@ class Pieces {
  public:
   const int64_t width;
 
-  // compute_kept: whether logits of kept pieces are to be computed, too.
+  // compute_kept: whether logits of kept pieces are to be computed, too: those of 16 bits beside what is kept, so a few at a time.
   Pieces(const LinearCrossEntropyProblem& p, const Tensor& weight, const Tensor& kept, bool compute_kept)
-      : width(piece_width(p.N, p.V, (p.in_16_bits ? 2 : 4) * p.N * p.columns)),
+      : width(piece_width(p.N, p.V, (p.in_16_bits ? 2 : 4) * p.N * p.columns / (p.in_16_bits && compute_kept ? 4 : 1))),
         p_(p),
         weight_(weight),
         kept_(kept),
@@ -87,9 +87,9 @@ inline void forward_by_pieces(Cuda device, const LinearCrossEntropyProblem& p, c
   });
 }
 
-// Three products a piece, and zeros for ignored tokens in the end. Those of 16 bits are of dlogits rounded to them; float16 has too few exponents for what a mean over many tokens
-// and words makes so small: there dlogits are scaled, and the products scaled back. What those of 16 bits give is float32, and rounded
-// here: a library may split a product, and add up the parts in the type of the result.
+// Three products a piece, and zeros for ignored tokens in the end. Those of 16 bits are of dlogits rounded to them; float16 has too few
+// exponents for what a mean over many tokens and words makes so small: there dlogits are scaled, and the products scaled back. What those
+// of 16 bits give is float32, and rounded here: a library may split a product, and add up the parts in the type of the result.
 class BackwardByPieces {
  public:
   BackwardByPieces(Cuda device, const LinearCrossEntropyProblem& p, const Tensor& weight, const LossGradients& gradients,

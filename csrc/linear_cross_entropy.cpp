@@ -21,7 +21,7 @@ struct Linear {
 // keeps_16_bits of the chapter.
 bool keeps_16_bits(const Tensor& x, const std::optional<Tensor>& bias, double softcap) {
   const auto small = [](const Tensor& t) { return t.scalar_type() == ScalarType::BFloat16 || t.scalar_type() == ScalarType::Half; };
-  return small(x) && (!bias || small(*bias)) && softcap <= KEPT_TOP;
+  return small(x) && (!bias || small(*bias)) && softcap == 0;
 }
 
 // kept_columns of the chapter.

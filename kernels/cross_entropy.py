@@ -7,7 +7,8 @@
                            backward  for each piece: logits unless they were kept, dlogits     product of torch, gradient kernel
                                      dweight's rows = dlogitsᵀ x, dx += dlogits weight         products of torch
 
-A piece is as many columns of the vocabulary as fit into PIECE bytes, or the memory budget if that is more. It holds logits in float32,
+A piece is as many columns of the vocabulary as fit into PIECE bytes, or the memory budget (a quarter of it in a forward pass that keeps
+16 bits beside them) if that is more. It holds logits in float32,
 and where it is to be kept so it is `kept` itself, in which the fold leaves z. dlogits are handed to the products in x's type, for the
 matrix units, and so that float16 does not lose the small ones, times a power of two that takes the largest near its end.
 
@@ -186,7 +187,8 @@ def linear_cross_entropy_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """x (N, C), weight (V, C), target (N,), bias (V,) or None -> loss, lse, argmax (N,), kept (N, kept_columns), shift (N, blocks)."""
     N, V, in_16_bits = x.shape[0], weight.shape[0], keeps_16_bits(x, bias, softcap)
-    columns, width = kept_columns(N, V, memory_budget, in_16_bits), piece_columns(N, V, memory_budget)
+    columns = kept_columns(N, V, memory_budget, in_16_bits)
+    width = piece_columns(N, V, memory_budget // 4 if in_16_bits else memory_budget)  # logits beside kept, or within it
     parts = pieces(V, columns, width)
     one_piece = len(parts) == 1 and not (columns and in_16_bits)
     losses = Losses(x, target, V, bias, (ignore_index, label_smoothing, z_loss, softcap), one_piece)

@@ -25,7 +25,16 @@ CASES = {
     "attention_with_kv_cache": ("speculative", "paged", "value-size", "many-queries", "large-values", "splits", "odd-features"),
     "route": ("deepseek-v3", "unnormalised", "topk-first", "biased", "ties", "ties-of-groups", "sigmoid-unnormalised"),
     "cross_entropy": ("mean", "per-token", "every-option", "lse", "everything", "several-pieces", "one-token", "strided"),
-    "linear_cross_entropy": ("every-option", "lse", "several-blocks", "nothing-kept", "partly-kept", "all-kept", "strided"),
+    "linear_cross_entropy": (
+        "every-option",
+        "lse",
+        "several-blocks",
+        "nothing-kept",
+        "partly-kept",
+        "all-kept",
+        "partly-in-16-bits",
+        "strided",
+    ),
     "moe": ("top-2", "empty-experts", "skewed", "several-tiles", "odd-sizes", "one-token", "few-tokens", "transposed-weights"),
 }
 

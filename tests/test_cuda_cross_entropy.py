@@ -87,6 +87,25 @@ def test_a_target_that_is_no_word(device):
     assert loss.isnan().tolist() == [False, True, False, True, False]
     torch.testing.assert_close(lse, logits.logsumexp(-1))
     assert torch.equal(argmax, logits.argmax(-1))
+    for budget in (0, 1 << 20):
+        loss, lse, _, *kept = functions.linear_cross_entropy_forward(x.detach(), weight.detach(), target, None, *options, budget)
+        ones = torch.ones_like(loss)
+        dx = functions.linear_cross_entropy_backward(ones, None, x.detach(), weight.detach(), target, lse, *kept, None, *options)[0]
+        assert dx.isnan().any(1).tolist() == [False, True, False, True, False]
+    dlogits = functions.cross_entropy_backward(ones, None, logits, target, lse, *options)
+    assert dlogits.isnan().all(1).tolist() == dlogits.isnan().any(1).tolist() == [False, True, False, True, False]
+
+
+def test_an_infinite_gradient_leaves_small_ones_of_float16_their_scale(device):
+    functions = torch.ops.fastprimer if device == "cuda" else torch.ops.fastprimer_emulated
+    x, weight, target = (t.detach() for t in problem(8, 32, 2000, torch.float16, device))
+    options = -100, 0.0, 0.0, None
+    _, lse, _, *kept = functions.linear_cross_entropy_forward(x, weight, target, None, *options, 0)
+    dloss, results = torch.full((8,), 1e-4, device=device), []
+    for first in (1e-4, torch.inf):
+        dloss[0] = first
+        results.append(functions.linear_cross_entropy_backward(dloss, None, x, weight, target, lse, *kept, None, *options)[0][1:])
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

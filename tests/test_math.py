@@ -5,7 +5,10 @@ import torch
 import torch.nn.functional as F
 
 import fastprimer as fp
+from conftest import device_or_skip
+from fastprimer.backends import use_backend
 from fastprimer.cases import rms_norm_case
+from fastprimer.ops._attention_arguments import scale_limit
 from fastprimer.testing import CASES, Inputs
 
 
@@ -193,3 +196,21 @@ def test_a_block_table_may_be_padded_with_anything():
     padded, plain = (torch.tensor([[3, p], [2, 0]], dtype=torch.int32) for p in (-1, 1))
     a, b = (fp.attention_with_kv_cache(q, cache, cache, lengths, block_table=table) for table in (padded, plain))
     assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "cpu", "cuda"])
+def test_the_slope_of_a_large_sigmoid(backend, renormalize):
+    """1 - s is 0 in float32 from a logit of 17 on."""
+    device_or_skip("route", backend)
+    gradients = []
+    for dtype, used in ((torch.float64, "reference"), (torch.float32, backend)):
+        logits = torch.tensor([[20.0, -3.0, 18.0]], dtype=dtype, requires_grad=True)
+        with use_backend(used):
+            weights, _ = fp.route(logits, 2, score="sigmoid", renormalize=renormalize)
+        gradients += torch.autograd.grad(weights, logits, torch.tensor([[1.0, 2.0]], dtype=dtype))
+    torch.testing.assert_close(gradients[1], gradients[0].float(), rtol=1e-5, atol=0)
+
+
+def test_a_scale_that_is_nothing_in_float32_is_for_the_reference():
+    assert scale_limit(1e-50) and scale_limit(0.0) and scale_limit(-1.0) and not scale_limit(2.0**-100)

@@ -24,7 +24,7 @@ AttentionOptions options_of(const AttentionBackward& args) {
 
 inline Error unsupported(const AttentionProblem& problem) {
   if (problem.D > 256 || problem.Dv > 256) return "heads of more than 256 features are not supported";
-  if (!(problem.scale > 0)) return "scale must be greater than 0";
+  if (!(problem.scale >= 0x1p-100)) return "scale must be at least 2^-100";
   if (problem.S * (problem.H / problem.Hk) > ATTENTION_MOST_TOKENS || problem.T > ATTENTION_MOST_TOKENS) {
     return "sequences of 2^30 tokens are not supported";
   }

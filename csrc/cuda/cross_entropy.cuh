@@ -269,7 +269,8 @@ struct TokenGradient {
 
   __device__ __forceinline__ TokenGradient(const DlogitsArgs& args, int64_t n) {
     const auto number = [n](const void* p) { return p == nullptr ? 0 : static_cast<const float*>(p)[n]; };
-    const float dloss = number(args.gradients.dloss);
+    const bool exists = args.in.target[n] >= 0 && args.in.target[n] < args.in.V;  // on a GPU nobody has looked
+    const float dloss = exists ? number(args.gradients.dloss) : NAN;
     lse = number(args.gradients.lse);
     top = dloss * (1 + 2 * args.z_loss * lse) + number(args.gradients.dlse);
     uniform = dloss * args.label_smoothing / static_cast<float>(args.in.V);
@@ -354,13 +355,14 @@ static __global__ void __launch_bounds__(LOSS_THREADS) cross_entropy_scale(const
   for (int64_t n = threadIdx.x; n < args.in.N; n += LOSS_THREADS) {
     if (!args.in.counts(n)) continue;
     const TokenGradient gradient(args, n);
-    mine = fmaxf(mine, fabsf(gradient.top) + fabsf(static_cast<const float*>(args.gradients.dloss)[n]));
+    const float size = fabsf(gradient.top) + fabsf(static_cast<const float*>(args.gradients.dloss)[n]);
+    if (size < INFINITY) mine = fmaxf(mine, size);  // what is not finite stays so at any scale
   }
   most[threadIdx.x] = mine;
   __syncthreads();
   if (threadIdx.x > 0) return;
   for (int i = 1; i < LOSS_THREADS; i++) mine = fmaxf(mine, most[i]);
-  const int exponent = mine > 0 && mine < INFINITY ? 14 - ilogbf(mine) : 0;
+  const int exponent = mine > 0 ? 14 - ilogbf(mine) : 0;
   *scale = ldexpf(1, min(exponent, 100));  // of which 1 / scale is a normal number too
 }
 

@@ -34,7 +34,7 @@ DecodingOptions cut(const Decoding& args) {
 
 Error unsupported(const Decoding& args) {
   if (args.D > 256 || args.Dv > 256) return "heads of more than 256 features are not supported";
-  if (!(args.scale > 0)) return "scale must be greater than 0";
+  if (!(args.scale >= 0x1p-100)) return "scale must be at least 2^-100";
   if (args.room > ATTENTION_MOST_TOKENS || args.page_size > ATTENTION_MOST_TOKENS || args.pages > 0x7FFFFFFF) {
     return "caches of 2^30 tokens a sequence are not supported";
   }

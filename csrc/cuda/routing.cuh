@@ -227,8 +227,8 @@ __global__ void __launch_bounds__(ROUTING_THREADS) route_backward_tokens(const R
     float dl = dr;  // all: the gradient of a score
     if (over_chosen) dl = softmax(chosen_logit(k)) * (dr - dot);
     if (sigmoid) {
-      const float s = logistic(logit(experts[k]));
-      dl = over_chosen ? dl * (1 - s) : dr * s * (1 - s);
+      const float l = logit(experts[k]), rest = logistic(-l);  // 1 - s would be 0 where s is nearly 1
+      dl = over_chosen ? dl * rest : dr * logistic(l) * rest;
     }
     row[experts[k]] = dl;
   }

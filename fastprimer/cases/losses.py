@@ -67,13 +67,16 @@ _STRIDED_LINEAR = {"x": ((12, 13), lambda t: t.t()), "weight": ((74, 15), lambda
 def _large(op: str, C: int, bias: bool, every: dict, asked: dict) -> list[Case]:
     """Beyond one tile of the vocabulary, one block of tokens and a range of the backward pass; for the fused one, budgets too.
 
-    partly-kept: 256 columns in float32, 512 in 16 bits.
+    In 16 bits is kept what a half type and no softcap allow.
     """
+    plain = {**every, "softcap": None}
     if not C:
         return [loss_case(op, "several-pieces", 5, 5001, ignored=(1,), reduction="none", **every, **asked)]
     return [
         loss_case(op, "several-blocks", 150, 270, 20, ignored=range(7, 90, 5), bias=bias, reduction="none", **every, **asked),
         loss_case(op, "nothing-kept", 40, 700, 33, ignored=(9,), bias=bias, memory_budget=0, return_lse=True),
-        loss_case(op, "partly-kept", 40, 700, 33, ignored=(9,), bias=bias, memory_budget=40 * 1200, reduction="none", **every),
+        loss_case(op, "partly-kept", 40, 700, 33, ignored=(9,), bias=bias, memory_budget=4 * 40 * 512, reduction="none", **every),
+        loss_case(op, "partly-in-16-bits", 40, 700, 33, ignored=(9,), bias=bias, memory_budget=40 * 1200, reduction="none", **plain),
+        loss_case(op, "all-in-16-bits", 40, 701, 33, ignored=(9,), bias=bias, memory_budget=1 << 20, reduction="none", **plain, **asked),
         loss_case(op, "all-kept", 40, 701, 33, ignored=(9,), bias=bias, memory_budget=1 << 20, reduction="none", **every, **asked),
     ]

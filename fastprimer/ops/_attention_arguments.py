@@ -11,6 +11,11 @@ from torch import Tensor
 from fastprimer.ops import _arguments as arguments
 
 
+def scale_limit(scale: float) -> str:
+    """What kernels cannot take that fold the scale into an exponent of float32: one that is 0 there, or negative."""
+    return "" if scale >= 2.0**-100 else f"its kernel takes a scale of at least 2**-100, not {scale}"
+
+
 def check_attention(name: str, q, k, v, scale, softcap, sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -> None:
     """Raise an error that names the argument unless these floating-point q, k, v describe one attention, dense or packed."""
     packed = cu_seqlens_q is not None

@@ -35,8 +35,8 @@ Those are numbers of fixed point, and every BLOCK columns of a token have a shif
     z_v ≈ shift + kept_v / STEPS,    kept_v = round((z_v − shift) STEPS) in −2^15 .. 2^15 − 1,    shift = m − 31,
 
 so that z is wrong by at most 2^−11 and p by as much of itself, which is what rounding it to float16 does; below m − 63 it counts as −∞,
-p < e^−63 as 0. (A softcap's slope would not bear that where z spreads so far: with c > 31 z stays float32.) About 2 N V bytes keep all
-of them, or 4 N V in float32, none a budget of 0. Every gradient is summed in float32 in a fixed order.
+p < e^−63 as 0. (The slope of a softcap, 1 − (z/c)², is small where z nears c, and would be lost: there z stays float32.) About 2 N V
+bytes keep all of them, or 4 N V in float32, none a budget of 0. Every gradient is summed in float32 in a fixed order.
 
 Each token's loss is a separate output of the operation, so `reduction` is plain torch outside it and per-token gradients are right
 by construction. This reference holds N x V numbers; a backend of linear_cross_entropy never does, beyond the budget.
@@ -133,8 +133,8 @@ def linear_cross_entropy_backward(
 
 
 def keeps_16_bits(x: Tensor, bias: Optional[Tensor], softcap: Optional[float]) -> bool:
-    """Whether z is kept in 16 bits: where no gradient that comes of it is wanted in more."""
-    return x.element_size() == 2 and (bias is None or bias.element_size() == 2) and (softcap is None or softcap <= 31)
+    """Whether z is kept in 16 bits: where no gradient that comes of it is wanted in more, and none hangs on more."""
+    return x.element_size() == 2 and (bias is None or bias.element_size() == 2) and softcap is None
 
 
 def kept_columns(N: int, V: int, memory_budget: int, in_16_bits: bool) -> int:
@@ -306,7 +306,7 @@ def linear_cross_entropy(
         x: (..., C), the last hidden state.
         weight: (V, C), the output projection, like x; bias: (V,) or None. Under autocast they are cast as by a linear layer.
         memory_budget: bytes of logits that may be kept for backward, which recomputes the rest: 4 N V keeps all and is fastest, and
-            2.04 N V do for bfloat16 and float16; 0 needs least memory. Default: 8 times the bytes of x.
+            2.04 N V do for bfloat16 and float16 without a softcap; 0 needs least memory. Default: 8 times the bytes of x.
         target and the others: as for `cross_entropy`.
 
     Returns:

@@ -83,12 +83,12 @@ def route_backward(dweights: Tensor, logits: Tensor, experts: Tensor, score: int
     dr = scale * dweights
     if score == SIGMOID:
         chosen = l.gather(-1, experts)
-        s = torch.sigmoid(chosen)
+        rest = torch.sigmoid(-chosen)  # 1 - s would be 0 where s is nearly 1
         if renormalize:
             r = torch.softmax(logsigmoid(chosen), -1)
-            dchosen = r * (dr - (r * dr).sum(-1, keepdim=True)) * (1 - s)
+            dchosen = r * (dr - (r * dr).sum(-1, keepdim=True)) * rest
         else:
-            dchosen = dr * s * (1 - s)
+            dchosen = dr * torch.sigmoid(chosen) * rest
     elif renormalize or score == SOFTMAX_TOPK:
         r = torch.softmax(l.gather(-1, experts), -1)
         dchosen = r * (dr - (r * dr).sum(-1, keepdim=True))

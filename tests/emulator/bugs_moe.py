@@ -24,7 +24,7 @@ BUGS = [
     routing("a group is worth its largest choice alone", "first + second : first", "first : first", "is wrong"),
     routing("all groups are kept", "group_keys[e / size] == 0 ?", "group_keys[e / size] < ~0u ?", "experts is wrong"),
     routing("weights without their scale", "[token.n * K + k] = scale * r", "[token.n * K + k] = 0 * scale + r", "weights is wrong"),
-    routing("the sigmoid's slope", "dl * (1 - s)", "dl", "dlogits is wrong"),
+    routing("the sigmoid's slope", "dl * rest", "dl", "dlogits is wrong"),
     routing("the softmax's sum", "(row[e] - dot)", "row[e]", "dlogits is wrong"),
     routing(
         "a number that is no expert's is read", "experts[k] >= 0 && experts[k] < E", "experts[k] >= 0", {"address": "AddressSanitizer"}
