@@ -155,7 +155,11 @@ def split_experts(tensors: Tensors) -> Tensors:
 
 def write_weights(folder: Path, tensors: Tensors) -> None:
     """A model folder's weights in one file, as Hugging Face's libraries read them."""
-    on_disk = {name: tensor.detach().cpu().contiguous() for name, tensor in split_experts(tensors).items()}
+    on_disk, places = {}, set()
+    for name, tensor in split_experts(tensors).items():
+        tensor = tensor.detach().cpu().contiguous()
+        on_disk[name] = tensor.clone() if tensor.data_ptr() in places else tensor  # weights that are tied by hand
+        places.add(tensor.data_ptr())
     write_atomically(folder / WEIGHTS_FILE, safetensors.torch.save(on_disk, {"format": "pt"}))
 
 

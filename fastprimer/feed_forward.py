@@ -62,6 +62,9 @@ class Experts(nn.Module):
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=0.02)
 
+    def forward(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> Tensor:  # (N, C), (N, K), (N, K) -> (N, C)
+        return ops.moe(tokens, self.gate_up_proj, self.down_proj, weights, experts)
+
 
 class Router(nn.Module):
     """Logits of E experts, weight (E, C), and where asked for DeepSeek-V3's bias of the choice, (E,) in float32, no parameter.
@@ -209,14 +212,14 @@ class MoE(nn.Module):
             kept = within_capacity(experts, logits.shape[1], self._capacity(len(tokens)))
             weights = weights * kept
         self.routing = Routing(logits, experts, kept, even=False)
-        return ops.moe(tokens, self.experts.gate_up_proj, self.experts.down_proj, weights, experts)
+        return self.experts(tokens, weights, experts)
 
     def _experts_choose(self, tokens: Tensor, logits: Tensor) -> Tensor:
         weights, chosen = best_tokens(logits, min(self._capacity(len(tokens)), len(tokens)))  # (E, capacity)
         experts = torch.arange(len(chosen), device=chosen.device).repeat_interleave(chosen.shape[1]).unsqueeze(1)
         self.routing = Routing(logits, experts, None, even=True)
         chosen, weights = chosen.flatten(), weights.reshape(-1, 1)
-        y = ops.moe(tokens[chosen], self.experts.gate_up_proj, self.experts.down_proj, weights, experts)
+        y = self.experts(tokens[chosen], weights, experts)
         return y.new_zeros(tokens.shape).index_put((chosen,), y, accumulate=True)  # in a fixed order, unlike index_add
 
     def _capacity(self, N: int) -> int:

@@ -13,6 +13,7 @@ from fastprimer.checkpoint import CheckpointError, read_weights, write_atomicall
 from fastprimer.config import Config, is_count
 from fastprimer.decoding import Cache
 from fastprimer.layers import DecoderLayer, RMSNorm, RotaryEmbedding
+from fastprimer.projections import is_plain
 from fastprimer.reference import initialize
 
 CONFIG_FILE = "config.json"
@@ -58,9 +59,16 @@ class Model(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         initialize(self, config.initializer_range)
 
-    @property
-    def head(self) -> Tensor:  # (V, C)
-        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+    def logits(self, x: Tensor) -> Tensor:  # (B, S, C) -> (B, S, V)
+        return F.linear(x, self.model.embed_tokens.weight) if self.config.tie_word_embeddings else self.lm_head(x)
+
+    def loss(self, x: Tensor, labels: Tensor) -> Tensor:
+        """x (B, S, C), labels (B, S) -> the mean; without logits, where the head is no more than a product with its weight."""
+        if self.config.tie_word_embeddings:
+            return ops.linear_cross_entropy(x, self.model.embed_tokens.weight, labels)
+        if is_plain(self.lm_head):
+            return ops.linear_cross_entropy(x, self.lm_head.weight, labels)
+        return ops.cross_entropy(self.lm_head(x), labels)
 
     def forward(
         self,
@@ -74,7 +82,8 @@ class Model(nn.Module):
         """tokens (B, S) -> logits (B, S, V), or with labels (B, S) the mean loss of predicting each from the tokens before it.
 
         Args:
-            labels: -100 is not counted. The logits are never formed.
+            labels: -100 is not counted. The logits are not formed, unless another layer stands in the place of lm_head, or it has
+                hooks, an adapter or a bias.
             positions: (B, S), by default 0..S-1 after what the cache holds.
             cache: from new_cache; the tokens follow those that it holds, and are added to it. Needs torch.no_grad(). All of them
                 count for max_position_embeddings.
@@ -99,10 +108,10 @@ class Model(nn.Module):
             else:
                 longest = tokens.shape[1] if positions is None or not positions.numel() else positions.max() + 1
         if labels is None:
-            return F.linear(self.model(tokens, positions, cache, longest)[:, -logits_to_keep:], self.head)
+            return self.logits(self.model(tokens, positions, cache, longest)[:, -logits_to_keep:])
         tokens, positions = tokens[:, :-1], None if positions is None else positions[:, :-1]  # the last has no successor
         x = self.model(tokens, positions, cache, longest)
-        return ops.linear_cross_entropy(x, self.head, labels[:, 1:])
+        return self.loss(x, labels[:, 1:])
 
     def new_cache(self, batch: int, length: int) -> Cache:
         """Room for the keys and values of `length` tokens in each of `batch` sequences.
@@ -110,7 +119,8 @@ class Model(nn.Module):
         With a rope_type "dynamic" or "longrope" the frequencies are those for `length` positions from the first token on.
         """
         weight = self.model.embed_tokens.weight
-        k = weight.new_zeros(batch, length, self.config.num_key_value_heads, self.config.head_dim)
+        shape = batch, length, self.config.num_key_value_heads, self.config.head_dim
+        k = torch.zeros(shape, dtype=weight.dtype, device=weight.device)  # the weight itself may be a shard of FSDP's
         cos, sin = self.model.rotary(torch.arange(length, device=weight.device), weight.dtype, length)
         return Cache(len(self.model.layers), k, cos, sin)
 
@@ -137,8 +147,30 @@ class Model(nn.Module):
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a folder that from_pretrained and Hugging Face's transformers read."""
+        """Write a folder that from_pretrained and Hugging Face's transformers read. Compiled layers are saved as what they compile.
+
+        Raises:
+            CheckpointError: the model has other weights than its config says (another layer stands in the place of one of its own),
+                or shards of them; nothing is written.
+        """
+        tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in self.state_dict().items()}
+        with torch.device("meta"):
+            expected = type(self)(self.config).state_dict().keys()
+        for name in sorted(tensors.keys() ^ expected):
+            has = "lacks" if name in expected else "has an unknown tensor"
+            raise CheckpointError(f"{folder}: the model {has} {name}; nothing was saved")
+        for name, tensor in tensors.items():
+            if hasattr(tensor, "full_tensor"):  # a DTensor, whose module takes half a second to import
+                raise CheckpointError(
+                    f"{folder}: {name} is sharded; nothing was saved. Gather the weights with torch.distributed.checkpoint.state_dict."
+                    "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) and load them into a model of one process"
+                )
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        write_weights(folder, tensors)
         write_atomically(folder / CONFIG_FILE, self.config.to_json().encode())
-        write_weights(folder, self.state_dict())
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
+        if self.config.tie_word_embeddings:  # transformers' models name the embedding twice
+            state_dict.pop(f"{prefix}lm_head.weight", None)
+        super()._load_from_state_dict(state_dict, prefix, *rest)

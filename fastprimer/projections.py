@@ -2,7 +2,8 @@
 
 Decoding multiplies one row, or a few, by every weight of the model: it is bound by their bytes, and by what each product costs
 besides. Where the weights of such layers lie one after another in memory they are one matrix, and their outputs are columns of
-one output. The parameters stay what they were: state_dict, optimizers and checkpoints see no difference.
+one output. The parameters stay what they were: state_dict, optimizers and checkpoints see no difference. (Only what looks for tensors
+of one memory does: `safetensors.torch.save_model` refuses them; `save_file` of a state_dict and `save_pretrained` do not.)
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 
 class Projecting(nn.Module):
@@ -53,7 +55,7 @@ def pack_projections(model: nn.Module) -> nn.Module:
 
 
 def _pack(layers: Sequence[nn.Module]) -> None:
-    if not all(_plain(layer) for layer in layers) or len({(layer.weight.dtype, layer.weight.device) for layer in layers}) > 1:
+    if not all(is_plain(layer) for layer in layers) or len({(layer.weight.dtype, layer.weight.device) for layer in layers}) > 1:
         return
     with torch.no_grad():
         together = torch.cat([layer.weight for layer in layers])
@@ -65,7 +67,7 @@ def _one_matrix(layers: Sequence[nn.Module]) -> tuple[Tensor | None, list[int]]:
     """The weights of plain layers as one (all rows, C), and their numbers of rows, if they follow each other in one piece of memory."""
     sizes, place, first = [], None, None
     for layer in layers:
-        if not _plain(layer):
+        if not is_plain(layer):
             return None, sizes
         weight = layer.__dict__["_parameters"]["weight"]
         if first is None:
@@ -80,8 +82,8 @@ def _one_matrix(layers: Sequence[nn.Module]) -> tuple[Tensor | None, list[int]]:
     return first.as_strided((sum(sizes), first.shape[1]), first.stride()), sizes
 
 
-def _plain(layer: nn.Module) -> bool:
-    """Whether calling it means no more than a product with its weight. Looks past nn.Module's own, slow, lookup."""
+def is_plain(layer: nn.Module) -> bool:
+    """Whether calling a layer means no more than a product with its weight. Looks past nn.Module's own, slow, lookup."""
     inside = layer.__dict__
     parameters = inside["_parameters"]
     return (
@@ -90,4 +92,5 @@ def _plain(layer: nn.Module) -> bool:
         and parameters["bias"] is None
         and "forward" not in inside
         and not (inside["_forward_hooks"] or inside["_forward_pre_hooks"] or inside["_backward_hooks"] or inside["_backward_pre_hooks"])
+        and not _has_any_global_hook()
     )

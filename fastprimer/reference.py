@@ -260,9 +260,8 @@ class Model(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         initialize(self, config.initializer_range)
 
-    @property
-    def head(self) -> Tensor:  # (V, C)
-        return self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
+    def logits(self, x: Tensor) -> Tensor:  # (B, S, C) -> (B, S, V)
+        return F.linear(x, self.model.embed_tokens.weight) if self.config.tie_word_embeddings else self.lm_head(x)
 
     def forward(self, tokens: Tensor, labels: Tensor | None = None, positions: Tensor | None = None, longest: int | None = None) -> Tensor:
         """tokens (B, S) -> logits (B, S, V), or with labels (B, S) the mean loss of predicting each from the tokens before it.
@@ -271,11 +270,11 @@ class Model(nn.Module):
         the call.
         """
         if labels is None:
-            return F.linear(self.model(tokens, positions, longest), self.head)
+            return self.logits(self.model(tokens, positions, longest))
         if longest is None and self.config.rope.adaptive and tokens.numel():
             longest = tokens.shape[1] if positions is None else int(positions.max()) + 1
         tokens, positions = tokens[:, :-1], None if positions is None else positions[:, :-1]  # the last has no successor
-        logits = F.linear(self.model(tokens, positions, longest), self.head)
+        logits = self.logits(self.model(tokens, positions, longest))
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(wide.flatten(0, 1), labels[:, 1:].flatten())
 

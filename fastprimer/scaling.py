@@ -55,11 +55,11 @@ class Text:
     def __init__(self, data: bytes, config: Config, seed: int):
         self.config, self.seed = config, seed
         self._epoch = None
-        whole = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        n = (len(whole) - 1) // LENGTH
-        held_out = torch.arange(n) // BLOCK % HELD_OUT == HELD_OUT - 1
+        n = (len(data) - 1) // LENGTH
         if n < BLOCK * HELD_OUT:
-            raise ScalingError(f"argument --text: expected at least {LENGTH * BLOCK * HELD_OUT + 1} bytes, got {len(whole)}")
+            raise ScalingError(f"argument --text: expected at least {LENGTH * BLOCK * HELD_OUT + 1} bytes, got {len(data)}")
+        whole = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        held_out = torch.arange(n) // BLOCK % HELD_OUT == HELD_OUT - 1
         self.sequences = whole.unfold(0, LENGTH + 1, LENGTH)  # a view: the last token of one is the first of the next
         self.trained, self.held_out = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
 
@@ -209,7 +209,7 @@ def run(args: argparse.Namespace) -> int:
     except (ScalingError, FitError, TrainingError, OSError) as error:
         print(f"fastprimer scaling: error: {error}", file=sys.stderr)
         return 2
-    except OverflowError:
+    except (OverflowError, ZeroDivisionError):
         print("fastprimer scaling: error: a budget beyond the range of floating-point numbers", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 #include <type_traits>
 
 #include "cross_entropy.cuh"
+#include "cross_entropy_pieces.cuh"
 
 namespace fastprimer {
 namespace {

@@ -6,6 +6,7 @@ from .bugs import Bug
 from .build import Patch
 
 KERNELS, LAUNCH = "csrc/cuda/cross_entropy.cuh", "csrc/cuda/cross_entropy.cu"
+PIECES = "csrc/cuda/cross_entropy_pieces.cuh"
 
 
 def bug(name: str, before: str, after: str, caught: str | dict[str, str], file: str = KERNELS) -> Bug:
@@ -69,9 +70,11 @@ BUGS = [
         "  if (threadIdx.y > 0 || column",
         {"plain": "dbias is wrong", "thread": "data race"},
     ),
-    bug("an ignored token's x is multiplied", "counts ? v : decltype(v){}", "counts || true ? v : decltype(v){}", "tokens is wrong"),
-    bug("a part overwrites the sum", "v.data[k] += before.data[k];", "v.data[k] += 0 * before.data[k];", "is wrong"),
-    bug("16 bits are rounded down", "rintf(fminf", "floorf(fminf", "kept is wrong"),
+    bug(
+        "an ignored token's x is multiplied", "counts ? v : decltype(v){}", "counts || true ? v : decltype(v){}", "tokens is wrong", PIECES
+    ),
+    bug("a part overwrites the sum", "v.data[k] += before.data[k];", "v.data[k] += 0 * before.data[k];", "is wrong", PIECES),
+    bug("16 bits are rounded down", "rintf(fminf", "floorf(fminf", "kept is wrong", PIECES),
     bug(
         "16 bits by the pieces before",
         "if (args.state != nullptr) args",
