@@ -34,7 +34,7 @@ inline void keep(const LinearCrossEntropyForward& args, int64_t token, int64_t f
   *shift_of(p, args.shift, token, first) = shift;
   for (int64_t v = 0; v < n; v++) {
     float steps = (z[v] - shift) * KEPT_STEPS;
-    steps = steps > lowest ? steps : lowest;  // of NaN too, whose shift tells
+    steps = steps > lowest ? steps : lowest;  // of NaN too, which lse tells of
     steps = steps < highest ? steps : highest;
     to[v] = static_cast<int16_t>(static_cast<int32_t>(__builtin_rintf(steps)));
   }
