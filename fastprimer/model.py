@@ -64,11 +64,10 @@ class Model(nn.Module):
 
     def loss(self, x: Tensor, labels: Tensor) -> Tensor:
         """x (B, S, C), labels (B, S) -> the mean; without logits, where the head is no more than a product with its weight."""
-        if self.config.tie_word_embeddings:
-            return ops.linear_cross_entropy(x, self.model.embed_tokens.weight, labels)
-        if is_plain(self.lm_head):
-            return ops.linear_cross_entropy(x, self.lm_head.weight, labels)
-        return ops.cross_entropy(self.lm_head(x), labels)
+        head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        if head is self.model.embed_tokens or is_plain(head):
+            return ops.linear_cross_entropy(x, head.weight, labels)
+        return ops.cross_entropy(head(x), labels)
 
     def forward(
         self,

@@ -13,11 +13,13 @@ import triton.language as tl
 from fastprimer.kernels._attention import tanh
 from fastprimer.ops.cross_entropy import BLOCK as KEPT_BLOCK
 from fastprimer.ops.cross_entropy import STEPS as KEPT_STEPS
+from fastprimer.ops.cross_entropy import TOP as KEPT_TOP
 
 NOBODY = tl.constexpr(0x7FFFFFFF)
-BLOCK, STEPS = tl.constexpr(KEPT_BLOCK), tl.constexpr(KEPT_STEPS)
+BLOCK, STEPS, TOP = tl.constexpr(KEPT_BLOCK), tl.constexpr(KEPT_STEPS), tl.constexpr(KEPT_TOP)
 LOWEST, HIGHEST = tl.constexpr(-(2.0**15)), tl.constexpr(2.0**15 - 1)
-"""What is kept in 16 bits: columns that share a shift, steps of a unit, the least number, which stands for −infinity, and the largest."""
+"""What is kept in 16 bits: columns that share a shift, steps of a unit, the largest z less the shift; the least number, which stands for
+−infinity, and the largest."""
 
 
 @triton.jit
@@ -177,7 +179,7 @@ def cross_entropy_keep_kernel(
     """
     row = tl.program_id(0).to(tl.int64)
     valid = tl.load(target_ptr + row).to(tl.int64) != ignore_index
-    shift = tl.where(valid, tl.load(m_ptr + row, mask=valid, other=0.0) - 31, 0.0)
+    shift = tl.where(valid, tl.load(m_ptr + row, mask=valid, other=0.0) - TOP, 0.0)
     for start in range(0, columns, COLUMNS):
         column = start + tl.arange(0, COLUMNS)
         inside = column < columns

@@ -8,9 +8,9 @@
                                      dweight's rows = dlogitsᵀ x, dx += dlogits weight         products of torch
 
 A piece is as many columns of the vocabulary as fit into PIECE bytes, or the memory budget (a quarter of it in a forward pass that keeps
-16 bits beside them) if that is more. It holds logits in float32,
-and where it is to be kept so it is `kept` itself, in which the fold leaves z. dlogits are handed to the products in x's type, for the
-matrix units, and so that float16 does not lose the small ones, times a power of two that takes the largest near its end.
+16 bits beside them) if that is more. It holds logits in float32, and where it is to be kept so it is `kept` itself, in which the fold
+leaves z. dlogits are handed to the products in x's type, for the matrix units, and so that float16 does not lose the small ones, times
+a power of two that takes the largest near its end.
 
 FLOPs: 2 N V C a product; forward has one, backward two, and one more for what was not kept. Bytes moved by the kernels for each logit,
 with b bytes a number of x: plain forward b, backward 2 b; fused forward 4 (8 with a softcap or a bias where it is kept; 6 more to keep

@@ -73,8 +73,8 @@ PLANTED = {
     "16 bits by the m before": (TILES, "        if state_ptr is not None:\n            tl.store(state_ptr + row, top)\n", ""),
     "an ignored row by its own m": (
         TILES,
-        "tl.where(valid, tl.load(m_ptr + row, mask=valid, other=0.0) - 31, 0.0)",
-        "tl.load(m_ptr + row) - 31",
+        "tl.where(valid, tl.load(m_ptr + row, mask=valid, other=0.0) - TOP, 0.0)",
+        "tl.load(m_ptr + row) - TOP",
     ),
     "what was kept capped again": (
         LAUNCHES,

@@ -55,8 +55,8 @@ from fastprimer.ops import _arguments as arguments
 
 DEFAULT_BUDGET = 8
 """Bytes of z that linear_cross_entropy keeps for backward by default, for each byte of x."""
-BLOCK, STEPS = 128, 1024
-"""Of what is kept in 16 bits: columns that share a shift, and steps that a unit of z has."""
+BLOCK, STEPS, TOP = 128, 1024, 31
+"""Of what is kept in 16 bits: columns that share a shift, steps that a unit of z has, and the largest z less the shift."""
 
 
 def cross_entropy_forward(
@@ -102,7 +102,7 @@ def linear_cross_entropy_forward(
     valid = (target != ignore_index).unsqueeze(-1)
     kept, shift = torch.where(valid, z[:, :columns], 0.0), z.new_empty(x.shape[0], 0)
     if in_16_bits:
-        row_shift = torch.where(valid, z.amax(-1, keepdim=True) - 31, 0.0)
+        row_shift = torch.where(valid, z.amax(-1, keepdim=True) - TOP, 0.0)
         kept = ((kept - row_shift) * STEPS).round().clamp(-(2**15), 2**15 - 1).to(torch.int16)
         shift = row_shift.expand(-1, (columns + BLOCK - 1) // BLOCK)
     return *_losses(z, target, ignore_index, label_smoothing, z_loss), kept.contiguous(), shift.contiguous()

@@ -10,7 +10,7 @@ import torch
 from aot.attention_cases import meta
 from aot.triton_gate import Case
 from fastprimer.kernels import cross_entropy
-from fastprimer.ops.cross_entropy import keeps_16_bits, kept_columns
+from fastprimer.ops.cross_entropy import BLOCK, keeps_16_bits, kept_columns
 
 LOADS = dict.fromkeys(("sm_80", "sm_90", "sm_100"), (r"LDG\.E\S*\.128",)) | {"gfx942": (r"(global|buffer)_load_dwordx[24]",)}
 STORES = dict.fromkeys(("sm_80", "sm_90", "sm_100"), (r"STG\.E\S*\.128",)) | {"gfx942": (r"(global|buffer)_store_dwordx[24]",)}
@@ -49,7 +49,7 @@ def linear_cases(
     dloss, target, lse = vectors(N, dtype)
     in_16_bits = keeps_16_bits(x, b, options[-1])
     columns = kept_columns(N, V, budget, in_16_bits)
-    kept, shift = meta(torch.int16 if in_16_bits else lse.dtype, N, columns), meta(lse.dtype, N, -(-columns // 128) if in_16_bits else 0)
+    kept, shift = meta(torch.int16 if in_16_bits else lse.dtype, N, columns), meta(lse.dtype, N, -(-columns // BLOCK) if in_16_bits else 0)
     dlse = dloss if options == EVERY else None
     words = {f"kept={kept.shape[1]}": kept.shape[1], "bias": bias, "every option": options == EVERY}
     name = f"linear_cross_entropy {str(dtype)[6:]} N={N} C={C} V={V} {' '.join(word for word, present in words.items() if present)}"
