@@ -44,10 +44,10 @@ def extra_resident_bytes(call: Callable, stage: Callable[[Callable], Callable[[]
     """What one call needs at most beyond what is there before it, its results included; None where that cannot be told.
 
     The highest resident set (VmHWM of Linux, begun anew for the call) less what is resident before. Freed memory is returned to the system
-    first, so that all that the call touches shows. The call runs in a new thread, whose heap has no holes yet, and every block from 64 KiB
-    on is a mapping of its own, so that what is freed is gone at once: between the holes of a used heap the same call takes half as much
-    more or less. It runs twice there, and the second run is measured: libraries generate code and keep scratch memory for each thread. Both
-    times `stage(call)` is what runs; what staging takes is not counted.
+    first, so that all that the call touches shows. The call runs in a new thread, whose heap is new or was given back, and every block from
+    64 KiB on is a mapping of its own, so that what is freed is gone at once: between the holes of a used heap the same call takes half as
+    much more or less. It runs twice there, and the second run is measured: libraries generate code and keep scratch memory for each thread.
+    Both times `stage(call)` is what runs; what staging takes is not counted.
     """
     libc = _glibc()
     if libc is None:
@@ -56,7 +56,7 @@ def extra_resident_bytes(call: Callable, stage: Callable[[Callable], Callable[[]
     def measured() -> int:
         stage(call)()
         ready = stage(call)
-        libc.malloc_trim(0)
+        _give_back(libc)
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
         before = _status("VmRSS:")
         result = ready()
@@ -65,17 +65,21 @@ def extra_resident_bytes(call: Callable, stage: Callable[[Callable], Callable[[]
         return max(0, peak - before)
 
     try:
-        with _own_mappings(libc, 1 << 16), ThreadPoolExecutor(1) as thread:
+        with _own_mappings(libc), ThreadPoolExecutor(1) as thread:
             return thread.submit(contextvars.copy_context().run, measured).result()
     except OSError:
         return None
 
 
+OWN_MAPPING = 1 << 16  # from this size on glibc, when it frees a block, looks whether the end of the heap can go
+
+
 @contextlib.contextmanager
-def _own_mappings(libc: ctypes.CDLL, size: int) -> Iterator[None]:
-    """Within the block malloc maps each block from `size` bytes on by itself; afterwards it does as after large tensors."""
+def _own_mappings(libc: ctypes.CDLL) -> Iterator[None]:
+    """Within the block malloc maps each block from OWN_MAPPING bytes on by itself; afterwards it does as after large tensors."""
     libc.mallopt(M_MMAP_MAX, 1 << 30)
-    libc.mallopt(M_MMAP_THRESHOLD, size)
+    libc.mallopt(M_MMAP_THRESHOLD, OWN_MAPPING)
+    libc.mallopt(M_TRIM_THRESHOLD, 0)
     try:
         yield
     finally:
@@ -85,6 +89,17 @@ def _own_mappings(libc: ctypes.CDLL, size: int) -> Iterator[None]:
         else:
             libc.mallopt(M_MMAP_MAX, MMAP_MAX)
             libc.mallopt(M_TRIM_THRESHOLD, 2 * MMAP_THRESHOLD_MAX)
+
+
+def _give_back(libc: ctypes.CDLL) -> None:
+    """All freed memory to the system.
+
+    A thread inherits the heap of one that has ended, and malloc_trim leaves the free end of such a heap alone, from which malloc would
+    serve the call without a mapping: that goes when a large block of the heap is freed.
+    """
+    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+    libc.free(libc.malloc(OWN_MAPPING))
+    libc.malloc_trim(0)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,10 @@
 """`fastprimer bench` beyond single operations: whole models, cost over size, memory. What it says is tested, not how fast it is."""
 
 import itertools
+import json
 import re
+import subprocess
+import sys
 import types
 
 import pytest
@@ -123,6 +126,25 @@ def test_memory_of_a_call():
     x = torch.ones(1 << 22, requires_grad=True)
     gradient = timing.prepared(lambda x: x * 2, {"x": x}, timing.BACKWARD)
     assert timing.peak_megabytes(gradient, "cpu") == pytest.approx((1 << 24) / 1e6, rel=0.1)
+
+
+INHERITED_HEAP = """
+from concurrent.futures import ThreadPoolExecutor
+import torch
+from fastprimer.memory import extra_resident_bytes, keep_freed_memory
+keep_freed_memory()
+with ThreadPoolExecutor(1) as thread:
+    thread.submit(lambda: [torch.ones(1 << 20) for _ in range(10)]).result()
+print([extra_resident_bytes(lambda: torch.ones(1 << 22)) for _ in range(16)])
+"""
+
+
+def test_memory_of_a_call_by_a_thread_that_inherits_a_heap():
+    """What an ended thread had freed at the end of its heap served the call: nothing became resident that was not."""
+    if extra_resident_bytes(lambda: None) is None:
+        pytest.skip("needs glibc and Linux's /proc")
+    out = subprocess.run([sys.executable, "-c", INHERITED_HEAP], capture_output=True, text=True, check=True).stdout
+    assert json.loads(out) == pytest.approx([1 << 24] * 16, rel=0.05)
 
 
 @pytest.mark.parametrize(
