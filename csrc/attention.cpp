@@ -10,9 +10,9 @@
 namespace fastprimer {
 namespace {
 
-// Cumulative lengths of `tokens` tokens: their values too, where they can be read.
+// Cumulative lengths of x's tokens, none longer than `longest`: their values too, where they can be read.
 template <class Device>
-void check_lengths(const char* name, const std::optional<Tensor>& cu_seqlens, int64_t size, const Tensor& x) {
+void check_lengths(const char* name, const std::optional<Tensor>& cu_seqlens, int64_t size, Integer longest, const Tensor& x) {
   STD_TORCH_CHECK(cu_seqlens && cu_seqlens->dim() == 1 && cu_seqlens->size(0) == size && size >= 2 &&
                       cu_seqlens->get_device_index() == x.get_device_index(),
                   "fastprimer: ", name, ": expected shape (B + 1,), on q's device");
@@ -21,6 +21,9 @@ void check_lengths(const char* name, const std::optional<Tensor>& cu_seqlens, in
     bool rising = values[0] == 0 && values[size - 1] == x.size(0);
     for (int64_t b = 1; b < size; b++) rising = rising && values[b - 1] <= values[b];
     STD_TORCH_CHECK(rising, "fastprimer: ", name, ": expected lengths summed up, from 0 to the number of tokens, never falling");
+    bool fits = true;
+    for (int64_t b = 1; b < size && longest; b++) fits = fits && values[b] - values[b - 1] <= *longest;
+    STD_TORCH_CHECK(fits, "fastprimer: ", name, ": expected no sequence longer than its max_seqlen, ", longest.value_or(0));
   }
 }
 
@@ -63,8 +66,8 @@ Inputs inputs_of(const Tensor& q, const Tensor& k, const Tensor& v, const std::o
                .problem = {}};
   if (packed) {
     const int64_t size = cu_seqlens_q->dim() == 1 ? cu_seqlens_q->size(0) : 0;
-    check_lengths<Device>("cu_seqlens_q", in.cu_seqlens_q, size, q);
-    check_lengths<Device>("cu_seqlens_k", in.cu_seqlens_k, size, k);
+    check_lengths<Device>("cu_seqlens_q", in.cu_seqlens_q, size, max_seqlen_q, q);
+    check_lengths<Device>("cu_seqlens_k", in.cu_seqlens_k, size, max_seqlen_k, k);
   }
   const int64_t dims = q.dim(), S = q.size(dims - 3), T = k.size(dims - 3);
   in.problem = {.q = heads_of(in.q),

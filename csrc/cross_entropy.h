@@ -10,15 +10,16 @@ struct LossOptions {
   double label_smoothing, z_loss, softcap;  // softcap: 0 for none
 };
 
-// What every forward computes for each of N tokens. lse and loss are float32, or float64 with the logits.
+// What every forward computes for each of N tokens. Numbers are float32, or float64 with the logits.
 struct LossOutputs {
   void *loss, *lse;
+  void* correction;  // exp(lse as it was rounded - exact lse), the chapter's kappa
   int64_t* argmax;
 };
 
-// The upstream gradients, float32, or float64 with the logits; dlse may be null.
+// The upstream gradients, float32, or float64 with the logits, and what forward said; dlse may be null.
 struct LossGradients {
-  const void *dloss, *dlse, *lse;
+  const void *dloss, *dlse, *lse, *correction;
 };
 
 struct CrossEntropyProblem {

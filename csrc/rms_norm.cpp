@@ -11,7 +11,7 @@ namespace {
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_, std::optional<Tensor> weight_, double eps, std::optional<Tensor> residual_,
                                            double weight_offset) {
-  STD_TORCH_CHECK(x_.dim() > 0, "fastprimer: x: expected shape (..., C)");
+  STD_TORCH_CHECK(x_.dim() > 0 && x_.size(x_.dim() - 1) > 0, "fastprimer: x: expected shape (..., C), C >= 1");
   check_weight(weight_, x_);
   check_like("residual", residual_, x_);
   const On<Device> on(x_);
@@ -44,7 +44,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_, std::optional<Tenso
 template <class Device>
 std::tuple<Tensor, Tensor> backward(const Tensor& dy_, std::optional<Tensor> dh_, const Tensor& h_, std::optional<Tensor> weight_,
                                     const Tensor& rstd_, double weight_offset) {
-  STD_TORCH_CHECK(h_.dim() > 0 && rstd_.numel() * h_.size(h_.dim() - 1) == h_.numel() && rstd_.scalar_type() == wide(h_),
+  STD_TORCH_CHECK(h_.dim() > 0 && h_.size(h_.dim() - 1) > 0, "fastprimer: h: expected shape (..., C), C >= 1");
+  STD_TORCH_CHECK(rstd_.numel() * h_.size(h_.dim() - 1) == h_.numel() && rstd_.scalar_type() == wide(h_),
                   "fastprimer: rstd: expected shape (...) of h (..., C)");
   check_weight(weight_, h_);
   check_like("dy", dy_, h_);

@@ -153,8 +153,14 @@ def unavailable(op: str, backend: str, device: str) -> str:
     """Why this backend cannot serve op on this type of device at all, or "". Loads the backend's functions."""
     key = op, backend, device
     if key not in _unavailable:
-        _unavailable[key] = _look(*key)
+        with _looking:
+            if key not in _unavailable:
+                _unavailable[key] = _look(*key)
     return _unavailable[key]
+
+
+_looking = threading.RLock()
+"""Operators can be registered only once, and threads may call their first ones at the same time."""
 
 
 # What torch.compiler.assume_constant_result marks; that decorator imports torch._dynamo and Triton at once, which takes
@@ -198,9 +204,9 @@ def _no_cuda(device: str) -> str:
     built = build_info().get("cuda_architectures", [])
     if not built:
         return "the native library was built without its CUDA kernels"
-    capability = torch.cuda.get_device_capability()
-    if not any(runs_on(architecture, capability) for architecture in built):
-        return f"its kernels were built for sm_{', sm_'.join(built)}, this GPU is sm_{capability[0]}{capability[1]}"
+    for capability in map(torch.cuda.get_device_capability, range(torch.cuda.device_count())):
+        if not any(runs_on(architecture, capability) for architecture in built):
+            return f"its kernels were built for sm_{', sm_'.join(built)}, a GPU here is sm_{capability[0]}{capability[1]}"
     return ""
 
 

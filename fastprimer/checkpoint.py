@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import tempfile
+import re
+import secrets
 from pathlib import Path
 
 import safetensors.torch
@@ -27,19 +27,20 @@ class CheckpointError(ValueError):
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file so that a crash at any moment leaves either the old file or the new one, which has the old one's permissions."""
-    mode = path.stat().st_mode & 0o777 if path.exists() else 0o644
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    """Write a file so that a crash at any moment leaves either the old file or the new one, which has the old one's permissions; a link
+    stays one, to what it names."""
+    path = path.resolve()
+    part = path.parent / f".{path.name}.{secrets.token_hex(4)}.part"
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with open(part, "xb") as file:
+            if path.exists():
+                os.chmod(part, path.stat().st_mode & 0o777)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, mode)
-        os.replace(name, path)
+        os.replace(part, path)
     except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
+        part.unlink(missing_ok=True)
         raise
     _sync_folder(path.parent)
 
@@ -100,10 +101,10 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX_FILE
     if index.exists():
         try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+            names = {Path(name).name for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"cannot read the index {index}: {_first_line(error)}") from error
-        files = [folder / Path(name).name for name in sorted(names)]
+        files = [folder / name for name in sorted(names)]
     else:
         files = [folder / WEIGHTS_FILE] if (folder / WEIGHTS_FILE).exists() else sorted(folder.glob("*.safetensors"))
     if not files:
@@ -114,25 +115,32 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
+EXPERT = re.compile(r"(.+)\.block_sparse_moe\.experts\.(\d+)\.(w1|w2|w3)\.weight")
+
+
 def stack_experts(tensors: Tensors) -> Tensors:
     """From Mixtral's names on disk, one tensor per expert, to one tensor for all experts.
 
     block_sparse_moe.gate.weight            -> mlp.gate.weight
     block_sparse_moe.experts.N.{w1, w3, w2} -> mlp.experts.gate_up_proj (E, 2F, C), mlp.experts.down_proj (E, C, F)
+
+    All other tensors stay, under their names.
     """
-    single = {name for name in tensors if ".block_sparse_moe.experts." in name}
+    single = {name: match for name in tensors if (match := EXPERT.fullmatch(name))}
     result = {name.replace(".block_sparse_moe.gate.", ".mlp.gate."): t for name, t in tensors.items() if name not in single}
-    layers = {name.partition(".block_sparse_moe.experts.")[0] for name in single}
-    for layer in layers:
-        start = f"{layer}.block_sparse_moe.experts."
-        count = 1 + max(int(name.removeprefix(start).partition(".")[0]) for name in tensors if name.startswith(start))
+    counts: dict[str, int] = {}
+    for layer, number, _ in (match.groups() for match in single.values()):
+        counts[layer] = max(counts.get(layer, 0), int(number) + 1)
+    for layer, count in counts.items():
         try:
-            w1, w2, w3 = ([tensors[f"{start}{n}.{w}.weight"] for n in range(count)] for w in ("w1", "w2", "w3"))
+            w1, w2, w3 = ([tensors[f"{layer}.block_sparse_moe.experts.{n}.{w}.weight"] for n in range(count)] for w in ("w1", "w2", "w3"))
+            gate_up = torch.stack([torch.cat(pair) for pair in zip(w1, w3, strict=True)])
+            down = torch.stack(w2)
         except KeyError as error:
             raise CheckpointError(f"the weights lack {error.args[0]}") from error
-        gate_up = [torch.cat(pair) for pair in zip(w1, w3, strict=True)]
-        result[f"{layer}.mlp.experts.gate_up_proj"] = torch.stack(gate_up)
-        result[f"{layer}.mlp.experts.down_proj"] = torch.stack(w2)
+        except RuntimeError as error:
+            raise CheckpointError(f"the experts of {layer} have different shapes: {_first_line(error)}") from error
+        result[f"{layer}.mlp.experts.gate_up_proj"], result[f"{layer}.mlp.experts.down_proj"] = gate_up, down
     return result
 
 

@@ -144,23 +144,25 @@ def captured(
     if device.type != "cuda":
         return call, f"a CUDA graph is for a GPU, not for {device.type}"
     try:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                call()
-                undo()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = call()
+        with torch.cuda.device(device):  # streams and graphs are the current device's
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UP):
+                    call()
+                    undo()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                result = call()
     except RuntimeError as error:
         return call, f"failed: {str(error).splitlines()[0]}"
     finally:
         undo()
 
     def replayed() -> Result:
-        graph.replay()
+        with torch.cuda.device(device):
+            graph.replay()
         return result
 
     return replayed, ""

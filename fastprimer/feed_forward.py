@@ -224,7 +224,8 @@ class MoE(nn.Module):
 
     def _capacity(self, N: int) -> int:
         factor = 1.0 if self.capacity_factor is None else self.capacity_factor
-        return math.ceil(factor * N * self.per_token / len(self.gate.weight))
+        share = factor * N * self.per_token / len(self.gate.weight)
+        return math.ceil(share * (1 - 2**-48))  # 1.1 · 100 / 10 is a little more than 11 in binary
 
     @torch.no_grad()
     def update_selection_bias(self, rate: float = 0.001, counts: Tensor | None = None) -> None:

@@ -105,6 +105,9 @@ def _give_back(libc: ctypes.CDLL) -> None:
 @contextlib.contextmanager
 def few_collected() -> Iterator[None]:
     """Within the block Python's garbage collector leaves alone what is there: to look through all of torch takes it a tenth of a second."""
+    if gc.get_freeze_count():  # the caller's own, whom unfreezing would surprise
+        yield
+        return
     gc.collect()
     gc.freeze()
     try:

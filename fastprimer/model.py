@@ -154,8 +154,8 @@ class Model(nn.Module):
         """
         tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in self.state_dict().items()}
         with torch.device("meta"):
-            expected = type(self)(self.config).state_dict().keys()
-        for name in sorted(tensors.keys() ^ expected):
+            expected = type(self)(self.config).state_dict()
+        for name in sorted(tensors.keys() ^ expected.keys()):
             has = "lacks" if name in expected else "has an unknown tensor"
             raise CheckpointError(f"{folder}: the model {has} {name}; nothing was saved")
         for name, tensor in tensors.items():
@@ -164,6 +164,9 @@ class Model(nn.Module):
                     f"{folder}: {name} is sharded; nothing was saved. Gather the weights with torch.distributed.checkpoint.state_dict."
                     "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) and load them into a model of one process"
                 )
+            if tensor.shape != expected[name].shape:
+                shapes = tuple(expected[name].shape), tuple(tensor.shape)
+                raise CheckpointError(f"{folder}: {name} has shape {shapes[1]}, not its config's {shapes[0]}; nothing was saved")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_weights(folder, tensors)

@@ -45,7 +45,7 @@ class Request(contextlib.ContextDecorator, contextlib.AbstractContextManager):
         _requests.append(self)
 
     def __exit__(self, *_) -> None:
-        _requests.remove(self)
+        del _requests[len(_requests) - 1 - _requests[::-1].index(self)]  # a block may be within itself
 
 
 _requests = [Request(_of_environment(), "raise")]

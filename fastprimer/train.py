@@ -200,7 +200,8 @@ def stop_requested() -> Iterator[Callable[[], bool]]:
         yield lambda: bool(received)
     finally:
         for number, handler in before.items():
-            signal.signal(number, handler)
+            if handler is not None:  # one that is not Python's cannot be put back
+                signal.signal(number, handler)
 
 
 def train(trainer: Trainer, path: Path, report: Report, stop_at: int | None = None) -> bool:

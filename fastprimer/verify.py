@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from fastprimer.backends import BACKENDS, declared, emulator_reason, load_emulator, native_reason, operations, unavailable
+from fastprimer.cases import PRODUCTS
 from fastprimer.generate import natural, thread_count
 from fastprimer.testing import CASES, DTYPES, compare
 
@@ -71,11 +72,8 @@ def how(backend: str, device: str) -> str:
     return stand_in.get(backend, backend) if device == "cpu" else f"{backend} (on the GPU)"
 
 
-PRODUCTS = ("attention", "attention_with_kv_cache", "moe", "linear_cross_entropy")
-"""Operations that are matrix products above all: their kernels have no float64."""
-
-
 def dtypes_of(backend: str, op: str = "") -> tuple[torch.dtype, ...]:
+    """What verify judges a backend in: the kernels of products have no float64."""
     wide = backend == "reference" or (backend == "cpu" and op not in PRODUCTS)
     return DTYPES if wide else tuple(d for d in DTYPES if d != torch.float64)
 

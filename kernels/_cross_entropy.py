@@ -88,7 +88,9 @@ def cross_entropy_fold_kernel(
     FIRST: tl.constexpr, LAST: tl.constexpr, KEEP: tl.constexpr,
     LABEL_SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One row of a piece. logits (N, columns) by strides, bias (V,), target (N,) -> in the LAST piece loss, lse, argmax (N,).
+    """One row of a piece. logits (N, columns) by strides, bias (V,), target (N,)
+
+    -> in the LAST piece loss (N,), lse and κ (2, N), argmax (N,).
 
     What a row has of it between two pieces stands in state (4, N): m, s, the sum of z, z of the target; and in argmax. m of all of them
     stands there in the end.
@@ -109,6 +111,7 @@ def cross_entropy_fold_kernel(
         if LAST:
             tl.store(loss_ptr + row, 0.0)
             tl.store(lse_ptr + row, 0.0)
+            tl.store(lse_ptr + N + row, 0.0)
             tl.store(argmax_ptr + row, -1)
         return
 
@@ -151,14 +154,18 @@ def cross_entropy_fold_kernel(
         z_target += tl.load(state_ptr + 3 * N + row)
     tl.store(argmax_ptr + row, argmax)
     if LAST:
-        lse = top + tl.log(s_row)
+        log_s = tl.log(s_row)
+        lse = top + log_s
+        part = lse - top
+        rounding = (lse - part - top) + (part - log_s)  # lse − (top + log_s), exactly
         # A target that does not exist is a NaN that everybody sees: nobody waits for the device to raise an error.
         z_target = tl.where((target >= 0) & (target < V), z_target, float("nan"))
-        loss = lse - (1 - LABEL_SMOOTHING) * z_target + Z_LOSS * lse * lse
+        loss = log_s + (1 - LABEL_SMOOTHING) * (top - z_target) + Z_LOSS * lse * lse
         if SMOOTHED:
-            loss -= LABEL_SMOOTHING * (total_row / V)
+            loss += LABEL_SMOOTHING * (top - total_row / V)
         tl.store(loss_ptr + row, loss)
         tl.store(lse_ptr + row, lse)
+        tl.store(lse_ptr + N + row, tl.where(tl.abs(lse) == float("inf"), 1.0, tl.exp(rounding)))
         if state_ptr is not None:
             tl.store(state_ptr + row, top)
     else:
@@ -193,7 +200,7 @@ def cross_entropy_keep_kernel(
 @triton.jit
 def _gradient(
     z_ptr, shift_ptr, bias_ptr, target_ptr, dloss_ptr, dlse_ptr, lse_ptr, scale_ptr, dlogits_ptr, partial_ptr,
-    stride_z_row, stride_z_column, stride_shift_row, stride_dlogits_row, first_row, end_row, first, column, columns, V, ignore_index,
+    stride_z_row, stride_z_column, stride_shift_row, stride_dlogits_row, N, first_row, end_row, first, column, columns, V, ignore_index,
     RAW: tl.constexpr, MASKED: tl.constexpr,
     LABEL_SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -209,6 +216,7 @@ def _gradient(
         dtop = dloss * (1 + 2 * Z_LOSS * lse)
         if dlse_ptr is not None:
             dtop += tl.load(dlse_ptr + row).to(WIDE)
+        dtop *= tl.load(lse_ptr + N + row).to(WIDE)
         shifts = None if shift_ptr is None else shift_ptr + row * stride_shift_row
         z, inside = _load_z(
             z_ptr + row * stride_z_row, shifts, bias_ptr, first, column, columns, stride_z_column, valid, RAW, MASKED, SOFTCAP, WIDE
@@ -240,7 +248,7 @@ def cross_entropy_gradient_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """COLUMNS of a piece in ROWS rows. z (N, columns) by strides, RAW: logits without bias; shift (N, blocks of all columns), of z in
-    16 bits; bias (V,), dloss, dlse, lse, target (N,)
+    16 bits; bias (V,), dloss, dlse, target (N,), lse and κ (2, N)
 
     -> dlogits (N, columns) with a row stride, times scale where there is one; partial (programs, columns), dbias of these rows.
 
@@ -257,13 +265,13 @@ def cross_entropy_gradient_kernel(
         _gradient(
             z_ptr, shift_ptr, bias_ptr, target_ptr, dloss_ptr, dlse_ptr, lse_ptr, scale_ptr, dlogits_ptr, partial_ptr,
             stride_z_row, stride_z_column, stride_shift_row, stride_dlogits_row,
-            first_row, end_row, first, column, columns, V, ignore_index,
+            N, first_row, end_row, first, column, columns, V, ignore_index,
             RAW, False, LABEL_SMOOTHING, Z_LOSS, SOFTCAP, WIDE,
         )  # fmt: skip
     else:
         _gradient(
             z_ptr, shift_ptr, bias_ptr, target_ptr, dloss_ptr, dlse_ptr, lse_ptr, scale_ptr, dlogits_ptr, partial_ptr,
             stride_z_row, stride_z_column, stride_shift_row, stride_dlogits_row,
-            first_row, end_row, first, column, columns, V, ignore_index,
+            N, first_row, end_row, first, column, columns, V, ignore_index,
             RAW, True, LABEL_SMOOTHING, Z_LOSS, SOFTCAP, WIDE,
         )  # fmt: skip

@@ -15,16 +15,17 @@ from fastprimer.kernels._attention import LN_2, LOG2_E, online_softmax, tanh, vi
 
 
 @triton.jit
-def _slot(block_table_ptr, batch, first, token, exists, stride_table_batch, PAGE: tl.constexpr, COUNT: tl.constexpr):
-    """page, place within it: where the COUNT tokens from `first` on lie; a contiguous cache has one page a sequence."""
+def _slot(block_table_ptr, batch, first, token, exists, stride_table_batch, pages, PAGE: tl.constexpr, COUNT: tl.constexpr):
+    """page, place within it: where the COUNT tokens from `first` on lie; a contiguous cache has one page a sequence. A page is one of the
+    cache's whatever the table says: nobody has looked at it on a device."""
     if block_table_ptr is None:
         return batch, token.to(tl.int64)
     elif PAGE % COUNT == 0:  # first is a multiple of COUNT: they share a page
         page = tl.load(block_table_ptr + batch * stride_table_batch + first // PAGE)
-        return page.to(tl.int64), (token % PAGE).to(tl.int64)
+        return tl.minimum(tl.maximum(page, 0), pages - 1).to(tl.int64), (token % PAGE).to(tl.int64)
     else:
         page = tl.load(block_table_ptr + batch * stride_table_batch + token // PAGE, mask=exists, other=0)
-        return page.to(tl.int64), (token % PAGE).to(tl.int64)
+        return tl.minimum(tl.maximum(page, 0), pages - 1).to(tl.int64), (token % PAGE).to(tl.int64)
 
 
 @triton.jit
@@ -41,15 +42,16 @@ def _copy_heads(x_ptr, cache_ptr, stride_x_head, stride_cache_head, Hk, exists, 
 def append_kernel(
     k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, cache_seqlens_ptr, block_table_ptr,
     stride_k_batch, stride_k_token, stride_k_head, stride_v_batch, stride_v_token, stride_v_head,
-    stride_k_page, stride_k_slot, stride_k_cache_head, stride_v_page, stride_v_slot, stride_v_cache_head, stride_table_batch,
+    stride_k_page, stride_k_slot, stride_k_cache_head, stride_v_page, stride_v_slot, stride_v_cache_head, stride_table_batch, pages,
     S, Hk, capacity,
     D: tl.constexpr, Dv: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, PAGE: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """One new token; what would lie beyond the capacity is dropped."""
+    """One new token; what would lie before or beyond the sequence's room is dropped: nobody has looked at lengths on a device."""
     batch, s = (tl.program_id(0) // S).to(tl.int64), (tl.program_id(0) % S).to(tl.int64)
     token = tl.load(cache_seqlens_ptr + batch).to(tl.int64) + s
-    exists = token < capacity
-    page, slot = _slot(block_table_ptr, batch, tl.minimum(token, capacity - 1), token, exists, stride_table_batch, PAGE, 1)
+    exists = (token >= 0) & (token < capacity)
+    token = tl.minimum(tl.maximum(token, 0), capacity - 1)
+    page, slot = _slot(block_table_ptr, batch, token, token, exists, stride_table_batch, pages, PAGE, 1)
     k_ptr += batch * stride_k_batch + s * stride_k_token
     v_ptr += batch * stride_v_batch + s * stride_v_token
     k_cache_ptr += page * stride_k_page + slot * stride_k_slot
@@ -84,7 +86,7 @@ def _share(length, S, left, split, splits, BLOCK_N: tl.constexpr, LEFT: tl.const
 def attention_with_kv_cache_kernel(
     q_ptr, k_cache_ptr, v_cache_ptr, cache_seqlens_ptr, block_table_ptr, sinks_ptr, o_ptr, lse_ptr,
     stride_q_batch, stride_q_token, stride_q_head, stride_k_page, stride_k_slot, stride_k_head,
-    stride_v_page, stride_v_slot, stride_v_head, stride_table_batch,
+    stride_v_page, stride_v_slot, stride_v_head, stride_table_batch, pages,
     splits, tiles, new, B, S, H, Hk, capacity, left, right, inner, slope,
     D: tl.constexpr, Dv: tl.constexpr, WIDTH: tl.constexpr, WIDTH_V: tl.constexpr, PAGE: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -116,7 +118,7 @@ def attention_with_kv_cache_kernel(
     for first in range(begin, end, BLOCK_N):
         key = first + tl.arange(0, BLOCK_N)
         exists = (key >= first_key) & (key < end)
-        page, slot = _slot(block_table_ptr, batch, first, key, exists, stride_table_batch, PAGE, BLOCK_N)
+        page, slot = _slot(block_table_ptr, batch, first, key, exists, stride_table_batch, pages, PAGE, BLOCK_N)
         k = _load_keys(k_cache_ptr, page, slot, exists, stride_k_page, stride_k_slot, D, WIDTH)
         z = tl.dot(q, tl.trans(k), input_precision="ieee")
         if SOFTCAP:

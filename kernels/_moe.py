@@ -10,7 +10,7 @@ import triton.language as tl
 
 
 @triton.jit
-def place_of(program, tiles, columns, GROUP: tl.constexpr):
+def grouped_place(program, tiles, columns, GROUP: tl.constexpr):
     """A tile of rows and a tile of columns. GROUP tiles of rows take the same columns one after the other, and then the next columns:
     an expert's matrix is read once for GROUP · BLOCK_M rows, which themselves stay in the cache.
     """
@@ -81,7 +81,7 @@ def moe_product_kernel(
 
     z = weight · (row matrix[expert]); without weights, just the product.
     """
-    tile, block = place_of(tl.program_id(0), tiles, tl.cdiv(columns, BLOCK_N), GROUP)
+    tile, block = grouped_place(tl.program_id(0), tiles, tl.cdiv(columns, BLOCK_N), GROUP)
     expert = tl.load(work_ptr + tile)
     if expert < 0:
         return

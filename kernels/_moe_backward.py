@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastprimer.kernels._moe import multiply, place_of, rows_of
+from fastprimer.kernels._moe import grouped_place, multiply, rows_of
 from fastprimer.kernels.swiglu import _sigma
 
 
@@ -49,7 +49,7 @@ def moe_dhidden_kernel(
     And partial (P, blocks) by pair: what these columns add to dweights = d · u.
     """
     blocks = tl.cdiv(F, BLOCK_N)
-    tile, block = place_of(tl.program_id(0), tiles, blocks, GROUP)
+    tile, block = grouped_place(tl.program_id(0), tiles, blocks, GROUP)
     expert = tl.load(work_ptr + tile)
     if expert < 0:
         return
@@ -116,7 +116,7 @@ def moe_gradient_kernel(
     """
     row_blocks, column_blocks = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
     expert = (tl.program_id(0) // (row_blocks * column_blocks)).to(tl.int64)
-    block_m, block_n = place_of(tl.program_id(0) % (row_blocks * column_blocks), row_blocks, column_blocks, GROUP)
+    block_m, block_n = grouped_place(tl.program_id(0) % (row_blocks * column_blocks), row_blocks, column_blocks, GROUP)
     m = (block_m * BLOCK_M + tl.arange(0, BLOCK_M))[None, :]
     n = (block_n * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     begin, end = tl.load(offsets_ptr + expert), tl.load(offsets_ptr + expert + 1)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fastprimer.kernels._moe import multiply, place_of, rows_of
+from fastprimer.kernels._moe import grouped_place, multiply, rows_of
 from fastprimer.kernels.swiglu import _sigma
 
 
@@ -18,7 +18,7 @@ def moe_hidden_kernel(
 
     u is made from hidden as it is stored, rounded to x's type, for that is what backward will see.
     """
-    tile, block = place_of(tl.program_id(0), tiles, tl.cdiv(F, BLOCK_N), GROUP)
+    tile, block = grouped_place(tl.program_id(0), tiles, tl.cdiv(F, BLOCK_N), GROUP)
     expert = tl.load(work_ptr + tile)
     if expert < 0:
         return

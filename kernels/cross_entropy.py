@@ -84,7 +84,7 @@ class Losses:
         dtype = torch.promote_types(like.dtype, torch.float32)
         self.bias = _widened(bias, dtype)
         self.ignore_index, self.constants = options[0], (options[1], options[2], options[3] or 0.0)
-        self.loss, self.lse = (torch.empty(N, dtype=dtype, device=like.device) for _ in range(2))
+        self.loss, self.lse = (torch.empty(shape, dtype=dtype, device=like.device) for shape in ((N,), (2, N)))
         self.argmax = torch.empty(N, dtype=torch.int64, device=like.device)
         self.state = None if one_piece else torch.empty((4, N), dtype=dtype, device=like.device)
 
@@ -134,7 +134,7 @@ class Gradients:
 def cross_entropy_forward(
     logits: Tensor, target: Tensor, ignore_index: int, label_smoothing: float, z_loss: float, softcap: Optional[float]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logits (N, V), target (N,) -> loss, lse, both float32 (float64 for float64), and argmax, int64 (N,)."""
+    """logits (N, V), target (N,) -> loss (N,), lse and κ (2, N), both float32 (float64 for float64), and argmax, int64 (N,)."""
     losses = Losses(logits, target, logits.shape[1], None, (ignore_index, label_smoothing, z_loss, softcap), one_piece=True)
     if losses.N:
         with on_device(logits):
@@ -185,7 +185,10 @@ def linear_cross_entropy_forward(
     softcap: Optional[float],
     memory_budget: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x (N, C), weight (V, C), target (N,), bias (V,) or None -> loss, lse, argmax (N,), kept (N, kept_columns), shift (N, blocks)."""
+    """x (N, C), weight (V, C), target (N,), bias (V,) or None
+
+    -> loss (N,), lse and κ (2, N), argmax (N,), kept (N, kept_columns), shift (N, blocks).
+    """
     N, V, in_16_bits = x.shape[0], weight.shape[0], keeps_16_bits(x, bias, softcap)
     columns = kept_columns(N, V, memory_budget, in_16_bits)
     width = piece_columns(N, V, memory_budget // 4 if in_16_bits else memory_budget)  # logits beside kept, or within it
@@ -270,6 +273,6 @@ def linear_cross_entropy_backward(
 
 def _scale(dloss: Tensor, dlse: Optional[Tensor], lse: Tensor, valid: Tensor, z_loss: float) -> Tensor:
     """A power of two, () on the device, that takes the largest number dlogits may have to at most 2^15; a float16 ends at 2^16."""
-    largest = dloss.abs() * (2 + 2 * abs(z_loss) * lse.abs()) + (0.0 if dlse is None else dlse.abs())
+    largest = dloss.abs() * (2 + 2 * abs(z_loss) * lse[0].abs()) + (0.0 if dlse is None else dlse.abs())
     largest = torch.where(valid & largest.isfinite(), largest, 0.0).max()
     return torch.exp2(torch.floor(15 - torch.log2(largest)).clamp(-100, 100))

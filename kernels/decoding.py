@@ -39,8 +39,8 @@ BLOCKS = {
     "gfx": {64: (64, 4, 1), 128: (32, 4, 1), 256: (16, 4, 1)},
     "float32": {64: (32, 4, 1), 128: (32, 4, 1), 256: (16, 8, 1)},
 }
-"""By target and width: BLOCK_N, num_warps and num_stages that spill no registers where the compile gate looks. No GPU has timed them
-yet. They fit into the 99 KiB of shared memory of the smaller GPUs."""
+"""By target and width: BLOCK_N, num_warps and num_stages that spill no registers where the compile gate looks; those of "sm" are
+measured on an H100 (benchmarks/NOTES.md), of "gfx" no GPU has been asked. They fit into the 99 KiB of shared memory of the smaller GPUs."""
 
 
 def tile(rows: int, D: int, Dv: int, dtype: torch.dtype, target: str) -> Tile:
@@ -101,7 +101,8 @@ def _append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlen
     HEADS = min(triton.next_power_of_2(Hk), max(1, 1024 // width(max(D, Dv))))
     append_kernel[(B * S,)](
         k, v, k_cache, v_cache, cache_seqlens, block_table,
-        *k.stride()[:3], *v.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], stride_table_batch, S, Hk, capacity,
+        *k.stride()[:3], *v.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], stride_table_batch,
+        len(k_cache), S, Hk, capacity,
         D, Dv, width(D), width(Dv), PAGE, HEADS, num_warps=4,
     )  # fmt: skip
 
@@ -133,7 +134,7 @@ def _attend(
     farthest = S + capacity
     attention_with_kv_cache_kernel[(splits * tiles * Hk * B,)](
         q, k_cache, v_cache, cache_seqlens, block_table, sinks, o_part, lse_part,
-        *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], stride_table_batch,
+        *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], stride_table_batch, len(k_cache),
         splits, tiles, new, B, S, H, Hk, capacity, min(left or 0, farthest), min(right or 0, farthest), *scores(scale, softcap),
         D, Dv, width(D), width(Dv), PAGE, H // Hk, BLOCK_M, BLOCK_N,
         left is not None, right is not None, softcap is not None, SPLIT, S == 1, num_warps=num_warps, num_stages=num_stages,

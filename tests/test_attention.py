@@ -8,7 +8,7 @@ import torch
 
 import fastprimer as fp
 from conftest import device_or_skip
-from fastprimer.backends import BACKENDS, declared, interpreting, use_backend
+from fastprimer.backends import BACKENDS, BackendError, declared, interpreting, use_backend
 from fastprimer.cases import CASES, Inputs
 from fastprimer.peers import EAGER
 
@@ -49,6 +49,21 @@ def test_packed_equals_one_by_one(backend, options):
             torch.testing.assert_close(o[a:b], o_alone[0])
             for grad, range_, one in zip(grads, ((a, b), (c, d), (c, d)), expected, strict=True):
                 torch.testing.assert_close(grad[slice(*range_)], one[0])
+
+
+@backends_of("attention")
+@pytest.mark.parametrize("scale", [1e-46, -1e-46, 1e-300, 0.0])
+def test_a_scale_that_is_none_in_float32_is_0(backend, scale):
+    """Of two backends on a GPU it is none at all; the others see all keys alike."""
+    device = device_or_skip("attention", backend)
+    q, v = random(device, 1, 40, 2, 16), random(device, 1, 40, 2, 16, seed=1)
+    if backend in ("triton", "cuda"):
+        with use_backend(backend), pytest.raises(BackendError, match="scale of at least"):
+            fp.attention(q, q, v, causal=True, scale=scale)
+        return
+    with use_backend(backend):
+        o = fp.attention(q, q, v, causal=True, scale=scale)
+    torch.testing.assert_close(o, v.cumsum(1) / torch.arange(1, 41, device=device)[:, None, None])
 
 
 @backends_of("attention")

@@ -148,6 +148,24 @@ def test_rms_norm_where_dy_times_x_overflows():
         torch.testing.assert_close(mine / largest, (expected / largest).float())
 
 
+def test_a_longest_length_that_is_wrong_is_seen_in_a_compiled_graph_too():
+    """Where lengths cannot be looked at before; with it the kernel would copy all keys into room for a few."""
+    device_or_skip("attention", "cpu")
+    q, lengths = torch.randn(4000, 1, 64), torch.tensor([0, 4000], dtype=torch.int32)
+    call = torch.compile(lambda q, n: fp.attention(q, q, q, cu_seqlens_q=n, max_seqlen_q=4, max_seqlen_k=4), backend="eager")
+    with pytest.raises(RuntimeError, match="cu_seqlens_.: expected no sequence longer than its max_seqlen, 4"):
+        call(q, lengths)
+
+
+def test_rms_norm_checks_its_operators_arguments():
+    device_or_skip("rms_norm", "cpu")
+    nothing, rstd = torch.empty(3, 0), torch.empty(3)
+    with pytest.raises(RuntimeError, match="x: expected shape"):
+        torch.ops.fastprimer.rms_norm_forward(nothing, None, 1e-6, None, 0.0)
+    with pytest.raises(RuntimeError, match="h: expected shape"):
+        torch.ops.fastprimer.rms_norm_backward(nothing, None, nothing, None, rstd, 0.0)
+
+
 def test_attention_checks_its_operators_arguments():
     device_or_skip("attention", "cpu")
     q, k = torch.randn(1, 4, 2, 8), torch.randn(1, 5, 1, 8)
@@ -163,6 +181,8 @@ def test_attention_checks_its_operators_arguments():
         lambda: forward(q, k, k, None, lengths, lengths, *rest),
         lambda: forward(packed, packed, packed, None, lengths, lengths + 1, *rest),
         lambda: forward(packed, packed, packed, None, lengths, None, *rest),
+        lambda: forward(packed, packed, packed, None, lengths, lengths, 3, None, *rest[2:]),
+        lambda: forward(packed, packed, packed, None, lengths, lengths, None, 3, *rest[2:]),
         lambda: forward(q, k, k, None, None, None, None, None, 1.0, -2, None, None),
         lambda: backward(o[:, :3], None, q, k, k, o, lse, None, None, None, *rest),
         lambda: backward(o, None, q, k, k, o, lse[..., :3], None, None, None, *rest),

@@ -24,7 +24,7 @@ CASES = {
     "attention": ("window", "window-both", "softcap", "sinks", "long-keys", "long-queries", "head-24", "packed-window", "packed-unlike"),
     "attention_with_kv_cache": ("speculative", "paged", "value-size", "many-queries", "large-values", "splits", "odd-features"),
     "route": ("deepseek-v3", "unnormalised", "topk-first", "biased", "ties", "ties-of-groups", "sigmoid-unnormalised"),
-    "cross_entropy": ("mean", "per-token", "every-option", "lse", "everything", "several-pieces", "one-token", "strided"),
+    "cross_entropy": ("mean", "per-token", "every-option", "lse", "everything", "several-pieces", "one-token", "strided", "far-from-zero"),
     "linear_cross_entropy": (
         "every-option",
         "lse",
@@ -141,6 +141,7 @@ PLANTED = {
         "the sum not brought to a new maximum": ("cross_entropy_row.h", "if (sum > 0) sum *= A(__builtin_exp(double(top - most)));", ""),
         "z-loss without its slope": ("cross_entropy_row.h", "1 + 2 * options.z_loss * lse", "1 + options.z_loss * lse"),
         "the gradient of lse dropped": ("cross_entropy_row.h", "* lse) + dlse)", "* lse) + 0 * dlse)"),
+        "the gradient by the rounded lse": ("cross_entropy_row.h", "+ dlse) * correction)", "+ dlse))"),
         "softcap without its slope": ("cross_entropy_row.h", "CAPPED ? dz * slope(z) : dz", "dz"),
         "smoothed over another number of words": (
             "cross_entropy_row.h",

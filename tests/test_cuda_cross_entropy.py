@@ -85,7 +85,7 @@ def test_a_target_that_is_no_word(device):
     loss, lse, argmax, *_ = functions.linear_cross_entropy_forward(x.detach(), weight.detach(), target, None, *options, 0)
     logits = x.detach() @ weight.detach().t()
     assert loss.isnan().tolist() == [False, True, False, True, False]
-    torch.testing.assert_close(lse, logits.logsumexp(-1))
+    torch.testing.assert_close(lse[0], logits.logsumexp(-1))
     assert torch.equal(argmax, logits.argmax(-1))
     for budget in (0, 1 << 20):
         loss, lse, _, *kept = functions.linear_cross_entropy_forward(x.detach(), weight.detach(), target, None, *options, budget)

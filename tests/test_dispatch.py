@@ -11,6 +11,7 @@ import torch
 
 import fastprimer as fp
 from fastprimer.backends import BACKENDS, runs_on, unavailable
+from fastprimer.requested import requested
 
 ROOT = Path(__file__).resolve().parent.parent
 NATIVE = unavailable("rms_norm", "cpu", "cpu")
@@ -97,6 +98,39 @@ def test_blocks_nest_and_survive_errors():
         assert fp.explain("rms_norm", x).backend == "reference"
         raise KeyError
     assert fp.explain("rms_norm", x).backend == before
+
+
+def test_a_block_may_be_within_itself():
+    block = fp.use_backend("reference")
+    with block, fp.use_backend("cpu"):
+        with block:
+            assert requested().name == "reference"
+        assert requested().name == "cpu"
+
+
+FIRST_CALLS = """
+import sys, threading
+from fastprimer.backends import unavailable
+sys.setswitchinterval(1e-6)
+failed, start = [], threading.Barrier(8)
+def first_call():
+    start.wait()
+    try:
+        unavailable("swiglu", "triton", "cpu")
+    except Exception as error:
+        failed.append(error)
+threads = [threading.Thread(target=first_call) for _ in range(8)]
+[t.start() for t in threads], [t.join() for t in threads]
+sys.exit(str(failed[0]) if failed else 0)
+"""
+
+
+def test_threads_may_call_their_first_operations_together():
+    pytest.importorskip("triton")
+    run = subprocess.run(
+        [sys.executable, "-c", FIRST_CALLS], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
 
 
 def test_unknown_names_are_refused():

@@ -101,6 +101,11 @@ def test_capacity_drops_later_choices(per_token):
     assert layer.routing.counts().tolist() == taken
 
 
+def test_capacity_is_that_of_decimal_numbers():
+    layer = layers.MoE.switch(8, 8, 10, capacity_factor=1.1)
+    assert [layer._capacity(N) for N in (100, 101, 10, 1000)] == [11, 12, 2, 110]
+
+
 def test_a_dropped_choice_has_no_gradient():
     layer = sharpened(layers.MoE.switch(C, INNER, 2, capacity_factor=0.5))
     x = tokens(N).requires_grad_()

@@ -108,6 +108,15 @@ def test_rotary_positions_follow_the_cache():
         torch.testing.assert_close(decoded(rotary_interleaved=interleaved), full)
 
 
+@pytest.mark.parametrize("S", [2, 20])
+def test_queries_of_autocast_may_be_wider_than_the_cache(S):
+    q, k, v = (random(1, S, 2, 8).float() for _ in range(3))
+    caches, lengths = [torch.zeros(1, 24, 2, 8, dtype=torch.bfloat16) for _ in range(2)], torch.zeros(1, dtype=torch.int32)
+    with torch.autocast("cpu", torch.bfloat16):
+        o = fa.flash_attn_with_kvcache(q, *caches, k, v, cache_seqlens=lengths, causal=True)
+    torch.testing.assert_close(o.float(), fa.flash_attn_func(q, k, v, causal=True), rtol=0.02, atol=0.02)
+
+
 def test_a_full_cache_needs_no_lengths():
     q, k_cache, v_cache = random(2, 1, 4, 8), random(2, 6, 2, 8), random(2, 6, 2, 8)
     torch.testing.assert_close(fa.flash_attn_with_kvcache(q, k_cache, v_cache), sdpa(q, k_cache, v_cache))

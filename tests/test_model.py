@@ -248,6 +248,33 @@ def test_a_model_folder_that_does_not_fit_is_named(tmp_path):
         Model.from_pretrained(tmp_path / "lack")
 
 
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({"w1.bias": torch.zeros(8)}, "have an unknown tensor .*experts.0.w1.bias"),
+        ({"w2.weight_scale": torch.zeros(())}, "have an unknown tensor .*experts.0.w2.weight_scale"),
+        ({"w2.weight": torch.zeros(2, 2)}, "experts of model.layers.0 have different shapes"),
+        ({"w2.weight": None}, "lack model.layers.0.block_sparse_moe.experts.0.w2.weight"),
+    ],
+    ids=str,
+)
+def test_a_folder_of_experts_that_does_not_fit_is_named(tmp_path, change, expected):
+    config = CONFIGS["mixtral"]
+    state = split_experts(Model(config).state_dict())
+    for name, tensor in change.items():
+        state[f"model.layers.0.block_sparse_moe.experts.0.{name}"] = tensor
+    write_folder(tmp_path / "m", config, [{name: t for name, t in state.items() if t is not None}])
+    with pytest.raises(CheckpointError, match=expected):
+        Model.from_pretrained(tmp_path / "m")
+
+
+def test_an_index_that_names_no_files_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(SMALL.to_json())
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}')
+    with pytest.raises(CheckpointError, match="cannot read the index"):
+        Model.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets(name):
     config = Config.preset(name)

@@ -126,6 +126,10 @@ def test_a_model_with_other_parts_is_not_saved(tmp_path):
     model.lm_head = Adapter(model.lm_head)
     with pytest.raises(CheckpointError, match="the model has an unknown tensor lm_head.b; nothing was saved"):
         model.save_pretrained(tmp_path / "m")
+    model = fp.Model(SMALL)
+    model.lm_head = torch.nn.Linear(model.lm_head.in_features, 40, bias=False)
+    with pytest.raises(CheckpointError, match=r"lm_head.weight has shape \(40, \d+\), not its config's .*; nothing was saved"):
+        model.save_pretrained(tmp_path / "m")
     assert not (tmp_path / "m").exists()
 
 

@@ -15,7 +15,7 @@ import torch
 from fastprimer import checkpoint, cli, generate, train
 from fastprimer.backends import emulator_reason, load_emulator
 from fastprimer.calculator import Calculator, MixtureCalculator
-from fastprimer.checkpoint import load_checkpoint, save_checkpoint, write_atomically
+from fastprimer.checkpoint import load_checkpoint, save_checkpoint
 from fastprimer.model import Model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -237,19 +237,6 @@ def test_weights_that_are_not_finite_are_no_checkpoint(tmp_path, quick, monkeypa
     assert command("--resume", out=tmp_path) == 2
     assert "model.norm.weight is not finite after step 3: try a smaller --learning-rate" in capsys.readouterr().err
     assert (tmp_path / CHECKPOINT).read_bytes() == before
-
-
-def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-    for name in ("fsync", "replace"):
-        with monkeypatch.context() as patch:
-            patch.setattr(checkpoint.os, name, lambda *_: (_ for _ in ()).throw(OSError("the disk is full")))
-            with pytest.raises(OSError, match="full"):
-                write_atomically(path, b"new, and longer")
-        assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
-    write_atomically(path, b"new")
-    assert path.read_bytes() == b"new"
 
 
 def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, quick, monkeypatch, capsys):

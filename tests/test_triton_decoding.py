@@ -156,6 +156,22 @@ def test_a_token_beyond_the_capacity_is_dropped():
     assert torch.equal(caches[0][0, 10:], k[0, :2]) and torch.equal(caches[1][1, 4:7], v[1])
 
 
+def test_nothing_is_written_before_a_sequence():
+    q, k_cache, v_cache, lengths, k, v, *rest = inputs([2, 4], 1, T=6)
+    lengths[1] = -1
+    before = k_cache.clone()
+    kernels.attention_with_kv_cache_forward(q, k_cache, v_cache, lengths, k, v, *rest, 0.3, None, 0, None)
+    before[0, 2] = k[0, 0]
+    assert torch.equal(k_cache.nan_to_num(7), before.nan_to_num(7))
+
+
+def test_a_page_that_does_not_exist_is_not_followed():
+    """The interpreter would see it."""
+    q, k_cache, v_cache, lengths, k, v, table, *rest = inputs([20, 20], 1, page=16)
+    table[0, 1], table[1, 1] = -(2**30), 2**30
+    kernels.attention_with_kv_cache_forward(q, k_cache, v_cache, lengths, k, v, table, *rest, 0.3, None, 0, None)
+
+
 LAYOUTS = {
     "heads first": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
     "part of a projection": lambda t: torch.cat((t, t + 1), -1)[..., : t.shape[-1]],
@@ -303,6 +319,7 @@ def checks():
     check(inputs([20], 2, 70, 70, 16))
     test_nan_reaches_no_query_that_does_not_see_it()
     test_a_token_beyond_the_capacity_is_dropped()
+    test_nothing_is_written_before_a_sequence()
 
 
 def many_splits(monkeypatch):

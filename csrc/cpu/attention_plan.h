@@ -196,17 +196,20 @@ void gather_queries(const Heads& x, const QueryTile& tile, const Width<Tile>& wi
   __builtin_memset(to + tile.rows * width.ld, 0, (tile.padded() - tile.rows) * width.ld * sizeof(Tile));
 }
 
-// Scores in units of log 2, factor (sign q) k: of scale, the sign goes to the queries. (With a scale of 0 the queries are 0, and the
-// factor is not: it would make NaN of -infinity.)
+// Scores in units of log 2, factor (sign q) k: of scale, the sign goes to the queries. (With a scale of 0, or one that is 0 in float32, the
+// queries are 0, and the factor is not: it would make NaN of -infinity.)
 struct Scale {
   float factor, sign, cap;  // cap: 0, or scores become cap tanh(scores / cap)
 
-  explicit Scale(const AttentionProblem& p)
-      : factor(p.scale == 0 ? 1.0f : static_cast<float>(p.scale < 0 ? -p.scale : p.scale) * LOG2_E),
-        sign(p.scale == 0  ? 0.0f
-             : p.scale < 0 ? -1.0f
-                           : 1.0f),
-        cap(static_cast<float>(p.softcap) * LOG2_E) {}
+  explicit Scale(const AttentionProblem& p) : Scale(static_cast<float>(p.scale) * LOG2_E, p.softcap) {}
+  Scale(float scale, double softcap)
+      : factor(scale == 0  ? 1
+               : scale < 0 ? -scale
+                           : scale),
+        sign(scale == 0  ? 0
+             : scale < 0 ? -1
+                         : 1),
+        cap(static_cast<float>(softcap) * LOG2_E) {}
 
   template <class Tile>
   void apply_sign(Tile* queries, int64_t n) const {

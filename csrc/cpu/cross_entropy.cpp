@@ -26,7 +26,7 @@ void forward_row(const CrossEntropyForward& args, int64_t token) {
   using A = Wide<T>;
   const CrossEntropyProblem& p = args.problem;
   const int64_t target = p.target[token];
-  if (target == p.options.ignore_index) return write(args.outputs, token, A(0), A(0), -1);
+  if (target == p.options.ignore_index) return write_ignored<A>(args.outputs, token);
   const T* row = row_of<T>(p, token);
   const bool capped = p.options.softcap > 0, smoothed = p.options.label_smoothing != 0;
   alignas(REGISTER_BYTES) A z[PIECE<T>];
@@ -42,8 +42,7 @@ void forward_row(const CrossEntropyForward& args, int64_t token) {
   }
   A z_target;
   cap(row + target, nullptr, 1, p.options.softcap, &z_target);
-  const A lse = statistics.lse();
-  write(args.outputs, token, statistics.loss(lse, z_target, p.V, p.options), lse, statistics.argmax);
+  write(args.outputs, token, statistics, z_target, p.V, p.options);
 }
 
 // In blocks, gradients first and then their rounding: together they are so long a chain of instructions that too few registers of logits
@@ -79,10 +78,8 @@ void backward_row(const CrossEntropyBackward& args, int64_t token, Put put) {
     __builtin_memset(dlogits, 0, p.V * sizeof(T));
     return;
   }
-  const auto value = [token](const void* numbers) { return numbers ? static_cast<const A*>(numbers)[token] : A(0); };
-  const A dloss = value(args.gradients.dloss), dlse = value(args.gradients.dlse), lse = value(args.gradients.lse);
   by_cap(p.options.softcap, [&](auto capped) {
-    const Gradient<A, decltype(capped)::value> gradient(dloss, dlse, lse, p.V, p.options);
+    const Gradient<A, decltype(capped)::value> gradient(args.gradients, token, p.V, p.options);
     differentiate(row_of<T>(p, token), p.V, p.target[token], gradient, dlogits, put);
   });
 }

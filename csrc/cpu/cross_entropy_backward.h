@@ -110,13 +110,10 @@ class Slice {
   // dlogits of n tokens from their z, as a tile with zeros around them, and their share of dbias.
   void differentiate(int64_t i, int64_t n, float* z, float* dbias) const {
     const int64_t columns = tiles_.columns();
-    const LossGradients& g = x_.args.gradients;
     for (int64_t r = 0; r < n; r++, z += COLUMNS) {
       const int64_t token = x_.tokens[i + r];
-      const float dlse = g.dlse ? static_cast<const float*>(g.dlse)[token] : 0;
       by_cap(p_.options.softcap, [&](auto capped) {
-        const Gradient<float, decltype(capped)::value> gradient(static_cast<const float*>(g.dloss)[token], dlse,
-                                                                static_cast<const float*>(g.lse)[token], p_.V, p_.options);
+        const Gradient<float, decltype(capped)::value> gradient(x_.args.gradients, token, p_.V, p_.options);
         differentiate_row(z, columns, p_.target[token] - tiles_.first(), gradient);
       });
       Tile* row = dlogits_.data() + r * COLUMNS;

@@ -63,12 +63,25 @@ class ForwardPart {
   Tiles<T, Tile> tiles_;
 };
 
-// loss, lse and argmax of a token.
+// The outputs of a token, of what was seen of all its z.
 template <class A>
-void write(const LossOutputs& outputs, int64_t token, A loss, A lse, int64_t argmax) {
-  static_cast<A*>(outputs.loss)[token] = loss;
+void write(const LossOutputs& outputs, int64_t token, const Statistics<A>& seen, A z_target, int64_t V, const LossOptions& options) {
+  const double top = seen.top, log_sum = __builtin_log(double(seen.sum));
+  const A lse = A(top + log_sum);
+  double loss = log_sum + (1 - options.label_smoothing) * (top - z_target) + options.z_loss * lse * lse;
+  if (options.label_smoothing != 0) loss += options.label_smoothing * (top - seen.total / V);
+  const double part = lse - top, rounding = (lse - part - top) + (part - log_sum);  // lse - (top + log_sum), exactly
+  static_cast<A*>(outputs.loss)[token] = A(loss);
   static_cast<A*>(outputs.lse)[token] = lse;
-  outputs.argmax[token] = argmax;
+  static_cast<A*>(outputs.correction)[token] = __builtin_isinf(lse) ? 1 : A(__builtin_exp(rounding));
+  outputs.argmax[token] = seen.argmax;
+}
+
+template <class A>
+void write_ignored(const LossOutputs& outputs, int64_t token) {
+  void* const numbers[] = {outputs.loss, outputs.lse, outputs.correction};
+  for (void* of_all : numbers) static_cast<A*>(of_all)[token] = 0;
+  outputs.argmax[token] = -1;
 }
 
 template <class T, class Tile>
@@ -79,7 +92,7 @@ Error forward(const LinearCrossEntropyForward& args) {
   const int64_t count = context.tokens.count();
   for (int64_t n = 0; n < p.N; n++) {
     if (p.target[n] != p.options.ignore_index) continue;
-    write(args.outputs, n, 0.0f, 0.0f, -1);
+    write_ignored<float>(args.outputs, n);
     keep_nothing(args, n);
   }
   if (count == 0) return nullptr;
@@ -87,8 +100,7 @@ Error forward(const LinearCrossEntropyForward& args) {
   parallel_for(count, GRAIN / context.parts, [&](int64_t i) {
     Statistics<float> all = context.statistics[i];
     for (int64_t part = 1; part < context.parts; part++) all.add(context.statistics[part * count + i]);
-    const float lse = all.lse();
-    write(args.outputs, context.tokens[i], all.loss(lse, context.z_target[i], p.V, p.options), lse, all.argmax);
+    write(args.outputs, context.tokens[i], all, context.z_target[i], p.V, p.options);
   });
   return nullptr;
 }

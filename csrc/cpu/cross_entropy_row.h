@@ -262,23 +262,19 @@ struct Statistics {
     top = most;
     total += other.total;
   }
-
-  A lse() const { return A(double(top) + __builtin_log(double(sum))); }
-
-  A loss(A lse, A z_target, int64_t V, const LossOptions& options) const {
-    double loss = double(lse) - (1 - options.label_smoothing) * z_target + options.z_loss * lse * lse;
-    if (options.label_smoothing != 0) loss -= options.label_smoothing * total / V;
-    return A(loss);
-  }
 };
 
 // The gradient of one token's logits, in registers.
 template <class A, bool CAPPED>
 class Gradient {
  public:
-  Gradient(A dloss, A dlse, A lse, int64_t V, const LossOptions& options)
+  Gradient(const LossGradients& gradients, int64_t token, int64_t V, const LossOptions& options)
+      : Gradient(number(gradients.dloss, token), gradients.dlse ? number(gradients.dlse, token) : 0, number(gradients.lse, token),
+                 number(gradients.correction, token), V, options) {}
+
+  Gradient(A dloss, A dlse, A lse, A correction, int64_t V, const LossOptions& options)
       : lse_(lse),
-        p_(A(dloss * (1 + 2 * options.z_loss * lse) + dlse)),
+        p_(A(dloss * (1 + 2 * options.z_loss * lse) + dlse) * correction),
         uniform_(A(dloss * options.label_smoothing / V)),
         target_(A(dloss * (1 - options.label_smoothing))),
         cap_(A(options.softcap)),
@@ -302,6 +298,8 @@ class Gradient {
   V slope(V z) const {
     return 1 - (z * reciprocal_) * (z * reciprocal_);
   }
+
+  static A number(const void* numbers, int64_t token) { return static_cast<const A*>(numbers)[token]; }
 
   A lse_, p_, uniform_, target_, cap_, reciprocal_;
 };

@@ -193,11 +193,13 @@ __device__ __forceinline__ void finish_token(const FoldArgs& args, Seen seen, in
   }
   if (args.state != nullptr) args.state[n] = {all.top, all.sum, all.total, state.z_target, all.argmax};
   if (in.first + in.width < in.V) return;
-  const double lse = static_cast<float>(static_cast<double>(all.top) + log(static_cast<double>(all.sum)));
+  const double lse = static_cast<double>(all.top) + log(static_cast<double>(all.sum));
+  const float rounded = static_cast<float>(lse);
   double loss = lse - (1 - args.label_smoothing) * state.z_target + args.z_loss * lse * lse;
   if (args.label_smoothing != 0) loss -= args.label_smoothing * all.total / static_cast<double>(in.V);
   static_cast<float*>(args.outputs.loss)[n] = static_cast<float>(loss);
-  static_cast<float*>(args.outputs.lse)[n] = static_cast<float>(lse);
+  static_cast<float*>(args.outputs.lse)[n] = rounded;
+  static_cast<float*>(args.outputs.correction)[n] = rounded == lse ? 1 : expf(static_cast<float>(rounded - lse));  // also where infinite
   args.outputs.argmax[n] = all.argmax < 0 ? 0 : all.argmax;
 }
 
@@ -230,7 +232,7 @@ __global__ void __launch_bounds__(LOSS_THREADS) cross_entropy_fold(const FoldArg
   if (here) return finish_token<T>(args, seen, n);
   if (in.first + in.width < in.V) return;
   static_cast<float*>(args.outputs.loss)[n] = 0;
-  static_cast<float*>(args.outputs.lse)[n] = 0;
+  static_cast<float*>(args.outputs.lse)[n] = static_cast<float*>(args.outputs.correction)[n] = 0;
   args.outputs.argmax[n] = -1;
 }
 
@@ -251,7 +253,7 @@ struct TokenGradient {
     const bool exists = args.in.target[n] >= 0 && args.in.target[n] < args.in.V;  // on a GPU nobody has looked
     const float dloss = exists ? number(args.gradients.dloss) : NAN;
     lse = number(args.gradients.lse);
-    top = dloss * (1 + 2 * args.z_loss * lse) + number(args.gradients.dlse);
+    top = (dloss * (1 + 2 * args.z_loss * lse) + number(args.gradients.dlse)) * number(args.gradients.correction);
     uniform = dloss * args.label_smoothing / static_cast<float>(args.in.V);
     share = dloss * (1 - args.label_smoothing);
     target = args.in.target[n] - args.in.first;

@@ -14,13 +14,13 @@ from fastprimer.benchmark.measure import measure
 from fastprimer.benchmark.models import MODEL, MODEL_CASES, measure_model
 from fastprimer.benchmark.rows import ALL_PASSES, DTYPES, Row
 from fastprimer.benchmark.timing import BACKWARD, FORWARD, MODEL_PASSES, PASSES
-from fastprimer.cases import benchmarks
+from fastprimer.cases import PRODUCTS, benchmarks
 from fastprimer.peers import EAGER
 
 OPS = (*EAGER, MODEL)
 AUTOMATIC = "auto"
-PRODUCTS = ("attention", "attention_with_kv_cache", "moe", "linear_cross_entropy", MODEL)
-"""Operations whose peers need matrix products."""
+WITH_PRODUCTS = (*PRODUCTS, MODEL)
+"""Whose peers need matrix products."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def _of_operation(op: str, device: str, choice: Choice) -> list[Job]:
 def usual_dtypes(op: str, device: str) -> tuple[str, ...]:
     """On a processor without instructions for half types torch needs minutes for what it does in a second in float32."""
     fast = device == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return DTYPES[:2] if fast or op not in PRODUCTS else DTYPES[:1]
+    return DTYPES[:2] if fast or op not in WITH_PRODUCTS else DTYPES[:1]
 
 
 def _backends(op: str, device: str, choice: Choice) -> list[str]:

@@ -127,7 +127,7 @@ def write_whole(path: Path, text: str) -> None:
     if path.exists() and not path.is_file():
         path.write_bytes(text.encode())
     else:
-        write_atomically(path.resolve(), text.encode())
+        write_atomically(path, text.encode())
 
 
 @dataclass

@@ -11,6 +11,7 @@ from fastprimer.cases.swiglu import SWIGLU, swiglu_case
 
 __all__ = [
     "CASES",
+    "PRODUCTS",
     "Case",
     "Inputs",
     "Work",
@@ -24,6 +25,10 @@ __all__ = [
     "route_case",
     "swiglu_case",
 ]
+
+
+PRODUCTS = ("attention", "attention_with_kv_cache", "moe", "linear_cross_entropy")
+"""Operations that are matrix products above all."""
 
 
 def benchmarks(device: str, op: str | None = None) -> list[Case]:

@@ -51,6 +51,7 @@ def loss_cases(op: str, C: int, bias: bool) -> list[Case]:
         loss_case(op, "no-token", 0, 19, C, reduction="none", **asked),
         loss_case(op, "one-word", 60, 1, C, z_loss=0.5, reduction="none"),
         loss_case(op, "strided", 13, 37, C, views=_STRIDED_LINEAR if C else _STRIDED, reduction="none"),
+        *([] if C else [loss_case(op, "far-from-zero", 9, 70, views=_FAR, reduction="none", return_lse=True)]),
         *_large(op, C, bias, every, asked),
         loss_case(op, "bench", 1024, 32000, C and 512, bench=True),
         *(loss_case(op, f"bench-{mb}-mb", 1024, 32000, 512, bench=True, memory_budget=budget) for mb, budget in _BUDGETS.items() if C),
@@ -60,6 +61,8 @@ def loss_cases(op: str, C: int, bias: bool) -> list[Case]:
 _BUDGETS = {16: 0, 110: 88 << 20}
 """By megabytes of extra memory that tests/test_cpu_cross_entropy.py holds them to, at the benchmark's size."""
 
+_FAR = {"logits": ((9, 70), lambda t: t + 1000)}
+"""Where the digits of lse are not those of the loss and of the gradient."""
 _STRIDED = {"logits": ((13, 80), lambda t: t[:, 2:76:2])}
 _STRIDED_LINEAR = {"x": ((12, 13), lambda t: t.t()), "weight": ((74, 15), lambda t: t[::2, 3:])}
 

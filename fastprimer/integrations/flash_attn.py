@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastprimer import ops
+from fastprimer.backends import autocasting
 from fastprimer.ops import _arguments as arguments
 from fastprimer.ops.decoding import MAX_QUERIES, check_cached
 
@@ -151,11 +152,18 @@ def flash_attn_with_kvcache(
         return (o, lse) if return_softmax_lse else o
     if not (causal and k is not None):
         raise NotImplementedError(f"{name}: q: expected at most {MAX_QUERIES} queries unless causal and with their own k and v, got {S}")
+    o, lse = _in_parts(name, q, k_cache, v_cache, cache_seqlens, k, v, **options)
+    return (o, lse) if return_softmax_lse else o
+
+
+def _in_parts(name: str, q, k_cache, v_cache, cache_seqlens, k, v, block_table, **options) -> tuple[Tensor, Tensor]:
+    """o and lse of any number of causal queries and their own keys and values, some after the others."""
+    if autocasting(q.device.type):
+        q, k, v = (t.to(k_cache.dtype) for t in (q, k, v))
     check_cached(name, q, k_cache, v_cache, cache_seqlens, k, v, block_table)  # for all of them, before any is appended
     parts = []
-    for begin in range(0, S, MAX_QUERIES):
+    for begin in range(0, q.shape[1], MAX_QUERIES):
         part = slice(begin, begin + MAX_QUERIES)
         new = q[:, part], k_cache, v_cache, cache_seqlens + begin
-        parts.append(ops.attention_with_kv_cache(*new, k=k[:, part], v=v[:, part], **options, return_lse=True))
-    o, lse = torch.cat([o for o, _ in parts], 1), torch.cat([lse for _, lse in parts], 2)
-    return (o, lse) if return_softmax_lse else o
+        parts.append(ops.attention_with_kv_cache(*new, k=k[:, part], v=v[:, part], block_table=block_table, **options, return_lse=True))
+    return torch.cat([o for o, _ in parts], 1), torch.cat([lse for _, lse in parts], 2)

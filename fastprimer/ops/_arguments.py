@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastprimer.backends import autocasting, transforming
+from fastprimer.config import is_number
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
@@ -57,7 +56,7 @@ def number(name: str, value: object) -> float:
         result = value if isinstance(value, (int, float)) else float(value)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name}: expected a finite number, got {value!r}") from None
-    if not -math.inf < result < math.inf:
+    if not is_number(result):
         refuse(name, "a finite number", value)
     return float(result)
 
@@ -67,7 +66,7 @@ SOFTCAPS = 2.0**-126, 2.0**126
 
 
 def check_softcap(name: str, softcap: object) -> None:
-    fits = softcap is None or (isinstance(softcap, (int, float)) and SOFTCAPS[0] <= softcap <= SOFTCAPS[1])
+    fits = softcap is None or (is_number(softcap) and SOFTCAPS[0] <= softcap <= SOFTCAPS[1])
     check(fits, f"{name}: softcap", "None or a finite number > 0", softcap)
 
 

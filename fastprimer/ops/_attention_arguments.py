@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from typing import Optional
 
 import torch
 from torch import Tensor
 
+from fastprimer.config import is_number
 from fastprimer.ops import _arguments as arguments
 
 
 def scale_limit(scale: float) -> str:
     """What kernels cannot take that fold the scale into an exponent of float32: one that is 0 there, or negative."""
     return "" if scale >= 2.0**-100 else f"its kernel takes a scale of at least 2**-100, not {scale}"
+
+
+def heads_limit(q: Tensor, v: Tensor) -> str:
+    """What kernels cannot take of D and Dv."""
+    fits = q.shape[-1] <= 256 and 1 <= v.shape[-1] <= 256
+    return "" if fits else f"its kernel takes heads of 1..256 features, not D = {q.shape[-1]} and Dv = {v.shape[-1]}"
 
 
 def check_attention(name: str, q, k, v, scale, softcap, sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -> None:
@@ -50,8 +56,7 @@ def check_heads(name: str, q: Tensor, k: Tensor, label: str = "k") -> None:
 
 
 def check_scores(name: str, q: Tensor, scale, softcap, sinks) -> None:
-    fits = scale is None or (isinstance(scale, (int, float)) and abs(scale) < math.inf)
-    arguments.check(fits, f"{name}: scale", "None or a finite number", scale)
+    arguments.check(scale is None or is_number(scale), f"{name}: scale", "None or a finite number", scale)
     arguments.check_softcap(name, softcap)
     if sinks is not None:
         arguments.check_floating(f"{name}: sinks", sinks)
@@ -73,7 +78,8 @@ def check_packing(name: str, label: str, cu_seqlens: Tensor, like: Tensor, token
 
 
 def check_longest(label: str, longest: object, cu_seqlens: Tensor, N: int) -> None:
-    """Kernels visit no row beyond it. Compared with the lengths where they can be looked at, else with their mean."""
+    """Kernels visit no row beyond it. Compared with the lengths where they can be looked at, else with their mean; in a compiled graph
+    by the kernel itself, on the CPU."""
     if longest is None:
         return
     arguments.check(isinstance(longest, int) and not isinstance(longest, bool) and longest >= 0, label, "None or a number >= 0", longest)

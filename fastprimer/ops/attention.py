@@ -47,7 +47,7 @@ from torch import Tensor
 
 from fastprimer.backends import choose, implementation
 from fastprimer.ops import _arguments as arguments
-from fastprimer.ops._attention_arguments import check_attention, normalise_window, scale_limit
+from fastprimer.ops._attention_arguments import check_attention, heads_limit, normalise_window, scale_limit
 
 
 def attention_forward(
@@ -176,15 +176,11 @@ def _logits(qg: Tensor, k: Tensor, visible: Tensor, scale: float, softcap: Optio
 
 
 def _cpu_limit(q, k, v, *_) -> str:
-    if not (q.shape[-1] <= 256 and 1 <= v.shape[-1] <= 256):
-        return f"its kernel takes heads of 1..256 features, not D = {q.shape[-1]} and Dv = {v.shape[-1]}"
-    return arguments.dtype_limit(q, None, "float32 bfloat16 float16")
+    return heads_limit(q, v) or arguments.dtype_limit(q, None, "float32 bfloat16 float16")
 
 
 def _gpu_limit(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, *_) -> str:
-    if not (q.shape[-1] <= 256 and 1 <= v.shape[-1] <= 256):
-        return f"its kernel takes heads of 1..256 features, not D = {q.shape[-1]} and Dv = {v.shape[-1]}"
-    return arguments.dtype_limit(q, None, "float32 bfloat16 float16") or scale_limit(scale)
+    return _cpu_limit(q, k, v) or scale_limit(scale)
 
 
 LIMITS = {

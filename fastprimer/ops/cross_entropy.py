@@ -27,7 +27,11 @@ and 0 for ignored tokens. With logits L = X Wᵀ + bias (N x V) and dL as above,
 
     dX = dL W,    dW = dLᵀ X,    dbias = Σ_n dL_n
 
-**Memory.** lse is all that backward needs besides the inputs: it recomputes any part of L, which makes four products of N V C
+**Rounding.** Where logits are large, the last digits of lse are not those of the loss or of p: for a token that the model is sure of,
+lse and z_t are almost the same number. So the loss is log Σ exp(z_v − m) + (m − z_t), and backward is handed two numbers, lse as it was
+rounded and κ = exp(lse − exact lse): p_v = κ exp(z_v − lse) has an error of a few units in the last place whatever lse is.
+
+**Memory.** lse and κ are all that backward needs besides the inputs: it recomputes any part of L, which makes four products of N V C
 multiplications out of three. Within `memory_budget` bytes the forward also hands on `kept`, z of the first columns of the
 vocabulary (`kept_columns` says how many), and only the rest is computed twice: in float32, or in 16 bits where x and bias have no more.
 Those are numbers of fixed point, and every BLOCK columns of a token have a shift, 31 below m, the largest z so far,
@@ -50,8 +54,8 @@ import torch
 from torch import Tensor
 
 from fastprimer.backends import choose, implementation
-from fastprimer.config import is_count
 from fastprimer.ops import _arguments as arguments
+from fastprimer.ops import _loss_arguments as loss_arguments
 
 DEFAULT_BUDGET = 8
 """Bytes of z that linear_cross_entropy keeps for backward by default, for each byte of x."""
@@ -62,7 +66,7 @@ BLOCK, STEPS, TOP = 128, 1024, 31
 def cross_entropy_forward(
     logits: Tensor, target: Tensor, ignore_index: int, label_smoothing: float, z_loss: float, softcap: Optional[float]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logits (N, V), target (N,) -> loss (N,), lse (N,), both float32 (float64 for float64), argmax (N,) int64."""
+    """logits (N, V), target (N,) -> loss (N,), lse and κ (2, N), both float32 (float64 for float64), argmax (N,) int64."""
     return _losses(_capped(logits, softcap), target, ignore_index, label_smoothing, z_loss)
 
 
@@ -77,7 +81,7 @@ def cross_entropy_backward(
     z_loss: float,
     softcap: Optional[float],
 ) -> Tensor:
-    """dloss (N,), dlse (N,) or None, logits (N, V), target (N,), lse (N,) -> dlogits (N, V)."""
+    """dloss (N,), dlse (N,) or None, logits (N, V), target (N,), lse and κ (2, N) -> dlogits (N, V)."""
     return _dlogits(dloss, dlse, logits, target, lse, ignore_index, label_smoothing, z_loss, softcap).to(logits.dtype).contiguous()
 
 
@@ -92,7 +96,9 @@ def linear_cross_entropy_forward(
     softcap: Optional[float],
     memory_budget: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x (N, C), weight (V, C), target (N,), bias (V,) or None -> loss, lse, argmax (N,), kept (N, columns), shift (N, blocks).
+    """x (N, C), weight (V, C), target (N,), bias (V,) or None
+
+    -> loss (N,), lse and κ (2, N), argmax (N,), kept (N, columns), shift (N, blocks).
 
     kept is z of the first `kept_columns`, 0 for ignored tokens: in lse's dtype, without blocks, or int16 with its shifts in float32.
     """
@@ -147,12 +153,27 @@ def kept_columns(N: int, V: int, memory_budget: int, in_16_bits: bool) -> int:
 
 def _losses(z: Tensor, target: Tensor, ignore_index: int, label_smoothing: float, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
     valid = target != ignore_index
-    lse = torch.logsumexp(z, -1)
-    z_target = z.gather(-1, torch.where(valid, target, 0).long().unsqueeze(-1)).squeeze(-1)
-    loss = lse - (1 - label_smoothing) * z_target + z_loss * lse * lse  # in this order: a square may be infinite, and 0 of it is no number
+    m = z.detach().amax(-1)
+    m = torch.where(m.isinf(), 0.0, m)
+    near = z - m.unsqueeze(-1)
+    log_sum = torch.logsumexp(near, -1)
+    lse = m + log_sum
+    near_target = near.gather(-1, torch.where(valid, target, 0).long().unsqueeze(-1)).squeeze(-1)
+    loss = log_sum - (1 - label_smoothing) * near_target
+    loss = loss + z_loss * lse * lse  # in this order: a square may be infinite, and 0 of it is no number
     if label_smoothing != 0:
-        loss = loss - label_smoothing * z.mean(-1)
-    return torch.where(valid, loss, 0.0), torch.where(valid, lse, 0.0), torch.where(valid, z.argmax(-1), -1)
+        loss = loss - label_smoothing * near.mean(-1)
+    both = torch.where(valid, torch.stack((lse, _correction(m, log_sum.detach(), lse.detach()))), 0.0)
+    return torch.where(valid, loss, 0.0), both, torch.where(valid, z.argmax(-1), -1)
+
+
+def _correction(m: Tensor, log_sum: Tensor, lse: Tensor) -> Tensor:
+    """κ = exp(lse − (m + log_sum)), where lse is that sum as it was rounded.
+
+    Source: Knuth, The Art of Computer Programming 2, section 4.2.2, theorem B.
+    """
+    part = lse - m
+    return torch.where(lse.isinf(), 1.0, torch.exp((lse - part - m) + (part - log_sum)))
 
 
 def _capped(logits: Tensor, softcap: Optional[float]) -> Tensor:
@@ -172,14 +193,14 @@ def _logits(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
 def _dlogits(dloss, dlse, logits, target, lse, ignore_index, label_smoothing, z_loss, softcap):
     z = _capped(logits, softcap)
     V = z.shape[-1]
-    valid = target != ignore_index
+    valid, (lse, correction) = target != ignore_index, lse
     # The mean over no token at all has an infinite dloss: an ignored token's gradient is 0 whatever dloss is.
     dloss = torch.where(valid, dloss, 0.0).unsqueeze(-1)
     dtop = dloss * (1 + 2 * z_loss * lse).unsqueeze(-1)
     if dlse is not None:
         dtop = dtop + dlse.unsqueeze(-1)
     is_target = torch.arange(V, device=z.device) == target.unsqueeze(-1)
-    p = torch.exp(z - lse.unsqueeze(-1))
+    p = correction.unsqueeze(-1) * torch.exp(z - lse.unsqueeze(-1))
     dz = dtop * p - dloss * ((1 - label_smoothing) * is_target.to(z.dtype) + label_smoothing / V)
     if softcap is not None:
         dz = dz * (1 - (z / softcap).square())
@@ -215,7 +236,7 @@ class CrossEntropy(torch.autograd.Function):
             loss, lse, argmax, kept, shift = functions.linear_cross_entropy_forward(x, weight, target, bias, *options, memory_budget)
         ctx.save_for_backward(x, weight, bias, target, lse, kept, shift)
         ctx.mark_non_differentiable(argmax)
-        return loss, lse, argmax
+        return loss, lse[0], argmax
 
     @staticmethod
     def backward(ctx, dloss, dlse, _):
@@ -274,14 +295,15 @@ def cross_entropy(
     """
     arguments.check_floating("cross_entropy: logits", logits)
     arguments.check(logits.dim() >= 1 and logits.shape[-1] > 0, "cross_entropy: logits", "shape (..., V), V >= 1", tuple(logits.shape))
-    options = _options("cross_entropy", ignore_index, reduction, label_smoothing, z_loss, softcap, return_lse, return_argmax)
-    target, all_count = _checked_target("cross_entropy", target, logits, logits.shape[-1], ignore_index)
+    options = loss_arguments.options("cross_entropy", ignore_index, reduction, label_smoothing, z_loss, softcap, return_lse, return_argmax)
+    target, all_count = loss_arguments.checked_target("cross_entropy", target, logits, logits.shape[-1], ignore_index)
     rows, flat = logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
     backend = choose("cross_entropy", rows, flat, *options)
     if arguments.needs_gradient(logits):
         outputs = CrossEntropy.apply(backend, rows, None, None, flat, 0, options)
     else:
-        outputs = implementation("cross_entropy", backend).cross_entropy_forward(rows, flat, *options)
+        loss, lse, argmax = implementation("cross_entropy", backend).cross_entropy_forward(rows, flat, *options)
+        outputs = loss, lse[0], argmax
     return _asked_for(outputs, target, all_count, ignore_index, reduction, return_lse, return_argmax)
 
 
@@ -318,22 +340,12 @@ def linear_cross_entropy(
     name = "linear_cross_entropy"
     for label, tensor in (("x", x), ("weight", weight)) + ((("bias", bias),) if bias is not None else ()):
         arguments.check_floating(f"{name}: {label}", tensor)
-    options = _options(name, ignore_index, reduction, label_smoothing, z_loss, softcap, return_lse, return_argmax)
+    options = loss_arguments.options(name, ignore_index, reduction, label_smoothing, z_loss, softcap, return_lse, return_argmax)
     if memory_budget is not None:
-        _check_integer(f"{name}: memory_budget", memory_budget, "None or a number of bytes >= 0", 0)
+        loss_arguments.check_integer(f"{name}: memory_budget", memory_budget, "None or a number of bytes >= 0", 0)
     x, weight, bias = arguments.autocast(x, weight, bias)
-    if weight.numel() == 0 or weight.dim() != 2:
-        raise ValueError(
-            f"{name}: weight: expected shape (V, C), not empty, got {tuple(weight.shape)}; a parameter that is sharded or "
-            "flattened (ZeRO-3, FSDP) must be gathered before it is used here"
-        )
-    if x.dim() == 0 or x.shape[-1] != weight.shape[1]:
-        arguments.refuse(f"{name}: x", f"shape (..., C = {weight.shape[1]})", tuple(x.shape))
-    arguments.check_like(f"{name}: weight", weight, x, "x")
-    if bias is not None:
-        arguments.check_shape(f"{name}: bias", bias, weight.shape[:1], "(V,)")
-        arguments.check_device(f"{name}: bias", bias, x, "x")
-    target, all_count = _checked_target(name, target, x, weight.shape[0], ignore_index)
+    loss_arguments.check_projection(name, x, weight, bias)
+    target, all_count = loss_arguments.checked_target(name, target, x, weight.shape[0], ignore_index)
     rows, flat = x.reshape(-1, x.shape[-1]), target.reshape(-1)
     gradient = arguments.needs_gradient(x, weight, bias)
     budget = DEFAULT_BUDGET * x.numel() * x.element_size() if memory_budget is None else memory_budget
@@ -343,48 +355,14 @@ def linear_cross_entropy(
         rows, weight = arguments.distinct(rows, weight)
         outputs = CrossEntropy.apply(backend, rows, weight, bias, flat, budget, options)
     else:
-        outputs = implementation(name, backend).linear_cross_entropy_forward(rows, weight, flat, bias, *options, budget)
+        functions = implementation(name, backend)
+        loss, lse, argmax, *_ = functions.linear_cross_entropy_forward(rows, weight, flat, bias, *options, budget)
+        outputs = loss, lse[0], argmax
     return _asked_for(outputs, target, all_count, ignore_index, reduction, return_lse, return_argmax)
 
 
-def _options(name, ignore_index, reduction, label_smoothing, z_loss, softcap, return_lse, return_argmax):
-    """The checked options, in the order in which every backend takes them."""
-    arguments.check(reduction in ("mean", "sum", "none"), f"{name}: reduction", "'mean', 'sum' or 'none'", repr(reduction))
-    _check_integer(f"{name}: ignore_index", ignore_index, "an integer of 64 bits", -(2**63))
-    smooth = isinstance(label_smoothing, (int, float)) and 0 <= label_smoothing <= 1
-    arguments.check(smooth, f"{name}: label_smoothing", "a number in 0..1", label_smoothing)
-    arguments.check(isinstance(z_loss, (int, float)) and abs(z_loss) < 2**126, f"{name}: z_loss", "a finite number", z_loss)
-    arguments.check_softcap(name, softcap)
-    arguments.check_flag(f"{name}: return_lse", return_lse)
-    arguments.check_flag(f"{name}: return_argmax", return_argmax)
-    return ignore_index, float(label_smoothing), float(z_loss), None if softcap is None else float(softcap)
-
-
-def _check_integer(name: str, value: object, expected: str, least: int) -> None:
-    if not is_count(value, least) or value >= 2**63:
-        arguments.refuse(name, expected, repr(value))  # whose text torch.compile cannot make of a size
-
-
-def _checked_target(name: str, target: Tensor, x: Tensor, V: int, ignore_index: int) -> tuple[Tensor, bool]:
-    """The targets, and whether every token is known to count: the usual case, in which one look at them is enough, and none at their
-    number."""
-    arguments.check_integer(f"{name}: target", target)
-    arguments.check_shape(f"{name}: target", target, x.shape[:-1], "of the tokens")
-    arguments.check_device(f"{name}: target", target, x, "the logits")
-    target = target.long()  # 32 bits would wrap the number that they are compared with
-    if not arguments.inspectable(target) or target.numel() == 0:
-        return target, False
-    least, most = torch.aminmax(target)
-    if 0 <= least.item() and most.item() < V:
-        return target, not 0 <= ignore_index < V
-    wrong = (target != ignore_index) & ((target < 0) | (target >= V))
-    if bool(wrong.any()):
-        raise ValueError(f"{name}: target: expected numbers in 0..{V - 1} or ignore_index={ignore_index}, got {target[wrong][0].item()}")
-    return target, False
-
-
 def _asked_for(outputs, target: Tensor, all_count: bool, ignore_index: int, reduction: str, return_lse: bool, return_argmax: bool):
-    loss, lse, argmax = outputs[:3]
+    loss, lse, argmax = outputs
     if reduction == "none":
         loss = loss.reshape(target.shape)
     elif reduction == "sum":

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastprimer.backends import autocasting, choose, implementation
 from fastprimer.ops import _arguments as arguments
-from fastprimer.ops._attention_arguments import check_heads, check_scores, normalise_window, scale_limit
+from fastprimer.ops._attention_arguments import check_heads, check_scores, heads_limit, normalise_window, scale_limit
 from fastprimer.ops.attention import attend
 
 MAX_QUERIES = 16
@@ -75,9 +75,7 @@ def _limit(q, k_cache, v_cache, *_) -> str:
 
 
 def _gpu_limit(q, k_cache, v_cache, cache_seqlens, k, v, block_table, sinks, scale, *_) -> str:
-    if not (q.shape[-1] <= 256 and v_cache.shape[-1] <= 256):
-        return f"its kernel takes heads of 1..256 features, not D = {q.shape[-1]} and Dv = {v_cache.shape[-1]}"
-    return _limit(q, k_cache, v_cache) or scale_limit(scale)
+    return heads_limit(q, v_cache) or _limit(q, k_cache, v_cache) or scale_limit(scale)
 
 
 LIMITS = {"attention_with_kv_cache": {"cpu": _limit, "triton": _gpu_limit, "cuda": _gpu_limit}}

@@ -218,7 +218,8 @@ def route(
         arguments.check_floating("route: bias", bias)
         arguments.check_shape("route: bias", bias, (E,), "(E,)")
         arguments.check_device("route: bias", bias, logits, "logits")
-    call = logits, k, SCORES.index(score), bool(renormalize), bias, groups, top_groups, arguments.number("route: scale", scale)
+    arguments.check_flag("route: renormalize", renormalize)
+    call = logits, k, SCORES.index(score), renormalize, bias, groups, top_groups, arguments.number("route: scale", scale)
     backend = choose("route", *call)
     if arguments.needs_gradient(logits):
         return Route.apply(backend, *call)

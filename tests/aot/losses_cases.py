@@ -23,7 +23,7 @@ EVERY, NOTHING = (0.1, 1e-4, 30.0), (0.0, 0.0, None)
 def vectors(N: int, dtype: torch.dtype) -> tuple:
     """dloss, target, lse"""
     wide = torch.promote_types(dtype, torch.float32)
-    return meta(wide, N), meta(torch.int64, N), meta(wide, N)
+    return meta(wide, N), meta(torch.int64, N), meta(wide, 2, N)
 
 
 def plain_cases(dtype: torch.dtype, N: int, V: int, options: tuple = NOTHING, columns_last=True, kernels=cross_entropy) -> list[Case]:

@@ -48,6 +48,8 @@ BUGS = [
     bug("smoothing forgets the other words", "loss -= args.label_smoothing * all.total", "loss -= 0 * all.total", "loss is wrong"),
     bug("z-loss without its slope", "(1 + 2 * args.z_loss * lse)", "(1 + args.z_loss * lse)", "dlogits is wrong"),
     bug("the gradient of lse dropped", "+ number(args.gradients.dlse);", "+ 0 * number(args.gradients.dlse);", "dlogits is wrong"),
+    bug("the gradient by the rounded lse", "number(args.gradients.correction);", "1;", "of the sure token"),
+    bug("the loss by the rounded lse", "double loss = lse - (1", "double loss = rounded - (1", "of the sure token"),
     bug("softcap without its slope", "dz[i] *= cap.slope(z[i]);", "dz[i] *= 1;", "dlogits is wrong"),
     bug("an ignored token has a gradient", "if (!in.counts(n)) {  // its", "if (false) {  // its", "of an ignored token are wrong"),
     bug(

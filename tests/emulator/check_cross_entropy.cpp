@@ -81,7 +81,7 @@ struct Run {
   const Case& c;
   int stride;
   Buffer<T> logits;
-  Buffer<float> bias, dloss, dlse, loss, lse;
+  Buffer<float> bias, dloss, dlse, loss, lse, correction;
   Buffer<int64_t> target, argmax;
 
   explicit Run(const Case& c)
@@ -93,6 +93,7 @@ struct Run {
         dlse(c.N),
         loss(c.N),
         lse(c.N),
+        correction(c.N),
         target(c.N),
         argmax(c.N) {
     std::mt19937 random(c.N + c.V);
@@ -109,8 +110,8 @@ struct Run {
   }
 
   bool ignored(int n) { return target[n] == IGNORED; }
-  LossOutputs outputs() { return {loss.data(), lse.data(), argmax.data()}; }
-  LossGradients gradients() { return {dloss.data(), c.dlse ? dlse.data() : nullptr, lse.data()}; }
+  LossOutputs outputs() { return {loss.data(), lse.data(), correction.data(), argmax.data()}; }
+  LossGradients gradients() { return {dloss.data(), c.dlse ? dlse.data() : nullptr, lse.data(), correction.data()}; }
 
   Truth truth(int n, bool with_bias) {
     std::vector<double> l;
@@ -121,7 +122,8 @@ struct Run {
   void check_outputs(const std::string& name, bool with_bias) {
     for (int n = 0; n < c.N; n++) {
       if (ignored(n)) {
-        if (loss[n] != 0 || lse[n] != 0 || argmax[n] != -1) return fail(name + ": outputs of an ignored token are wrong");
+        if (loss[n] != 0 || lse[n] != 0 || correction[n] != 0 || argmax[n] != -1)
+          return fail(name + ": outputs of an ignored token are wrong");
         continue;
       }
       const Truth t = truth(n, with_bias);
@@ -131,6 +133,7 @@ struct Run {
     }
     loss.finish(name + ": loss");
     lse.finish(name + ": lse");
+    correction.finish(name + ": correction");
     argmax.finish(name + ": argmax");
   }
 };
@@ -287,7 +290,7 @@ void check_around(Dtype dtype, const std::string& name) {
   sum.finish(name + ": sum");
   out.finish(name + ": out");
 
-  for (int n = 0; n < c.N; n++) run.lse[n] = 2;
+  for (int n = 0; n < c.N; n++) run.lse[n] = 2, run.correction[n] = 1;
   if (const char* error = linear_cross_entropy_scale(Cuda{}, problem, run.gradients(), scale.data()))
     return fail(name + ": scale: " + error);
   double most = 0;
@@ -298,15 +301,16 @@ void check_around(Dtype dtype, const std::string& name) {
   if (std::frexp(scale[0], &exponent) != 0.5 || most * scale[0] >= 32768 || most * scale[0] < 8192) fail(name + ": scale is wrong");
 }
 
-// Rows of NaN, of infinities and of equal numbers; a target that is no word's.
+// Rows of NaN, of infinities and of equal numbers; a target that is no word's; a token that the model is sure of, far from 0.
 void check_special() {
-  const Case c = {.N = 6, .V = 2500};
+  const Case c = {.N = 7, .V = 2500};
   Run<float> run(c);
   for (int v = 0; v < c.V; v++) {
     run.logits[v] = v == 1900 || v == 2000 ? NAN : 1;
     run.logits[c.V + v] = -INFINITY;
     run.logits[2 * c.V + v] = v == 700 || v == 1800 ? 5 : -INFINITY;
     run.logits[4 * c.V + v] = 0;
+    run.logits[6 * c.V + v] = v == 700 ? 1001 : v == 5 ? 993 : -INFINITY;
   }
   for (int n = 0; n < c.N; n++) run.target[n] = n == 5 ? int64_t{1} << 40 : n == 3 ? IGNORED : 700;
   Buffer<float> dlogits(static_cast<size_t>(c.N) * c.V);
@@ -319,6 +323,11 @@ void check_special() {
   expect("special: lse of two", std::abs(run.lse[2] - 5 - std::log(2)) < 1e-5 && run.argmax[2] == 700);
   expect("special: not the first of equals", run.argmax[4] == 0);
   expect("special: a target that is no word's", std::isnan(run.loss[5]) && std::isfinite(run.lse[5]));
+  expect("special: loss of the sure token", std::abs(run.loss[6] - std::log1p(std::exp(-8))) < 2e-7);
+  const float* sure = dlogits.data() + 6 * c.V;
+  const double p = 1 / (1 + std::exp(8));
+  expect("special: dlogits of the sure token",
+         std::abs(sure[5] - run.dloss[6] * p) < 2e-7 && std::abs(sure[700] + run.dloss[6] * p) < 4e-7);
   dlogits.finish("special: dlogits");
 }
 
