@@ -39,8 +39,10 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except BaseException:
+    except BaseException as error:
         part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # of a full disk the system does not say whose
+            error.filename = str(path)
         raise
     _sync_folder(path.parent)
 
