@@ -23,8 +23,8 @@ void check_logits(const Tensor& logits) {
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& target_, int64_t ignore_index, double label_smoothing,
-                                           double z_loss, std::optional<double> softcap) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& target_, int64_t ignore_index,
+                                                   double label_smoothing, double z_loss, std::optional<double> softcap) {
   check_logits(logits);
   const On<Device> on(logits);
   const Rows rows(logits);
@@ -34,17 +34,17 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& t
     const CrossEntropyProblem problem = problem_of(logits, rows, target, options_of(ignore_index, label_smoothing, z_loss, softcap));
     check(cross_entropy_forward(on.device, {.problem = problem, .outputs = outputs.pointers()}), "cross_entropy_forward");
   }
-  return {outputs.loss, outputs.lse, outputs.argmax};
+  return {outputs.loss, outputs.lse, outputs.correction, outputs.argmax};
 }
 
 template <class Device>
 Tensor backward(const Tensor& dloss, std::optional<Tensor> dlse, const Tensor& logits, const Tensor& target_, const Tensor& lse,
-                int64_t ignore_index, double label_smoothing, double z_loss, std::optional<double> softcap) {
+                const Tensor& correction, int64_t ignore_index, double label_smoothing, double z_loss, std::optional<double> softcap) {
   check_logits(logits);
   const On<Device> on(logits);
   const Rows rows(logits);
   const Tensor target = targets<Device>(target_, logits, rows.N, rows.C, ignore_index);
-  const Upstream upstream(dloss, dlse, lse, logits, rows.N);
+  const Upstream upstream(dloss, dlse, lse, correction, logits, rows.N);
   Tensor dlogits = empty(logits, logits.sizes(), logits.scalar_type());
   if (rows.N > 0) {
     const CrossEntropyProblem problem = problem_of(logits, rows, target, options_of(ignore_index, label_smoothing, z_loss, softcap));

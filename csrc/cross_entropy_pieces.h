@@ -80,8 +80,9 @@ inline void forward_by_pieces(Cuda device, const LinearCrossEntropyProblem& p, c
   const auto done = [](Error error) { check(error, "linear_cross_entropy_forward"); };
   Tensor room = empty(kept, {p.N * static_cast<int64_t>(sizeof(LossState))}, ScalarType::Byte);
   auto* const state = static_cast<LossState*>(room.mutable_data_ptr());
+  const Tensor tokens = torch::stable::contiguous(x);  // as they are in backward, where the library is to round the same product alike
   pieces.each([&](const LogitsPiece& piece, const Tensor& logits, const Tensor& rows) {
-    product(x, transposed(rows), logits);
+    product(tokens, transposed(rows), logits);
     done(linear_cross_entropy_fold(device, p, piece, state, outputs));
     if (piece.kept && p.in_16_bits) done(linear_cross_entropy_keep(device, p, piece, state, kept_in_16_bits(p, kept, shift)));
   });

@@ -26,22 +26,18 @@ Tensor targets(const Tensor& target, const Tensor& like, int64_t N, int64_t V, i
   return numbers;
 }
 
-// Where the second row of (2, N) numbers of 4 or 8 bytes begins, of which the first one begins at `data`.
-template <class Data>
-Data* second_row(const Tensor& t, Data* data) {
-  using Bytes = std::conditional_t<std::is_const_v<Data>, const char, char>;
-  return static_cast<Bytes*>(data) + t.size(1) * (t.scalar_type() == ScalarType::Double ? 8 : 4);
-}
-
-// loss, argmax (N,), and lse and its correction (2, N), to be written.
+// loss, lse and its correction, and argmax, to be written.
 struct Outputs {
-  Tensor loss, lse, argmax;
+  Tensor loss, lse, correction, argmax;
 
   Outputs(const Tensor& like, int64_t N)
-      : loss(empty(like, {N}, wide(like))), lse(empty(like, {2, N}, wide(like))), argmax(empty(like, {N}, ScalarType::Long)) {}
+      : loss(empty(like, {N}, wide(like))),
+        lse(empty(like, {N}, wide(like))),
+        correction(empty(like, {N}, wide(like))),
+        argmax(empty(like, {N}, ScalarType::Long)) {}
 
   LossOutputs pointers() {
-    return {loss.mutable_data_ptr(), lse.mutable_data_ptr(), second_row(lse, lse.mutable_data_ptr()),
+    return {loss.mutable_data_ptr(), lse.mutable_data_ptr(), correction.mutable_data_ptr(),
             static_cast<int64_t*>(argmax.mutable_data_ptr())};
   }
 };
@@ -50,20 +46,23 @@ struct Outputs {
 struct Upstream {
   Tensor dloss;
   std::optional<Tensor> dlse;
-  Tensor lse;
+  Tensor lse, correction;
 
-  Upstream(const Tensor& dloss_, const std::optional<Tensor>& dlse_, const Tensor& lse_, const Tensor& like, int64_t N)
-      : dloss(contiguous("dloss", dloss_, like, {N})), lse(contiguous("lse", lse_, like, {2, N})) {
-    if (dlse_) dlse = contiguous("dlse", *dlse_, like, {N});
+  Upstream(const Tensor& dloss_, const std::optional<Tensor>& dlse_, const Tensor& lse_, const Tensor& correction_, const Tensor& like,
+           int64_t N)
+      : dloss(contiguous("dloss", dloss_, like, N)),
+        lse(contiguous("lse", lse_, like, N)),
+        correction(contiguous("correction", correction_, like, N)) {
+    if (dlse_) dlse = contiguous("dlse", *dlse_, like, N);
   }
 
   LossGradients pointers() const {
-    return {dloss.const_data_ptr(), data_of<void>(dlse), lse.const_data_ptr(), second_row(lse, lse.const_data_ptr())};
+    return {dloss.const_data_ptr(), data_of<void>(dlse), lse.const_data_ptr(), correction.const_data_ptr()};
   }
 
  private:
-  static Tensor contiguous(const char* name, const Tensor& t, const Tensor& like, std::initializer_list<int64_t> shape) {
-    check_shape(name, t, shape);
+  static Tensor contiguous(const char* name, const Tensor& t, const Tensor& like, int64_t N) {
+    check_shape(name, t, {N});
     check_on(name, t, wide(like), like);
     return torch::stable::contiguous(t);
   }

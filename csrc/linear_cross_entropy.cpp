@@ -65,9 +65,10 @@ Linear linear_of(const Tensor& x, const Tensor& weight, const Tensor& target, co
 }
 
 template <class Device>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& weight, const Tensor& target,
-                                                                  std::optional<Tensor> bias, int64_t ignore_index, double label_smoothing,
-                                                                  double z_loss, std::optional<double> softcap, int64_t memory_budget) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_forward(const Tensor& x, const Tensor& weight, const Tensor& target,
+                                                                          std::optional<Tensor> bias, int64_t ignore_index,
+                                                                          double label_smoothing, double z_loss,
+                                                                          std::optional<double> softcap, int64_t memory_budget) {
   STD_TORCH_CHECK(memory_budget >= 0, "fastprimer: memory_budget: expected a number >= 0");
   const On<Device> on(x);
   Linear in = linear_of<Device>(x, weight, target, bias, options_of(ignore_index, label_smoothing, z_loss, softcap));
@@ -76,7 +77,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_forward(const Tensor& 
   Outputs outputs(x, in.x.N);
   Tensor kept = empty(x, {in.x.N, in.problem.columns}, kept_type(in.problem));
   Tensor shift = empty(x, {in.x.N, in.problem.in_16_bits ? kept_blocks(in.problem.columns) : 0}, ScalarType::Float);
-  if (in.x.N == 0) return {outputs.loss, outputs.lse, outputs.argmax, kept, shift};
+  if (in.x.N == 0) return {outputs.loss, outputs.lse, outputs.correction, outputs.argmax, kept, shift};
   if constexpr (std::is_same_v<Device, Cuda>) {
     forward_by_pieces(on.device, in.problem, in.x.tensor, in.weight.tensor, outputs.pointers(), kept, shift);
   } else {
@@ -86,18 +87,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_forward(const Tensor& 
                                                    .shift = static_cast<float*>(shift.mutable_data_ptr())}),
           "linear_cross_entropy_forward");
   }
-  return {outputs.loss, outputs.lse, outputs.argmax, kept, shift};
+  return {outputs.loss, outputs.lse, outputs.correction, outputs.argmax, kept, shift};
 }
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dloss, std::optional<Tensor> dlse, const Tensor& x, const Tensor& weight,
-                                                   const Tensor& target, const Tensor& lse, const Tensor& kept_, const Tensor& shift_,
-                                                   std::optional<Tensor> bias, int64_t ignore_index, double label_smoothing, double z_loss,
-                                                   std::optional<double> softcap) {
+                                                   const Tensor& target, const Tensor& lse, const Tensor& correction, const Tensor& kept_,
+                                                   const Tensor& shift_, std::optional<Tensor> bias, int64_t ignore_index,
+                                                   double label_smoothing, double z_loss, std::optional<double> softcap) {
   const On<Device> on(x);
   Linear in = linear_of<Device>(x, weight, target, bias, options_of(ignore_index, label_smoothing, z_loss, softcap));
   const int64_t V = weight.size(0);
-  const Upstream upstream(dloss, dlse, lse, x, in.x.N);
+  const Upstream upstream(dloss, dlse, lse, correction, x, in.x.N);
   STD_TORCH_CHECK(kept_.dim() == 2 && kept_.size(0) == in.x.N && (kept_.size(1) == V || (kept_.size(1) < V && kept_.size(1) % 256 == 0)),
                   "fastprimer: kept: expected shape (N, columns)");
   check_on("kept", kept_, kept_type(in.problem), x);

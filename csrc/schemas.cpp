@@ -35,15 +35,17 @@ STABLE_TORCH_LIBRARY(FASTPRIMER_NAMESPACE, m) {
       "Tensor, Tensor)");
   m.def(
       "cross_entropy_forward(Tensor logits, Tensor target, SymInt ignore_index, float label_smoothing, float z_loss, float? softcap) -> "
-      "(Tensor, Tensor, Tensor)");
+      "(Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "cross_entropy_backward(Tensor dloss, Tensor? dlse, Tensor logits, Tensor target, Tensor lse, SymInt ignore_index, float "
+      "cross_entropy_backward(Tensor dloss, Tensor? dlse, Tensor logits, Tensor target, Tensor lse, Tensor correction, SymInt "
+      "ignore_index, float "
       "label_smoothing, float z_loss, float? softcap) -> Tensor");
   m.def(
       "linear_cross_entropy_forward(Tensor x, Tensor weight, Tensor target, Tensor? bias, SymInt ignore_index, float label_smoothing, "
-      "float z_loss, float? softcap, SymInt memory_budget) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "float z_loss, float? softcap, SymInt memory_budget) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
-      "linear_cross_entropy_backward(Tensor dloss, Tensor? dlse, Tensor x, Tensor weight, Tensor target, Tensor lse, Tensor kept, Tensor "
+      "linear_cross_entropy_backward(Tensor dloss, Tensor? dlse, Tensor x, Tensor weight, Tensor target, Tensor lse, Tensor correction, "
+      "Tensor kept, Tensor "
       "shift, Tensor? bias, SymInt ignore_index, float label_smoothing, float z_loss, float? softcap) -> (Tensor, Tensor, Tensor)");
   m.def("set_loss_piece_bytes(int bytes) -> int");  // for tests: csrc/linear_cross_entropy.cpp
 #ifndef FASTPRIMER_EMULATED

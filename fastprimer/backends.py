@@ -110,6 +110,8 @@ def choose(op: str, *args) -> str:
         raise _Explained(_explain(op, args))
     x = args[0]
     device = "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type  # which takes longer
+    if torch.compiler.is_compiling():
+        _load_all(device)
     for backend in _candidates(op, device, args):
         reason = refusal(op, backend, device, args)
         if not reason:
@@ -163,9 +165,15 @@ _looking = threading.RLock()
 """Operators can be registered only once, and threads may call their first ones at the same time."""
 
 
+def _load_all(device: str) -> str:
+    """Load every backend that is of use on this device: while torch.compile traces a second operation, it sees `_functions` as it was
+    after the first."""
+    return "".join(unavailable(op, backend, device) for op in list(_chapters)[:1] for backend in BACKENDS)
+
+
 # What torch.compiler.assume_constant_result marks; that decorator imports torch._dynamo and Triton at once, which takes
 # seconds and leaves no time to ask for Triton's interpreter.
-unavailable._dynamo_marked_constant = transforming._dynamo_marked_constant = True
+unavailable._dynamo_marked_constant = transforming._dynamo_marked_constant = _load_all._dynamo_marked_constant = True
 
 
 def _look(op: str, backend: str, device: str) -> str:
@@ -177,7 +185,6 @@ def _look(op: str, backend: str, device: str) -> str:
         return f"there are no kernels for {device} tensors"
     reason = {"cpu": _no_cpu, "triton": _no_triton, "cuda": _no_cuda}[backend](device)
     if not reason:
-        # All operations at once: while torch.compile traces a second one, it sees `_functions` as it was after the first.
         for served in _chapters:
             if backend in _chapters[served].LIMITS[served] and (served, backend) not in _functions:
                 _functions[served, backend] = _load(served, backend, device)

@@ -41,7 +41,7 @@ def write_atomically(path: Path, data: bytes) -> None:
         os.replace(part, path)
     except BaseException as error:
         part.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # of a full disk the system does not say whose
+        if isinstance(error, OSError) and error.errno and error.filename is None:  # of a full disk the system does not say whose
             error.filename = str(path)
         raise
     _sync_folder(path.parent)

@@ -23,11 +23,27 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
+    chosen = next((word for word in argv if word in COMMANDS), None)
+    try:
+        status = _run(argv, chosen)
+        sys.stdout.flush()  # here, where a full disk is an error that can be told
+        return status
+    except KeyboardInterrupt:  # Ctrl-C is no error of ours to be traced; `train` has more to say
+        print(f"fastprimer {chosen}: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader went away, as `| head` does
+        sys.stderr.close()
+        return 0
+    except OSError as error:
+        print(f"fastprimer {chosen}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(argv: list[str], chosen: str | None) -> int:
     parser = argparse.ArgumentParser(prog="fastprimer", description="Kernels for modern LLMs, proven and measured.")
     parser.add_argument("--version", action="store_true", help="print the version and stop")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     # Only the chosen command's module is imported: some of them take seconds.
-    chosen = next((word for word in argv if word in COMMANDS), None)
     for name, (what, example) in COMMANDS.items():
         command = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".", epilog=f"Example: {example}")
         if name == chosen:
@@ -43,14 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.command is None:
         parser.print_help()
         return 2
-    try:
-        return args.run(args)
-    except KeyboardInterrupt:  # Ctrl-C is no error of ours to be traced; `train` has more to say
-        print(f"fastprimer {args.command}: stopped", file=sys.stderr)
-        return 130
-    except BrokenPipeError:  # the reader went away, as `| head` does
-        sys.stderr.close()
-        return 0
+    return args.run(args)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ Nothing here waits for a GPU: counts stay tensors until somebody prints them.
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from typing import NamedTuple
 
 import torch
@@ -176,6 +177,8 @@ class MoE(nn.Module):
         self.experts = Experts(experts, width, inner)
         self.shared_experts = SwiGLU(width, shared) if shared else None
         self.per_token, self.renormalize, self.choice, self.capacity_factor = per_token, renormalize, choice, capacity_factor
+        # As it was written, in integers: in binary 1.1 · 100 / 10 is more than 11, and torch.compile would make the number a symbol.
+        self.capacity_ratio = Fraction(str(1 if capacity_factor is None else capacity_factor)).as_integer_ratio()
         self.options = {"score": score, "groups": groups, "top_groups": top_groups, "scale": scale}
         self.routing: Routing | None = None
 
@@ -223,9 +226,7 @@ class MoE(nn.Module):
         return y.new_zeros(tokens.shape).index_put((chosen,), y, accumulate=True)  # in a fixed order, unlike index_add
 
     def _capacity(self, N: int) -> int:
-        factor = 1.0 if self.capacity_factor is None else self.capacity_factor
-        share = factor * N * self.per_token / len(self.gate.weight)
-        return math.ceil(share * (1 - 2**-48))  # 1.1 · 100 / 10 is a little more than 11 in binary
+        return -(-self.capacity_ratio[0] * N * self.per_token // (self.capacity_ratio[1] * len(self.gate.weight)))
 
     @torch.no_grad()
     def update_selection_bias(self, rate: float = 0.001, counts: Tensor | None = None) -> None:

@@ -123,9 +123,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, angles: Tensor) -> Tensor:  # x (B, S, C), angles (B, S, R/2) -> (B, S, C)
         batch, length, _ = x.shape
-        q = self.q_proj(x).view(batch, length, -1, self.config.head_dim)  # (B, S, H, D)
-        k = self.k_proj(x).view(batch, length, -1, self.config.head_dim)  # (B, S, Hk, D)
-        v = self.v_proj(x).view(batch, length, -1, self.config.head_dim)
+        q = self.q_proj(x).unflatten(-1, (-1, self.config.head_dim))  # (B, S, H, D)
+        k = self.k_proj(x).unflatten(-1, (-1, self.config.head_dim))  # (B, S, Hk, D)
+        v = self.v_proj(x).unflatten(-1, (-1, self.config.head_dim))
         if self.config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         scale = rotary_scale(self.config.rope)
@@ -137,7 +137,7 @@ class Attention(nn.Module):
         scores = scores.masked_fill(~self.visible(length, x.device), float("-inf"))
         weights = scores.to(torch.promote_types(x.dtype, torch.float32)).softmax(dim=-1).to(x.dtype)
         output = torch.einsum("bhst,bthd->bshd", weights, v)
-        return self.o_proj(output.reshape(batch, length, -1))
+        return self.o_proj(output.flatten(-2))
 
     def visible(self, length: int, device: torch.device) -> Tensor:
         """(S, S): query i sees key j <= i, at most sliding_window of them."""

@@ -141,7 +141,7 @@ def _page(results: list[Results], args: argparse.Namespace) -> str:
         sections.append(_growth(r, i, page.Section, lambda name, curves, caption: shown(name, plots.of_series(curves), caption)))
     gate = args.folder / "kernels.md"
     if gate.is_file():
-        sections.append(page.Section("The compile gate", gate.read_text(), gate.name))
+        sections.append(page.Section("The compile gate", gate.read_text(encoding="utf-8", errors="replace"), gate.name))
     return page.html("benchmarks", [_about(r) for r in results], sections)
 
 

@@ -24,8 +24,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from fastprimer.backends import BackendError
 from fastprimer.checkpoint import write_atomically
-from fastprimer.config import Config
+from fastprimer.config import Config, is_count, is_number
 from fastprimer.generate import amount, natural, positive, thread_count
 from fastprimer.memory import few_collected, keep_freed_memory
 from fastprimer.model import Model
@@ -125,6 +126,10 @@ class Plan:
         return self.settings.steps * BATCH * LENGTH
 
 
+WHOLE = ("width", "seed", "parameters", "tokens")
+"""Of the numbers of a Run."""
+
+
 @dataclass(frozen=True)
 class Run:
     """A trained model. loss: on held-out text, nats a token; seconds: of training; epochs: how often it saw the text."""
@@ -137,6 +142,14 @@ class Run:
     loss: float
     seconds: float
     epochs: float
+
+    @classmethod
+    def read(cls, record: dict) -> Run:
+        """From JSON; TypeError unless it has these numbers and no others."""
+        for name, value in record.items():
+            if not (is_count(value, 0) if name in WHOLE else is_number(value)):
+                raise TypeError(f"{name} is {value!r}")
+        return cls(**record)
 
     @property
     def plan(self) -> Plan:
@@ -206,7 +219,7 @@ def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     try:
         return _budget(args, console) if args.flops or args.parameters or args.tokens else _sweep(args, console)
-    except (ScalingError, FitError, TrainingError, OSError) as error:
+    except (BackendError, ScalingError, FitError, TrainingError, OSError) as error:
         print(f"fastprimer scaling: error: {error}", file=sys.stderr)
         return 2
     except (OverflowError, ZeroDivisionError):
@@ -261,8 +274,8 @@ def _read(path: Path, about: dict) -> list[Run]:
         record = json.loads(path.read_text())
         if record["sha256"] != about["sha256"]:
             raise ScalingError(f"{path}: expected runs on {about['text']} as it is now, got those of another text")
-        return [Run(**one) for one in record["runs"]]
-    except (KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        return [Run.read(one) for one in record["runs"]]
+    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ScalingError(f"{path}: expected the file of an earlier run, got a broken one ({error})") from None
 
 

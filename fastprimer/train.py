@@ -273,6 +273,8 @@ def run(args: argparse.Namespace) -> int:
     earlier = _saved(out / CHECKPOINT_FILE)
     try:
         return _run(args, out)
+    except BrokenPipeError:  # not of a file: whoever read what is printed went away
+        raise
     except (ConfigError, CheckpointError, BackendError, TrainingError, LogitsError, OSError) as error:
         print(f"fastprimer train: error: {error}", file=sys.stderr)
         return 2

@@ -8,8 +8,10 @@ one, on the device.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -146,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
     jobs = args.jobs or (max(2, (os.cpu_count() or 1) // 2) if torch.cuda.is_available() else 2)
     parts = max(1, jobs // 2)  # of each backend: two of them have most of the work
     work = [(b, [op for op, of in cells if of == b], Part(n, parts)) for n in range(1, parts + 1) for b in names]
-    with Progress(*columns, console=console, transient=True) as progress, ThreadPoolExecutor(jobs) as pool:
+    with Progress(*columns, console=console, transient=True) as progress, ThreadPoolExecutor(jobs) as pool, _workers_end_too(pool):
         task = progress.add_task(" ", total=total)
         list(pool.map(lambda item: _drive(*item, args, cells, progress, task), work))
     if not args.json:
@@ -176,10 +178,34 @@ def stream(backend: str, ops: list[str], seed: int, part: Part = WHOLE) -> Itera
     environment = os.environ | ({"TRITON_INTERPRET": "1"} if backend == "triton" and device == "cpu" else {})
     command = [sys.executable, "-m", "fastprimer.verify", backend, device, str(seed), str(part), *ops]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        for line in process.stdout:
-            yield json.loads(line)
+        _workers.append(process)
+        try:
+            for line in process.stdout:
+                yield json.loads(line)
+        finally:
+            _workers.remove(process)
     if process.returncode != 0:
         raise RuntimeError(f"verifying {backend} ended with exit status {process.returncode}; its error is printed above")
+
+
+_workers: list[subprocess.Popen] = []
+
+
+@contextlib.contextmanager
+def _workers_end_too(pool: ThreadPoolExecutor) -> Iterator[None]:
+    """Where the block ends early, by Ctrl-C or SIGTERM (and with them this command), no worker goes on and no other one begins."""
+    main = threading.current_thread() is threading.main_thread()  # only there may signals be handled
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)) if main else None
+    try:
+        yield
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in list(_workers):
+            process.terminate()
+        raise
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 _adding = threading.Lock()
@@ -219,4 +245,7 @@ def _table(cells: dict[tuple[str, str], Cell]) -> Table:
 
 
 if __name__ == "__main__":
-    worker(sys.argv[1], sys.argv[2], int(sys.argv[3]), Part.parse(sys.argv[4]), sys.argv[5:])
+    try:
+        worker(sys.argv[1], sys.argv[2], int(sys.argv[3]), Part.parse(sys.argv[4]), sys.argv[5:])
+    except KeyboardInterrupt:  # of which its parent speaks
+        sys.exit(130)

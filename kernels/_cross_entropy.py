@@ -83,14 +83,12 @@ def _fold(
 
 @triton.jit
 def cross_entropy_fold_kernel(
-    logits_ptr, bias_ptr, target_ptr, loss_ptr, lse_ptr, argmax_ptr, state_ptr,
+    logits_ptr, bias_ptr, target_ptr, loss_ptr, lse_ptr, correction_ptr, argmax_ptr, state_ptr,
     stride_logits_row, stride_logits_column, N, first, columns, V, ignore_index,
     FIRST: tl.constexpr, LAST: tl.constexpr, KEEP: tl.constexpr,
     LABEL_SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One row of a piece. logits (N, columns) by strides, bias (V,), target (N,)
-
-    -> in the LAST piece loss (N,), lse and κ (2, N), argmax (N,).
+    """One row of a piece. logits (N, columns) by strides, bias (V,), target (N,) -> in the LAST piece loss, lse, κ, argmax (N,).
 
     What a row has of it between two pieces stands in state (4, N): m, s, the sum of z, z of the target; and in argmax. m of all of them
     stands there in the end.
@@ -111,7 +109,7 @@ def cross_entropy_fold_kernel(
         if LAST:
             tl.store(loss_ptr + row, 0.0)
             tl.store(lse_ptr + row, 0.0)
-            tl.store(lse_ptr + N + row, 0.0)
+            tl.store(correction_ptr + row, 0.0)
             tl.store(argmax_ptr + row, -1)
         return
 
@@ -165,7 +163,7 @@ def cross_entropy_fold_kernel(
             loss += LABEL_SMOOTHING * (top - total_row / V)
         tl.store(loss_ptr + row, loss)
         tl.store(lse_ptr + row, lse)
-        tl.store(lse_ptr + N + row, tl.where(tl.abs(lse) == float("inf"), 1.0, tl.exp(rounding)))
+        tl.store(correction_ptr + row, tl.where(tl.abs(lse) == float("inf"), 1.0, tl.exp(rounding)))
         if state_ptr is not None:
             tl.store(state_ptr + row, top)
     else:
@@ -199,8 +197,8 @@ def cross_entropy_keep_kernel(
 
 @triton.jit
 def _gradient(
-    z_ptr, shift_ptr, bias_ptr, target_ptr, dloss_ptr, dlse_ptr, lse_ptr, scale_ptr, dlogits_ptr, partial_ptr,
-    stride_z_row, stride_z_column, stride_shift_row, stride_dlogits_row, N, first_row, end_row, first, column, columns, V, ignore_index,
+    z_ptr, shift_ptr, bias_ptr, target_ptr, dloss_ptr, dlse_ptr, lse_ptr, correction_ptr, scale_ptr, dlogits_ptr, partial_ptr,
+    stride_z_row, stride_z_column, stride_shift_row, stride_dlogits_row, first_row, end_row, first, column, columns, V, ignore_index,
     RAW: tl.constexpr, MASKED: tl.constexpr,
     LABEL_SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -216,7 +214,7 @@ def _gradient(
         dtop = dloss * (1 + 2 * Z_LOSS * lse)
         if dlse_ptr is not None:
             dtop += tl.load(dlse_ptr + row).to(WIDE)
-        dtop *= tl.load(lse_ptr + N + row).to(WIDE)
+        dtop *= tl.load(correction_ptr + row).to(WIDE)
         shifts = None if shift_ptr is None else shift_ptr + row * stride_shift_row
         z, inside = _load_z(
             z_ptr + row * stride_z_row, shifts, bias_ptr, first, column, columns, stride_z_column, valid, RAW, MASKED, SOFTCAP, WIDE
@@ -225,7 +223,7 @@ def _gradient(
         if LABEL_SMOOTHING != 0:
             dz -= dloss * LABEL_SMOOTHING / V
         if SOFTCAP > 0:
-            t = z * (1 / SOFTCAP)
+            t = z / SOFTCAP  # not by the reciprocal, whose rounding would show where t is nearly 1
             dz *= 1 - t * t
         dl = tl.where(valid, dz, 0.0)  # whatever dloss is
         total += dl
@@ -242,13 +240,13 @@ def _gradient(
 
 @triton.jit
 def cross_entropy_gradient_kernel(
-    z_ptr, shift_ptr, bias_ptr, target_ptr, dloss_ptr, dlse_ptr, lse_ptr, scale_ptr, dlogits_ptr, partial_ptr,
+    z_ptr, shift_ptr, bias_ptr, target_ptr, dloss_ptr, dlse_ptr, lse_ptr, correction_ptr, scale_ptr, dlogits_ptr, partial_ptr,
     stride_z_row, stride_z_column, stride_shift_row, stride_dlogits_row, N, first, columns, V, ignore_index,
     RAW: tl.constexpr, LABEL_SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr, SOFTCAP: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """COLUMNS of a piece in ROWS rows. z (N, columns) by strides, RAW: logits without bias; shift (N, blocks of all columns), of z in
-    16 bits; bias (V,), dloss, dlse, target (N,), lse and κ (2, N)
+    16 bits; bias (V,), dloss, dlse, target, lse, κ (N,)
 
     -> dlogits (N, columns) with a row stride, times scale where there is one; partial (programs, columns), dbias of these rows.
 
@@ -263,15 +261,15 @@ def cross_entropy_gradient_kernel(
         partial_ptr += chunk.to(tl.int64) * columns
     if (block + 1) * COLUMNS <= columns:  # so that most accesses are of 16 bytes, however many columns there are
         _gradient(
-            z_ptr, shift_ptr, bias_ptr, target_ptr, dloss_ptr, dlse_ptr, lse_ptr, scale_ptr, dlogits_ptr, partial_ptr,
+            z_ptr, shift_ptr, bias_ptr, target_ptr, dloss_ptr, dlse_ptr, lse_ptr, correction_ptr, scale_ptr, dlogits_ptr, partial_ptr,
             stride_z_row, stride_z_column, stride_shift_row, stride_dlogits_row,
-            N, first_row, end_row, first, column, columns, V, ignore_index,
+            first_row, end_row, first, column, columns, V, ignore_index,
             RAW, False, LABEL_SMOOTHING, Z_LOSS, SOFTCAP, WIDE,
         )  # fmt: skip
     else:
         _gradient(
-            z_ptr, shift_ptr, bias_ptr, target_ptr, dloss_ptr, dlse_ptr, lse_ptr, scale_ptr, dlogits_ptr, partial_ptr,
+            z_ptr, shift_ptr, bias_ptr, target_ptr, dloss_ptr, dlse_ptr, lse_ptr, correction_ptr, scale_ptr, dlogits_ptr, partial_ptr,
             stride_z_row, stride_z_column, stride_shift_row, stride_dlogits_row,
-            N, first_row, end_row, first, column, columns, V, ignore_index,
+            first_row, end_row, first, column, columns, V, ignore_index,
             RAW, True, LABEL_SMOOTHING, Z_LOSS, SOFTCAP, WIDE,
         )  # fmt: skip

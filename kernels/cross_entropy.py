@@ -84,9 +84,12 @@ class Losses:
         dtype = torch.promote_types(like.dtype, torch.float32)
         self.bias = _widened(bias, dtype)
         self.ignore_index, self.constants = options[0], (options[1], options[2], options[3] or 0.0)
-        self.loss, self.lse = (torch.empty(shape, dtype=dtype, device=like.device) for shape in ((N,), (2, N)))
+        self.loss, self.lse, self.correction = (torch.empty(N, dtype=dtype, device=like.device) for _ in range(3))
         self.argmax = torch.empty(N, dtype=torch.int64, device=like.device)
         self.state = None if one_piece else torch.empty((4, N), dtype=dtype, device=like.device)
+
+    def outputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.loss, self.lse, self.correction, self.argmax
 
     def keep(self, z: Tensor, first: int, kept: Tensor, shift: Tensor) -> None:
         """z (N, columns) of a piece that is folded, into its columns of kept and shift."""
@@ -101,7 +104,7 @@ class Losses:
         columns = logits.shape[1]
         COLUMNS, num_warps = fold_tile(columns)
         cross_entropy_fold_kernel[(self.N,)](
-            logits, self.bias, self.target, self.loss, self.lse, self.argmax, self.state,
+            logits, self.bias, self.target, self.loss, self.lse, self.correction, self.argmax, self.state,
             *logits.stride(), self.N, first, columns, self.V, self.ignore_index,
             first == 0, first + columns == self.V, keep, *self.constants, self.WIDE, COLUMNS, num_warps=num_warps,
         )  # fmt: skip
@@ -110,9 +113,9 @@ class Losses:
 class Gradients:
     """What every launch of the gradient kernel has in common."""
 
-    def __init__(self, dloss, dlse, target, lse, bias, V: int, options: tuple, like: Tensor, scale: Optional[Tensor] = None):
+    def __init__(self, dloss, dlse, target, lse, correction, bias, V: int, options: tuple, like: Tensor, scale: Optional[Tensor] = None):
         self.bias = _widened(bias, lse.dtype)
-        self.vectors = [None if t is None else t.contiguous() for t in (target, dloss, dlse, lse)]
+        self.vectors = [None if t is None else t.contiguous() for t in (target, dloss, dlse, lse, correction)]
         self.V, self.WIDE, self.scale = V, wide(like), scale
         self.ignore_index, self.constants = options[0], (options[1], options[2], options[3] or 0.0)
 
@@ -133,13 +136,13 @@ class Gradients:
 
 def cross_entropy_forward(
     logits: Tensor, target: Tensor, ignore_index: int, label_smoothing: float, z_loss: float, softcap: Optional[float]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """logits (N, V), target (N,) -> loss (N,), lse and κ (2, N), both float32 (float64 for float64), and argmax, int64 (N,)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logits (N, V), target (N,) -> loss, lse, κ, all float32 (float64 for float64), and argmax, int64 (N,)."""
     losses = Losses(logits, target, logits.shape[1], None, (ignore_index, label_smoothing, z_loss, softcap), one_piece=True)
     if losses.N:
         with on_device(logits):
             losses.fold(logits, 0)
-    return losses.loss, losses.lse, losses.argmax
+    return losses.outputs()
 
 
 def cross_entropy_backward(
@@ -148,6 +151,7 @@ def cross_entropy_backward(
     logits: Tensor,
     target: Tensor,
     lse: Tensor,
+    correction: Tensor,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
@@ -158,7 +162,8 @@ def cross_entropy_backward(
     if dlogits.numel():
         options = ignore_index, label_smoothing, z_loss, softcap
         with on_device(logits):
-            Gradients(dloss, dlse, target, lse, None, logits.shape[1], options, logits).dlogits(logits, dlogits, 0, raw=True)
+            gradients = Gradients(dloss, dlse, target, lse, correction, None, logits.shape[1], options, logits)
+            gradients.dlogits(logits, dlogits, 0, raw=True)
     return dlogits
 
 
@@ -184,11 +189,8 @@ def linear_cross_entropy_forward(
     z_loss: float,
     softcap: Optional[float],
     memory_budget: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """x (N, C), weight (V, C), target (N,), bias (V,) or None
-
-    -> loss (N,), lse and κ (2, N), argmax (N,), kept (N, kept_columns), shift (N, blocks).
-    """
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """x (N, C), weight (V, C), target (N,), bias (V,) or None -> loss, lse, κ, argmax (N,), kept (N, kept_columns), shift (N, blocks)."""
     N, V, in_16_bits = x.shape[0], weight.shape[0], keeps_16_bits(x, bias, softcap)
     columns = kept_columns(N, V, memory_budget, in_16_bits)
     width = piece_columns(N, V, memory_budget // 4 if in_16_bits else memory_budget)  # logits beside kept, or within it
@@ -201,7 +203,7 @@ def linear_cross_entropy_forward(
     if N:
         buffer = _buffer(x, N, min(width, V if in_16_bits else V - columns), dtype)
         with on_device(x):
-            x = as_rows(x)
+            x = x.contiguous()  # as it is in backward, where the library is to round the same product alike
             for first, end in parts:
                 keep = end <= columns
                 logits = kept[:, first:end] if keep and not in_16_bits else buffer[:, : end - first]
@@ -209,7 +211,7 @@ def linear_cross_entropy_forward(
                 losses.fold(logits, first, keep)
                 if keep and in_16_bits:
                     losses.keep(logits, first, kept, shift)
-    return losses.loss, losses.lse, losses.argmax, kept, shift
+    return *losses.outputs(), kept, shift
 
 
 @outside_autocast
@@ -220,6 +222,7 @@ def linear_cross_entropy_backward(
     weight: Tensor,
     target: Tensor,
     lse: Tensor,
+    correction: Tensor,
     kept: Tensor,
     shift: Tensor,
     bias: Optional[Tensor],
@@ -246,7 +249,7 @@ def linear_cross_entropy_backward(
         x = torch.where(valid.unsqueeze(-1), as_rows(x), 0.0)  # 0 · nan is nan
         scale = _scale(dloss, dlse, lse, valid, z_loss) if x.dtype == torch.float16 else None
         options = ignore_index, label_smoothing, z_loss, softcap
-        gradients = Gradients(dloss, dlse, target, lse, bias, V, options, x, scale)
+        gradients = Gradients(dloss, dlse, target, lse, correction, bias, V, options, x, scale)
         dlogits = _buffer(x, N, width, x.dtype)
         buffer = _buffer(x, N, min(width, V - columns), lse.dtype)
         for first, end in parts:
@@ -273,6 +276,6 @@ def linear_cross_entropy_backward(
 
 def _scale(dloss: Tensor, dlse: Optional[Tensor], lse: Tensor, valid: Tensor, z_loss: float) -> Tensor:
     """A power of two, () on the device, that takes the largest number dlogits may have to at most 2^15; a float16 ends at 2^16."""
-    largest = dloss.abs() * (2 + 2 * abs(z_loss) * lse[0].abs()) + (0.0 if dlse is None else dlse.abs())
+    largest = dloss.abs() * (2 + 2 * abs(z_loss) * lse.abs()) + (0.0 if dlse is None else dlse.abs())
     largest = torch.where(valid & largest.isfinite(), largest, 0.0).max()
     return torch.exp2(torch.floor(15 - torch.log2(largest)).clamp(-100, 100))

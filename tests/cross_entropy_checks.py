@@ -42,15 +42,15 @@ def upstream(N, both=True):
 
 
 def plain(functions, logits, target, options, dloss, dlse):
-    loss, lse, argmax = functions.cross_entropy_forward(logits, target, *options)
-    dlogits = functions.cross_entropy_backward(dloss, dlse, logits, target, lse, *options)
-    return {"loss": loss, "lse": lse[0], "argmax": argmax, "dlogits": dlogits}
+    loss, lse, correction, argmax = functions.cross_entropy_forward(logits, target, *options)
+    dlogits = functions.cross_entropy_backward(dloss, dlse, logits, target, lse, correction, *options)
+    return {"loss": loss, "lse": lse, "argmax": argmax, "dlogits": dlogits}
 
 
 def linear(functions, x, weight, bias, target, options, budget, dloss, dlse):
-    loss, lse, argmax, kept, shift = functions.linear_cross_entropy_forward(x, weight, target, bias, *options, budget)
-    gradients = functions.linear_cross_entropy_backward(dloss, dlse, x, weight, target, lse, kept, shift, bias, *options)
-    outputs = {"loss": loss, "lse": lse[0], "argmax": argmax, "kept": recalled(kept, shift)}
+    loss, lse, correction, argmax, kept, shift = functions.linear_cross_entropy_forward(x, weight, target, bias, *options, budget)
+    gradients = functions.linear_cross_entropy_backward(dloss, dlse, x, weight, target, lse, correction, kept, shift, bias, *options)
+    outputs = {"loss": loss, "lse": lse, "argmax": argmax, "kept": recalled(kept, shift)}
     return outputs | dict(zip(("dx", "dweight", "dbias"), gradients, strict=True))
 
 

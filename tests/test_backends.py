@@ -7,6 +7,10 @@ for a GPU in several: the tests of one share what follows the @ of their names, 
 import functools
 import itertools
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -134,6 +138,20 @@ def test_verify_starts_no_more_processes_than_a_machine_bears(capsys):
     with pytest.raises(SystemExit):
         cli.main(["verify", "--jobs", "100000"])
     assert "argument --jobs: expected an integer from 1 to" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="signals and processes of POSIX")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_workers_of_verify_end_with_it(number):
+    command = [sys.executable, "-m", "fastprimer.cli", "verify", "--op", "attention", "--backend", "reference", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert json.loads(process.stdout.readline())["ok"]  # a worker is at work
+        process.send_signal(number)
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode in (130, 143) and "Traceback" not in said
+    with pytest.raises(ProcessLookupError):  # nobody of its group is left
+        os.killpg(process.pid, 0)
 
 
 def test_the_cases_of_attention_cover_every_pair():

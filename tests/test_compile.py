@@ -16,6 +16,16 @@ compiled = torch.compile(lambda x: fp.swiglu(fp.rms_norm(x)), fullgraph=True, ba
 x = torch.randn(4, 64)
 torch.testing.assert_close(compiled(x), fp.swiglu(fp.rms_norm(x)))
 """,
+    "the reference's first": """
+def call(x):
+    with fp.use_backend("reference"):
+        y = fp.rms_norm(x)
+    return fp.swiglu(torch.func.vmap(lambda row: fp.rms_norm(row))(y), x)
+
+compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+x = torch.randn(4, 64)
+torch.testing.assert_close(compiled(x), call(x))
+""",
     "a model": """
 model = fp.Model(fp.Config.preset("calculator"))
 tokens = torch.randint(0, 35, (2, 9))

@@ -177,6 +177,23 @@ def test_autocast(cell):
             assert all(torch.equal(a, b) for a, b in zip(outputs, call(case, arguments), strict=True))
 
 
+def test_gradients_that_have_a_graph_are_the_same_under_autocast(cell):
+    """They come of the reference, whose products autocast would recast."""
+    op, backend, device = cell
+    case = case_of(op)
+    arguments = case.arguments(Inputs(torch.float32, device, 0))
+    if not leaves_of(arguments):
+        pytest.skip(NO_GRADIENT)
+    with use_backend(backend):
+        outputs = [o for o in call(case, arguments) if o.requires_grad]
+        dys = [torch.randn(o.shape, generator=torch.Generator().manual_seed(0)).to(o) for o in outputs]
+        expected = torch.autograd.grad(outputs, leaves_of(arguments), dys, retain_graph=True)
+        with torch.autocast(device, torch.bfloat16):
+            grads = torch.autograd.grad(outputs, leaves_of(arguments), dys, create_graph=True)
+    for mine, its in zip(grads, expected, strict=True):
+        torch.testing.assert_close(mine, its, rtol=1e-3, atol=1e-5 * float(its.abs().max()) + 1e-6)
+
+
 def test_double_backward_is_right(cell):
     """A second derivative goes through the reference, whichever backend computed the first."""
     op, backend, device = cell

@@ -123,7 +123,7 @@ def forward(logits):
     """lse and argmax of the kernel, which must not depend on how the rows lie in the registers."""
     target = torch.zeros(len(logits), dtype=torch.int64)
     shifted = torch.nn.functional.pad(logits, (1, 2), value=torch.nan)[:, 1:-2]
-    (_, (lse, _), argmax), (_, (other_lse, _), other_argmax) = (
+    (_, lse, _, argmax), (_, other_lse, _, other_argmax) = (
         torch.ops.fastprimer.cross_entropy_forward(rows, target, -100, 0.0, 0.0, None) for rows in (logits, shifted)
     )
     torch.testing.assert_close(lse, other_lse, rtol=0, atol=0, equal_nan=True)
@@ -247,8 +247,8 @@ def test_operators_check_what_they_are_given():
     ops = torch.ops.fastprimer
     x, weight, target = inputs(4, 8, 6)
     options = -100, 0.0, 0.0, None
-    loss, lse, _, kept, shift = ops.linear_cross_entropy_forward(x, weight, target, None, *options, 1 << 10)
-    assert kept.shape == (4, 6) and ops.linear_cross_entropy_forward(x, weight, target, None, *options, 95)[3].shape == (4, 0)
+    loss, lse, correction, _, kept, shift = ops.linear_cross_entropy_forward(x, weight, target, None, *options, 1 << 10)
+    assert kept.shape == (4, 6) and ops.linear_cross_entropy_forward(x, weight, target, None, *options, 95)[4].shape == (4, 0)
     for bad, message in [
         ((x[0], weight, target, None), "x: expected shape"),
         ((x, weight[:, 1:], target, None), "weight: expected shape"),
@@ -261,19 +261,19 @@ def test_operators_check_what_they_are_given():
             ops.linear_cross_entropy_forward(*bad, *options, 0)
     backward = ops.linear_cross_entropy_backward
     with pytest.raises(RuntimeError, match="dloss: expected another shape"):
-        backward(loss[:2], None, x, weight, target, lse, kept, shift, None, *options)
+        backward(loss[:2], None, x, weight, target, lse, correction, kept, shift, None, *options)
     with pytest.raises(RuntimeError, match="kept: expected shape"):
-        backward(loss, None, x, weight, target, lse, kept[:, :4], shift, None, *options)
+        backward(loss, None, x, weight, target, lse, correction, kept[:, :4], shift, None, *options)
     with pytest.raises(RuntimeError, match="kept: expected another dtype"):
-        backward(loss, None, x.bfloat16(), weight.bfloat16(), target, lse, kept, shift, None, *options)
+        backward(loss, None, x.bfloat16(), weight.bfloat16(), target, lse, correction, kept, shift, None, *options)
     with pytest.raises(RuntimeError, match="shift: expected another shape"):
-        backward(loss, None, x.bfloat16(), weight.bfloat16(), target, lse, kept.short(), shift, None, *options)
+        backward(loss, None, x.bfloat16(), weight.bfloat16(), target, lse, correction, kept.short(), shift, None, *options)
     with pytest.raises(RuntimeError, match="dlse: expected another dtype"):
-        backward(loss, loss.double(), x, weight, target, lse, kept, shift, None, *options)
+        backward(loss, loss.double(), x, weight, target, lse, correction, kept, shift, None, *options)
     with pytest.raises(RuntimeError, match="target: expected numbers in 0..5"):
         ops.cross_entropy_forward(x @ weight.t(), target - 7, *options)
     with pytest.raises(RuntimeError, match="lse: expected another shape"):
-        ops.cross_entropy_backward(loss, None, x @ weight.t(), target, lse[:1], *options)
+        ops.cross_entropy_backward(loss, None, x @ weight.t(), target, lse[:1], correction, *options)
 
 
 PEAK = """
@@ -333,7 +333,7 @@ def test_what_is_kept_in_16_bits():
         size = 2 * 300 + 4 * 3 if expected == torch.int16 else 4 * 300
         for functions in (torch.ops.fastprimer, reference):
             for budget, columns in ((4 * size, 300), (4 * size - 1, 256), (0, 0)):
-                kept, shift = functions.linear_cross_entropy_forward(*arguments, budget)[3:]
+                kept, shift = functions.linear_cross_entropy_forward(*arguments, budget)[4:]
                 assert (kept.dtype, kept.shape) == (expected, (4, columns))
                 assert shift.shape == (4, -(-columns // 128) if expected == torch.int16 else 0)
 

@@ -82,17 +82,20 @@ def test_a_target_that_is_no_word(device):
     x, weight, target = problem(5, 24, 300, torch.float32, device)
     target[1], target[3] = 300, -5
     options = -100, 0.0, 0.0, None
-    loss, lse, argmax, *_ = functions.linear_cross_entropy_forward(x.detach(), weight.detach(), target, None, *options, 0)
+    loss, lse, _, argmax, *_ = functions.linear_cross_entropy_forward(x.detach(), weight.detach(), target, None, *options, 0)
     logits = x.detach() @ weight.detach().t()
     assert loss.isnan().tolist() == [False, True, False, True, False]
-    torch.testing.assert_close(lse[0], logits.logsumexp(-1))
+    torch.testing.assert_close(lse, logits.logsumexp(-1))
     assert torch.equal(argmax, logits.argmax(-1))
     for budget in (0, 1 << 20):
-        loss, lse, _, *kept = functions.linear_cross_entropy_forward(x.detach(), weight.detach(), target, None, *options, budget)
+        loss, lse, correction, _, *kept = functions.linear_cross_entropy_forward(
+            x.detach(), weight.detach(), target, None, *options, budget
+        )
         ones = torch.ones_like(loss)
-        dx = functions.linear_cross_entropy_backward(ones, None, x.detach(), weight.detach(), target, lse, *kept, None, *options)[0]
+        given = ones, None, x.detach(), weight.detach(), target, lse, correction, *kept
+        dx = functions.linear_cross_entropy_backward(*given, None, *options)[0]
         assert dx.isnan().any(1).tolist() == [False, True, False, True, False]
-    dlogits = functions.cross_entropy_backward(ones, None, logits, target, lse, *options)
+    dlogits = functions.cross_entropy_backward(ones, None, logits, target, lse, correction, *options)
     assert dlogits.isnan().all(1).tolist() == dlogits.isnan().any(1).tolist() == [False, True, False, True, False]
 
 
@@ -100,11 +103,12 @@ def test_an_infinite_gradient_leaves_small_ones_of_float16_their_scale(device):
     functions = torch.ops.fastprimer if device == "cuda" else torch.ops.fastprimer_emulated
     x, weight, target = (t.detach() for t in problem(8, 32, 2000, torch.float16, device))
     options = -100, 0.0, 0.0, None
-    _, lse, _, *kept = functions.linear_cross_entropy_forward(x, weight, target, None, *options, 0)
+    _, lse, correction, _, *kept = functions.linear_cross_entropy_forward(x, weight, target, None, *options, 0)
     dloss, results = torch.full((8,), 1e-4, device=device), []
     for first in (1e-4, torch.inf):
         dloss[0] = first
-        results.append(functions.linear_cross_entropy_backward(dloss, None, x, weight, target, lse, *kept, None, *options)[0][1:])
+        given = dloss, None, x, weight, target, lse, correction, *kept
+        results.append(functions.linear_cross_entropy_backward(*given, None, *options)[0][1:])
     assert torch.equal(*results)
 
 
@@ -114,8 +118,9 @@ def test_a_weight_that_is_nan_is_nothing_to_an_ignored_token(dtype, device):
     x, weight, target = (t.detach() for t in problem(5, 24, 300, dtype, device))
     weight[7, 3], target[2] = torch.nan, -100
     options = -100, 0.0, 0.0, None
-    loss, lse, _, *kept = functions.linear_cross_entropy_forward(x, weight, target, None, *options, 1 << 20)
-    dx = functions.linear_cross_entropy_backward(loss.nan_to_num(), None, x, weight, target, lse, *kept, None, *options)[0]
+    loss, lse, correction, _, *kept = functions.linear_cross_entropy_forward(x, weight, target, None, *options, 1 << 20)
+    given = loss.nan_to_num(), None, x, weight, target, lse, correction, *kept
+    dx = functions.linear_cross_entropy_backward(*given, None, *options)[0]
     assert not dx[2].any() and dx[torch.arange(5) != 2].isnan().any(1).all()
 
 
@@ -124,6 +129,6 @@ def test_operators_take_inputs_that_ask_for_gradients(device):
     functions = torch.ops.fastprimer if device == "cuda" else torch.ops.fastprimer_emulated
     x, weight, target = problem(5, 24, 300, torch.bfloat16, device)
     options = -100, 0.0, 0.0, None
-    loss, lse, _, kept, shift = functions.linear_cross_entropy_forward(x, weight, target, None, *options, 0)
-    functions.linear_cross_entropy_backward(loss, None, x, weight, target, lse, kept, shift, None, *options)
+    loss, lse, correction, _, kept, shift = functions.linear_cross_entropy_forward(x, weight, target, None, *options, 0)
+    functions.linear_cross_entropy_backward(loss, None, x, weight, target, lse, correction, kept, shift, None, *options)
     assert torch.is_grad_enabled()

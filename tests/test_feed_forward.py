@@ -266,6 +266,16 @@ def test_layers_are_copied_and_pickled_without_the_last_pass():
     assert layer.routing is not None
 
 
+def test_the_capacity_of_experts_that_choose_is_no_symbol():
+    """Layers of several factors in one program, whose number torch.compile would make a symbol, and sequences of several lengths."""
+    torch.compiler.reset()
+    for factor in (1.3, 2.0):
+        layer = sharpened(layers.MoE(C, INNER, 4, 1, choice="experts", capacity_factor=factor))
+        compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="aot_eager")
+        for n in (5, 9):
+            torch.testing.assert_close(compiled(tokens(n)), layer(tokens(n)))
+
+
 @pytest.mark.parametrize("options", [{}, {"capacity_factor": 0.5}, {"choice": "experts"}, {"shared": 16, "selection_bias": True}])
 def test_the_layer_compiles_into_one_graph(options):
     layer = sharpened(layers.MoE(C, INNER, 4, 2, **options))

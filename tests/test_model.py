@@ -220,6 +220,13 @@ def test_a_tied_model_ignores_a_stored_head(tmp_path):
     assert torch.equal(Model.from_pretrained(tmp_path / "m")(TOKENS), fast(TOKENS))
 
 
+def test_the_reference_takes_no_tokens_as_the_model_does():
+    slow, fast = models(SMALL)
+    for shape in ((2, 0), (0, 3)):
+        tokens = torch.zeros(shape, dtype=torch.long)
+        assert slow(tokens).shape == fast(tokens).shape == (*shape, SMALL.vocab_size)
+
+
 def test_a_model_folder_that_does_not_fit_is_named(tmp_path):
     slow, _ = models(SMALL)
     state = slow.state_dict()

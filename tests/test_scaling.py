@@ -163,7 +163,8 @@ def test_runs_of_another_text_and_broken_ones_are_refused(by_law, command, capsy
     text.write_bytes(BYTES + b"!")
     assert command("--resume") == 2 and "got those of another text" in capsys.readouterr().err
     text.write_bytes(BYTES)
-    for broken in ("{", "[]", json.dumps(json.loads(runs.read_text()) | {"runs": [{}]})):
+    whole = json.loads(runs.read_text())
+    for broken in ("{", "[]", json.dumps(whole | {"runs": [{}]}), json.dumps(whole | {"runs": [whole["runs"][0] | {"width": []}]})):
         runs.write_text(broken)
         assert command("--resume") == 2 and "got a broken one" in capsys.readouterr().err
 

@@ -62,7 +62,7 @@ PLANTED = {
     "z-loss without gradient": (TILES, "dloss * (1 + 2 * Z_LOSS * lse)", "dloss"),
     "smoothing without gradient": (TILES, "dz -= dloss * LABEL_SMOOTHING / V", "dz -= 0 * dloss"),
     "dlse forgotten": (TILES, "dtop += tl.load(dlse_ptr + row).to(WIDE)", "dtop += 0 * tl.load(dlse_ptr + row).to(WIDE)"),
-    "the gradient by the rounded lse": (TILES, "dtop *= tl.load(lse_ptr + N + row).to(WIDE)", "dtop *= 1.0"),
+    "the gradient by the rounded lse": (TILES, "dtop *= tl.load(correction_ptr + row).to(WIDE)", "dtop *= 1.0"),
     "the loss by the rounded lse": (TILES, "log_s + (1 - LABEL_SMOOTHING) * (top - z_target)", "lse - (1 - LABEL_SMOOTHING) * z_target"),
     "a target in every piece": (TILES, "tl.where(first + column == target,", "tl.where(column == target,"),
     "the softcap's slope forgotten": (TILES, "dz *= 1 - t * t", "dz *= 1 - 0 * t"),
@@ -112,7 +112,7 @@ def checks(module):
     same(plain(module, *arguments), plain(reference, *arguments))
     check(plain, module, logits_of(5, 150) + 1000, targets(5, 150), NOTHING, upstream(5)[0], None)
     ties = torch.randint(0, 2, (6, 150), generator=torch.Generator().manual_seed(0)).float()
-    assert torch.equal(module.cross_entropy_forward(ties, targets(6, 150), *NOTHING)[2], ties.argmax(-1))
+    assert torch.equal(module.cross_entropy_forward(ties, targets(6, 150), *NOTHING)[3], ties.argmax(-1))
     assert module.pieces(600, 256, 512) == [(0, 256), (256, 600)]
     x, weight, bias = projection(5, 20, 530)
     dloss, dlse = upstream(5)

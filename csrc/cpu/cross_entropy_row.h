@@ -130,8 +130,8 @@ class Exponentials {
     for (int i = 0; i < REGISTERS; i += 2) {
       Vec<float> a, b;
       load_both(z + i * LANES, a, b);
-      powers_.begin(i, a * LOG2_E - shift);
-      powers_.begin(i + 1, b * LOG2_E - shift);
+      powers_.begin(i, product_less(a, LOG2_E, shift));
+      powers_.begin(i + 1, product_less(b, LOG2_E, shift));
     }
   }
   ALWAYS_INLINE void add_to(Vec<float> (&sums)[2]) const {
@@ -296,7 +296,8 @@ class Gradient {
  private:
   template <class V>
   V slope(V z) const {
-    return 1 - (z * reciprocal_) * (z * reciprocal_);
+    const V t = z / cap_;  // not by the reciprocal, whose rounding would show where t is nearly 1
+    return 1 - t * t;
   }
 
   static A number(const void* numbers, int64_t token) { return static_cast<const A*>(numbers)[token]; }

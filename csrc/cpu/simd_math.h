@@ -97,6 +97,15 @@ class Exp2 {
   Vec<float> x_[N], rest_[N];
 };
 
+// a b - c; with AVX-512 rounded once, whatever the compiler makes of products and differences.
+ALWAYS_INLINE Vec<float> product_less(Vec<float> a, float b, float c) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec<float>>(_mm512_fmsub_ps(reinterpret_cast<__m512>(a), _mm512_set1_ps(b), _mm512_set1_ps(c)));
+#else
+  return a * b - c;
+#endif
+}
+
 template <int DEGREE>
 ALWAYS_INLINE Vec<float> exp2_of(Vec<float> x) {
   Exp2<DEGREE> power;

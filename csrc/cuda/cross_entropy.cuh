@@ -63,7 +63,7 @@ struct LossCap {
       for (int i = 0; i < W; i++) z[i] = cap * tanhf(z[i] * reciprocal);
     }
   }
-  __device__ __forceinline__ float slope(float z) const { return 1 - (z * reciprocal) * (z * reciprocal); }
+  __device__ __forceinline__ float slope(float z) const { return 1 - (z / cap) * (z / cap); }  // where 1 / cap's rounding would show
   __device__ __forceinline__ bool changes() const { return cap > 0 || bias != nullptr; }
 };
 
@@ -140,15 +140,24 @@ struct Seen {
     for (int i = 0; i < W; i++) total += z[i];
   }
 
-  // With what was seen of other columns.
-  __device__ __forceinline__ void add(const Seen& other) {
+  // The sum as it is for a larger `top`: once for each that is brought together with others, for every time rounds it.
+  __device__ __forceinline__ void rescale(float most) { sum *= top == most ? 1 : expf(top - most); }
+
+  // With what was seen of other columns, both sums for the same `top`.
+  __device__ __forceinline__ void add_rescaled(const Seen& other) {
     const bool first = other.argmax < 0 || (argmax >= 0 && argmax < other.argmax);
     const bool mine = top != top ? first || other.top == other.top : top > other.top || (top == other.top && first);
-    const float most = mine ? top : other.top;
-    sum = sum * (top == most ? 1 : expf(top - most)) + other.sum * (other.top == most ? 1 : expf(other.top - most));
-    top = most;
+    sum += other.sum;
+    top = mine ? top : other.top;
     argmax = mine ? argmax : other.argmax;
     total += other.total;
+  }
+
+  __device__ __forceinline__ void add(Seen other) {
+    const float most = larger(top, other.top);
+    rescale(most);
+    other.rescale(most);
+    add_rescaled(other);
   }
 
   __device__ __forceinline__ Seen of_lane(int distance) const {
@@ -163,8 +172,12 @@ struct Seen {
   // Of all threads of a token: complete in the first of them. What they wrote is seen there too.
   __device__ __forceinline__ void meet() {
     FASTPRIMER_SHARED(warps, Seen[LOSS_THREADS / 32]);
+    float most = top;
+#pragma unroll
+    for (int distance = 16; distance > 0; distance /= 2) most = larger(most, __shfl_xor_sync(FULL_WARP, most, distance));
+    rescale(most);
 #pragma unroll 1
-    for (int distance = 16; distance > 0; distance /= 2) add(of_lane(distance));
+    for (int distance = 16; distance > 0; distance /= 2) add_rescaled(of_lane(distance));
     if (blockDim.x == 32) {
       __syncwarp();
       return;
@@ -172,7 +185,13 @@ struct Seen {
     if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = *this;
     __syncthreads();
     if (threadIdx.x > 0) return;
-    for (unsigned i = 1; i < blockDim.x / 32; i++) add(warps[i]);
+    for (unsigned i = 1; i < blockDim.x / 32; i++) most = larger(most, warps[i].top);
+    rescale(most);
+    for (unsigned i = 1; i < blockDim.x / 32; i++) {
+      Seen other = warps[i];
+      other.rescale(most);
+      add_rescaled(other);
+    }
   }
 };
 
@@ -193,13 +212,14 @@ __device__ __forceinline__ void finish_token(const FoldArgs& args, Seen seen, in
   }
   if (args.state != nullptr) args.state[n] = {all.top, all.sum, all.total, state.z_target, all.argmax};
   if (in.first + in.width < in.V) return;
-  const double lse = static_cast<double>(all.top) + log(static_cast<double>(all.sum));
-  const float rounded = static_cast<float>(lse);
-  double loss = lse - (1 - args.label_smoothing) * state.z_target + args.z_loss * lse * lse;
-  if (args.label_smoothing != 0) loss -= args.label_smoothing * all.total / static_cast<double>(in.V);
+  const double top = all.top, log_sum = log(static_cast<double>(all.sum));
+  const float lse = static_cast<float>(top + log_sum);
+  double loss = log_sum + (1 - args.label_smoothing) * (top - state.z_target) + args.z_loss * lse * lse;
+  if (args.label_smoothing != 0) loss += args.label_smoothing * (top - all.total / static_cast<double>(in.V));
+  const double part = lse - top, rounding = (lse - part - top) + (part - log_sum);  // lse - (top + log_sum), exactly
   static_cast<float*>(args.outputs.loss)[n] = static_cast<float>(loss);
-  static_cast<float*>(args.outputs.lse)[n] = rounded;
-  static_cast<float*>(args.outputs.correction)[n] = rounded == lse ? 1 : expf(static_cast<float>(rounded - lse));  // also where infinite
+  static_cast<float*>(args.outputs.lse)[n] = lse;
+  static_cast<float*>(args.outputs.correction)[n] = fabsf(lse) == INFINITY ? 1 : expf(static_cast<float>(rounding));
   args.outputs.argmax[n] = all.argmax < 0 ? 0 : all.argmax;
 }
 

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fastprimer.benchmark.rows import Results, ResultsError
+from fastprimer.benchmark.rows import Results, ResultsError, git, in_own_checkout
 
 HERE = Path(__file__).resolve().parents[2]
 NATIVE = ("csrc", "CMakeLists.txt", "setup.py")
@@ -28,11 +28,7 @@ class RevisionError(RuntimeError):
 
 def resolve(revision: str) -> str:
     """Its commit, or "" if git or the revision is not there."""
-    try:
-        command = ["git", "rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}"]
-        return subprocess.run(command, cwd=HERE, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        return ""
+    return git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}") if in_own_checkout() else ""
 
 
 def measure_by_turns(commit: str, options: list[str], turns: int, say: Callable[[str], None]) -> list[tuple[Results, Results]]:

@@ -196,9 +196,18 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    """Of the checkout this package lies in, with a + where tracked files differ from it; "" without git."""
-    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    """Of the checkout this package lies in, with a + where tracked files differ from it; "" without one."""
+    return git("describe", "--always", "--dirty=+", "--exclude=*") if in_own_checkout() else ""
+
+
+def in_own_checkout() -> bool:
+    """Whether git keeps this file: an installed copy may lie within the checkout of another project."""
+    return git("ls-files", Path(__file__).name) != ""
+
+
+def git(*command: str) -> str:
+    """What git prints about where this package lies; "" if it fails, or is not there."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
+        return subprocess.run(["git", *command], capture_output=True, text=True, cwd=Path(__file__).parent).stdout.strip()
     except OSError:
         return ""

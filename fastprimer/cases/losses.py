@@ -52,6 +52,7 @@ def loss_cases(op: str, C: int, bias: bool) -> list[Case]:
         loss_case(op, "one-word", 60, 1, C, z_loss=0.5, reduction="none"),
         loss_case(op, "strided", 13, 37, C, views=_STRIDED_LINEAR if C else _STRIDED, reduction="none"),
         *([] if C else [loss_case(op, "far-from-zero", 9, 70, views=_FAR, reduction="none", return_lse=True)]),
+        *([] if C else [loss_case(op, "at-the-cap", 30, 70, views=_LARGE, reduction="none", softcap=30.0)]),
         *_large(op, C, bias, every, asked),
         loss_case(op, "bench", 1024, 32000, C and 512, bench=True),
         *(loss_case(op, f"bench-{mb}-mb", 1024, 32000, 512, bench=True, memory_budget=budget) for mb, budget in _BUDGETS.items() if C),
@@ -63,6 +64,8 @@ _BUDGETS = {16: 0, 110: 88 << 20}
 
 _FAR = {"logits": ((9, 70), lambda t: t + 1000)}
 """Where the digits of lse are not those of the loss and of the gradient."""
+_LARGE = {"logits": ((30, 70), lambda t: t * 400)}
+"""Of which a softcap makes numbers next to it, whose slope is what cancellation leaves."""
 _STRIDED = {"logits": ((13, 80), lambda t: t[:, 2:76:2])}
 _STRIDED_LINEAR = {"x": ((12, 13), lambda t: t.t()), "weight": ((74, 15), lambda t: t[::2, 3:])}
 

@@ -7,7 +7,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from fastprimer.config import is_number
+from fastprimer.config import is_count, is_number
 from fastprimer.ops import _arguments as arguments
 
 
@@ -47,6 +47,9 @@ def check_attention(name: str, q, k, v, scale, softcap, sinks, cu_seqlens_q, cu_
         check_packing(name, "cu_seqlens_k", cu_seqlens_k, cu_seqlens_q, k)
         check_longest(f"{name}: max_seqlen_q", max_seqlen_q, cu_seqlens_q, q.shape[0])
         check_longest(f"{name}: max_seqlen_k", max_seqlen_k, cu_seqlens_k, k.shape[0])
+    else:
+        _check_length(f"{name}: max_seqlen_q", max_seqlen_q)
+        _check_length(f"{name}: max_seqlen_k", max_seqlen_k)
 
 
 def check_heads(name: str, q: Tensor, k: Tensor, label: str = "k") -> None:
@@ -77,12 +80,16 @@ def check_packing(name: str, label: str, cu_seqlens: Tensor, like: Tensor, token
         arguments.check(rising, label, f"lengths summed up, from 0 to N = {N}, never falling", values)
 
 
+def _check_length(label: str, longest: object) -> None:
+    arguments.check(longest is None or (is_count(longest, 0) and longest < 2**63), label, "None or a number >= 0", longest)
+
+
 def check_longest(label: str, longest: object, cu_seqlens: Tensor, N: int) -> None:
     """Kernels visit no row beyond it. Compared with the lengths where they can be looked at, else with their mean; in a compiled graph
     by the kernel itself, on the CPU."""
+    _check_length(label, longest)
     if longest is None:
         return
-    arguments.check(isinstance(longest, int) and not isinstance(longest, bool) and longest >= 0, label, "None or a number >= 0", longest)
     if arguments.inspectable(cu_seqlens):
         true = int(cu_seqlens.diff().max())
         arguments.check(longest >= true, label, f"at least the longest sequence's {true} tokens", longest)

@@ -209,7 +209,7 @@ class Attention(torch.autograd.Function):
         backend = ctx.backend
         if torch.is_grad_enabled():  # A second derivative is wanted: recompute o and lse within the graph, in plain torch.
             backend = "reference"
-            o, lse = attention_forward(q, k, v, sinks, *cu_seqlens, *ctx.options)
+            o, lse = implementation("attention", backend).attention_forward(q, k, v, sinks, *cu_seqlens, *ctx.options)
         if do is None:
             do = torch.zeros_like(o)
         functions = implementation("attention", backend)

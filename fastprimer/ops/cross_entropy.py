@@ -53,7 +53,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from fastprimer.backends import choose, implementation
+from fastprimer.backends import choose, implementation, outside_autocast
 from fastprimer.ops import _arguments as arguments
 from fastprimer.ops import _loss_arguments as loss_arguments
 
@@ -65,8 +65,8 @@ BLOCK, STEPS, TOP = 128, 1024, 31
 
 def cross_entropy_forward(
     logits: Tensor, target: Tensor, ignore_index: int, label_smoothing: float, z_loss: float, softcap: Optional[float]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """logits (N, V), target (N,) -> loss (N,), lse and κ (2, N), both float32 (float64 for float64), argmax (N,) int64."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logits (N, V), target (N,) -> loss, lse, κ (N,), all float32 (float64 for float64), argmax (N,) int64."""
     return _losses(_capped(logits, softcap), target, ignore_index, label_smoothing, z_loss)
 
 
@@ -76,13 +76,15 @@ def cross_entropy_backward(
     logits: Tensor,
     target: Tensor,
     lse: Tensor,
+    correction: Tensor,
     ignore_index: int,
     label_smoothing: float,
     z_loss: float,
     softcap: Optional[float],
 ) -> Tensor:
-    """dloss (N,), dlse (N,) or None, logits (N, V), target (N,), lse and κ (2, N) -> dlogits (N, V)."""
-    return _dlogits(dloss, dlse, logits, target, lse, ignore_index, label_smoothing, z_loss, softcap).to(logits.dtype).contiguous()
+    """dloss (N,), dlse (N,) or None, logits (N, V), target, lse and κ (N,) -> dlogits (N, V)."""
+    dlogits = _dlogits(dloss, dlse, logits, target, lse, correction, ignore_index, label_smoothing, z_loss, softcap)
+    return dlogits.to(logits.dtype).contiguous()
 
 
 def linear_cross_entropy_forward(
@@ -95,10 +97,10 @@ def linear_cross_entropy_forward(
     z_loss: float,
     softcap: Optional[float],
     memory_budget: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """x (N, C), weight (V, C), target (N,), bias (V,) or None
 
-    -> loss (N,), lse and κ (2, N), argmax (N,), kept (N, columns), shift (N, blocks).
+    -> loss, lse, κ, argmax (N,), kept (N, columns), shift (N, blocks).
 
     kept is z of the first `kept_columns`, 0 for ignored tokens: in lse's dtype, without blocks, or int16 with its shifts in float32.
     """
@@ -121,6 +123,7 @@ def linear_cross_entropy_backward(
     weight: Tensor,
     target: Tensor,
     lse: Tensor,
+    correction: Tensor,
     kept: Tensor,
     shift: Tensor,
     bias: Optional[Tensor],
@@ -130,7 +133,7 @@ def linear_cross_entropy_backward(
     softcap: Optional[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """-> dx (N, C), dweight (V, C), dbias (V,) or (0,) without bias. This reference recomputes all of z and reads nothing of kept."""
-    dlogits = _dlogits(dloss, dlse, _logits(x, weight, bias), target, lse, ignore_index, label_smoothing, z_loss, softcap)
+    dlogits = _dlogits(dloss, dlse, _logits(x, weight, bias), target, lse, correction, ignore_index, label_smoothing, z_loss, softcap)
     valid = (target != ignore_index).unsqueeze(-1)  # 0 · nan is nan
     dx = torch.where(valid, dlogits @ weight.to(dlogits.dtype), 0.0)
     dweight = dlogits.t() @ torch.where(valid, x.to(dlogits.dtype), 0.0)
@@ -151,7 +154,7 @@ def kept_columns(N: int, V: int, memory_budget: int, in_16_bits: bool) -> int:
     return torch.sym_min(V, torch.sym_max(columns, torch.sym_min(room, all_columns) // all_columns * V))
 
 
-def _losses(z: Tensor, target: Tensor, ignore_index: int, label_smoothing: float, z_loss: float) -> tuple[Tensor, Tensor, Tensor]:
+def _losses(z: Tensor, target: Tensor, ignore_index: int, label_smoothing: float, z_loss: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     valid = target != ignore_index
     m = z.detach().amax(-1)
     m = torch.where(m.isinf(), 0.0, m)
@@ -163,8 +166,8 @@ def _losses(z: Tensor, target: Tensor, ignore_index: int, label_smoothing: float
     loss = loss + z_loss * lse * lse  # in this order: a square may be infinite, and 0 of it is no number
     if label_smoothing != 0:
         loss = loss - label_smoothing * near.mean(-1)
-    both = torch.where(valid, torch.stack((lse, _correction(m, log_sum.detach(), lse.detach()))), 0.0)
-    return torch.where(valid, loss, 0.0), both, torch.where(valid, z.argmax(-1), -1)
+    correction = _correction(m, log_sum.detach(), lse.detach())
+    return *(torch.where(valid, t, 0.0) for t in (loss, lse, correction)), torch.where(valid, z.argmax(-1), -1)
 
 
 def _correction(m: Tensor, log_sum: Tensor, lse: Tensor) -> Tensor:
@@ -190,10 +193,10 @@ def _logits(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     return logits if bias is None else logits + bias.to(dtype)
 
 
-def _dlogits(dloss, dlse, logits, target, lse, ignore_index, label_smoothing, z_loss, softcap):
+def _dlogits(dloss, dlse, logits, target, lse, correction, ignore_index, label_smoothing, z_loss, softcap):
     z = _capped(logits, softcap)
     V = z.shape[-1]
-    valid, (lse, correction) = target != ignore_index, lse
+    valid = target != ignore_index
     # The mean over no token at all has an infinite dloss: an ignored token's gradient is 0 whatever dloss is.
     dloss = torch.where(valid, dloss, 0.0).unsqueeze(-1)
     dtop = dloss * (1 + 2 * z_loss * lse).unsqueeze(-1)
@@ -230,17 +233,18 @@ class CrossEntropy(torch.autograd.Function):
         ctx.backend, ctx.options = backend, options
         kept = shift = None
         if weight is None:
-            loss, lse, argmax = implementation("cross_entropy", backend).cross_entropy_forward(x, target, *options)
+            loss, lse, correction, argmax = implementation("cross_entropy", backend).cross_entropy_forward(x, target, *options)
         else:
             functions = implementation("linear_cross_entropy", backend)
-            loss, lse, argmax, kept, shift = functions.linear_cross_entropy_forward(x, weight, target, bias, *options, memory_budget)
-        ctx.save_for_backward(x, weight, bias, target, lse, kept, shift)
+            outputs = functions.linear_cross_entropy_forward(x, weight, target, bias, *options, memory_budget)
+            loss, lse, correction, argmax, kept, shift = outputs
+        ctx.save_for_backward(x, weight, bias, target, lse, correction, kept, shift)
         ctx.mark_non_differentiable(argmax)
-        return loss, lse[0], argmax
+        return loss, lse, argmax
 
     @staticmethod
     def backward(ctx, dloss, dlse, _):
-        x, weight, bias, target, lse, kept, shift = ctx.saved_tensors
+        x, weight, bias, target, lse, correction, kept, shift = ctx.saved_tensors
         options, backend = ctx.options, ctx.backend
         if dloss is None:
             if dlse is None:
@@ -248,14 +252,14 @@ class CrossEntropy(torch.autograd.Function):
             dloss = torch.zeros_like(dlse)
         if torch.is_grad_enabled():  # A second derivative is wanted: recompute lse within the graph, in plain torch.
             backend = "reference"
-            logits = x if weight is None else _logits(x, weight, bias)
-            lse = cross_entropy_forward(logits, target, *options)[1]
+            logits = x if weight is None else outside_autocast(_logits)(x, weight, bias)
+            _, lse, correction, _ = implementation("cross_entropy", backend).cross_entropy_forward(logits, target, *options)
         if weight is None:
-            dx = implementation("cross_entropy", backend).cross_entropy_backward(dloss, dlse, x, target, lse, *options)
-            return None, dx, None, None, None, None, None
-        functions = implementation("linear_cross_entropy", backend)
-        dx, dweight, dbias = functions.linear_cross_entropy_backward(dloss, dlse, x, weight, target, lse, kept, shift, bias, *options)
-        return None, dx, dweight, dbias if bias is not None else None, None, None, None
+            dx = implementation("cross_entropy", backend).cross_entropy_backward(dloss, dlse, x, target, lse, correction, *options)
+            return None, dx, *[None] * 5
+        given = dloss, dlse, x, weight, target, lse, correction, kept, shift, bias
+        dx, dweight, dbias = implementation("linear_cross_entropy", backend).linear_cross_entropy_backward(*given, *options)
+        return None, dx, dweight, dbias if bias is not None else None, *[None] * 3
 
 
 def cross_entropy(
@@ -302,8 +306,8 @@ def cross_entropy(
     if arguments.needs_gradient(logits):
         outputs = CrossEntropy.apply(backend, rows, None, None, flat, 0, options)
     else:
-        loss, lse, argmax = implementation("cross_entropy", backend).cross_entropy_forward(rows, flat, *options)
-        outputs = loss, lse[0], argmax
+        loss, lse, _, argmax = implementation("cross_entropy", backend).cross_entropy_forward(rows, flat, *options)
+        outputs = loss, lse, argmax
     return _asked_for(outputs, target, all_count, ignore_index, reduction, return_lse, return_argmax)
 
 
@@ -356,8 +360,8 @@ def linear_cross_entropy(
         outputs = CrossEntropy.apply(backend, rows, weight, bias, flat, budget, options)
     else:
         functions = implementation(name, backend)
-        loss, lse, argmax, *_ = functions.linear_cross_entropy_forward(rows, weight, flat, bias, *options, budget)
-        outputs = loss, lse[0], argmax
+        loss, lse, _, argmax, *_ = functions.linear_cross_entropy_forward(rows, weight, flat, bias, *options, budget)
+        outputs = loss, lse, argmax
     return _asked_for(outputs, target, all_count, ignore_index, reduction, return_lse, return_argmax)
 
 

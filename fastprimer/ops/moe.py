@@ -133,7 +133,7 @@ class MoE(torch.autograd.Function):
         backend = ctx.backend
         if torch.is_grad_enabled():  # A second derivative is wanted: recompute hidden within the graph, in plain torch.
             backend = "reference"
-            hidden = moe_forward(x, gate_up, down, weights, experts)[1]
+            hidden = implementation("moe", backend).moe_forward(x, gate_up, down, weights, experts)[1]
         grads = implementation("moe", backend).moe_backward(dy, x, gate_up, down, weights, experts, hidden)
         return None, *grads, None
 

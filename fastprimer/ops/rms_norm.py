@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from fastprimer.backends import choose, implementation
+from fastprimer.config import is_number
 from fastprimer.ops import _arguments as arguments
 
 
@@ -145,10 +146,10 @@ def rms_norm(
         arguments.check_floating("rms_norm: residual", residual)
         arguments.check_shape("rms_norm: residual", residual, shape, "of x")
         arguments.check_like("rms_norm: residual", residual, x, "x")
-    if not isinstance(eps, (int, float)) or not eps >= 0:
-        raise ValueError(f"rms_norm: eps: expected a number >= 0, got {eps}")
-    if not isinstance(weight_offset, (int, float)):
-        raise TypeError(f"rms_norm: weight_offset: expected a number, got {weight_offset!r}")
+    if not (is_number(eps) and eps >= 0):
+        raise ValueError(f"rms_norm: eps: expected a finite number >= 0, got {eps!r}")
+    if not is_number(weight_offset):
+        raise TypeError(f"rms_norm: weight_offset: expected a finite number, got {weight_offset!r}")
     backend = choose("rms_norm", x, weight, eps, residual, weight_offset)
     if arguments.needs_gradient(x, weight, residual):
         x, weight, residual = arguments.distinct(x, weight, residual)

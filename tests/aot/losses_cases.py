@@ -23,7 +23,7 @@ EVERY, NOTHING = (0.1, 1e-4, 30.0), (0.0, 0.0, None)
 def vectors(N: int, dtype: torch.dtype) -> tuple:
     """dloss, target, lse"""
     wide = torch.promote_types(dtype, torch.float32)
-    return meta(wide, N), meta(torch.int64, N), meta(wide, 2, N)
+    return meta(wide, N), meta(torch.int64, N), meta(wide, N)
 
 
 def plain_cases(dtype: torch.dtype, N: int, V: int, options: tuple = NOTHING, columns_last=True, kernels=cross_entropy) -> list[Case]:
@@ -36,7 +36,7 @@ def plain_cases(dtype: torch.dtype, N: int, V: int, options: tuple = NOTHING, co
         Case(f"{name} forward", lambda: kernels.cross_entropy_forward(logits, target, -100, *options), LOADS if wide else {}),
         Case(
             f"{name} backward",
-            lambda: kernels.cross_entropy_backward(dloss, dlse, logits, target, lse, -100, *options),
+            lambda: kernels.cross_entropy_backward(dloss, dlse, logits, target, lse, lse, -100, *options),
             BOTH if wide else {},
         ),
     ]
@@ -61,7 +61,7 @@ def linear_cases(
         ),
         Case(
             f"{name} backward",
-            lambda: kernels.linear_cross_entropy_backward(dloss, dlse, x, weight, target, lse, kept, shift, b, -100, *options),
+            lambda: kernels.linear_cross_entropy_backward(dloss, dlse, x, weight, target, lse, lse, kept, shift, b, -100, *options),
             BOTH,
         ),
     ]

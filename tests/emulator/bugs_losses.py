@@ -15,13 +15,13 @@ def bug(name: str, before: str, after: str, caught: str | dict[str, str], file: 
 
 BUGS = [
     bug("a sum is not brought to its new maximum", "      sum *= exp_for<T>(top - most);\n", "", "lse is wrong"),
-    bug("lanes' sums are added as they are", "sum * (top == most ? 1 : expf(top - most))", "sum", "lse is wrong"),
+    bug("sums are added as they are", "sum *= top == most ? 1 : expf(top - most);", "(void)most;", "lse is wrong"),
     bug("of equal words the last", "z[i] == most || z[i] != z[i] ? i : at", "at == 0 ? W - 1 : at", "argmax is wrong"),
     bug("a NaN is overlooked", "most > top || (most != most && top == top)", "most > top", "a NaN hides"),
     bug(
         "a warp of a block is left out",
-        "for (unsigned i = 1; i < blockDim.x / 32; i++)",
-        "for (unsigned i = 2; i < blockDim.x / 32; i++)",
+        "for (unsigned i = 1; i < blockDim.x / 32; i++) {",
+        "for (unsigned i = 2; i < blockDim.x / 32; i++) {",
         "lse is wrong",
     ),
     bug(
@@ -45,11 +45,21 @@ BUGS = [
         "if (target >= 0) {",
         {"address": "AddressSanitizer"},
     ),
-    bug("smoothing forgets the other words", "loss -= args.label_smoothing * all.total", "loss -= 0 * all.total", "loss is wrong"),
+    bug(
+        "smoothing forgets the other words",
+        "loss += args.label_smoothing * (top - all.total",
+        "loss += 0 * (top - all.total",
+        "loss is wrong",
+    ),
     bug("z-loss without its slope", "(1 + 2 * args.z_loss * lse)", "(1 + args.z_loss * lse)", "dlogits is wrong"),
-    bug("the gradient of lse dropped", "+ number(args.gradients.dlse);", "+ 0 * number(args.gradients.dlse);", "dlogits is wrong"),
+    bug("the gradient of lse dropped", "+ number(args.gradients.dlse))", "+ 0 * number(args.gradients.dlse))", "dlogits is wrong"),
     bug("the gradient by the rounded lse", "number(args.gradients.correction);", "1;", "of the sure token"),
-    bug("the loss by the rounded lse", "double loss = lse - (1", "double loss = rounded - (1", "of the sure token"),
+    bug(
+        "the loss by the rounded lse",
+        "log_sum + (1 - args.label_smoothing) * (top - state.z_target)",
+        "lse - (1 - args.label_smoothing) * state.z_target",
+        "of the sure token",
+    ),
     bug("softcap without its slope", "dz[i] *= cap.slope(z[i]);", "dz[i] *= 1;", "dlogits is wrong"),
     bug("an ignored token has a gradient", "if (!in.counts(n)) {  // its", "if (false) {  // its", "of an ignored token are wrong"),
     bug(
