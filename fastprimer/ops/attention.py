@@ -244,9 +244,10 @@ def attention(
         softcap: c > 0 replaces scaled scores by c tanh(score / c), before masking.
         sinks: (H,), a learnable extra logit per head, neither scaled nor capped; it takes part in lse.
         cu_seqlens_q, cu_seqlens_k: int32 (B + 1,), cumulative lengths of the packed sequences, from 0 to N; empty
-            sequences are allowed; cu_seqlens_k defaults to cu_seqlens_q.
-        max_seqlen_q, max_seqlen_k: the longest sequence or more, where it is known on the host (spares a kernel empty work); less
-            is an error, which on a GPU is noticed only where it is less than the mean.
+            sequences are allowed; cu_seqlens_k defaults to cu_seqlens_q. On a GPU nobody looks at their values, which would wait for the
+            device: rows beyond the last of them are left undefined.
+        max_seqlen_q, max_seqlen_k: the longest packed sequence or more, where it is known on the host (spares a kernel empty work);
+            less is an error, which on a GPU is noticed only where it is less than the mean.
         return_lse: return (o, lse).
 
     Returns:
