@@ -63,7 +63,11 @@ struct LossCap {
       for (int i = 0; i < W; i++) z[i] = cap * tanhf(z[i] * reciprocal);
     }
   }
-  __device__ __forceinline__ float slope(float z) const { return 1 - (z / cap) * (z / cap); }  // where 1 / cap's rounding would show
+  // 1 - t^2 of t = z / cap: z times the reciprocal, whose rounding would show where t is nearly 1, corrected by what that leaves of z.
+  __device__ __forceinline__ float slope(float z) const {
+    const float near = z * reciprocal, t = fmaf(fmaf(-near, cap, z), reciprocal, near);
+    return 1 - t * t;
+  }
   __device__ __forceinline__ bool changes() const { return cap > 0 || bias != nullptr; }
 };
 
@@ -140,7 +144,7 @@ struct Seen {
     for (int i = 0; i < W; i++) total += z[i];
   }
 
-  // The sum as it is for a larger `top`: once for each that is brought together with others, for every time rounds it.
+  // The sum as it is for a larger `top`: of lanes once for all, for every time rounds it.
   __device__ __forceinline__ void rescale(float most) { sum *= top == most ? 1 : expf(top - most); }
 
   // With what was seen of other columns, both sums for the same `top`.
@@ -173,7 +177,7 @@ struct Seen {
   __device__ __forceinline__ void meet() {
     FASTPRIMER_SHARED(warps, Seen[LOSS_THREADS / 32]);
     float most = top;
-#pragma unroll
+#pragma unroll 1
     for (int distance = 16; distance > 0; distance /= 2) most = larger(most, __shfl_xor_sync(FULL_WARP, most, distance));
     rescale(most);
 #pragma unroll 1
@@ -185,13 +189,7 @@ struct Seen {
     if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = *this;
     __syncthreads();
     if (threadIdx.x > 0) return;
-    for (unsigned i = 1; i < blockDim.x / 32; i++) most = larger(most, warps[i].top);
-    rescale(most);
-    for (unsigned i = 1; i < blockDim.x / 32; i++) {
-      Seen other = warps[i];
-      other.rescale(most);
-      add_rescaled(other);
-    }
+    for (unsigned i = 1; i < blockDim.x / 32; i++) add(warps[i]);
   }
 };
 

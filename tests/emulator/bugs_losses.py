@@ -20,8 +20,8 @@ BUGS = [
     bug("a NaN is overlooked", "most > top || (most != most && top == top)", "most > top", "a NaN hides"),
     bug(
         "a warp of a block is left out",
-        "for (unsigned i = 1; i < blockDim.x / 32; i++) {",
-        "for (unsigned i = 2; i < blockDim.x / 32; i++) {",
+        "for (unsigned i = 1; i < blockDim.x / 32; i++)",
+        "for (unsigned i = 2; i < blockDim.x / 32; i++)",
         "lse is wrong",
     ),
     bug(
