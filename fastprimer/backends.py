@@ -168,7 +168,8 @@ _looking = threading.RLock()
 def _load_all(device: str) -> str:
     """Load every backend that is of use on this device: while torch.compile traces a second operation, it sees `_functions` as it was
     after the first."""
-    return "".join(unavailable(op, backend, device) for op in list(_chapters)[:1] for backend in BACKENDS)
+    first = next(iter(_chapters))  # of the operations: all of a backend's are loaded at once
+    return "".join(unavailable(first, backend, device) for backend in BACKENDS)
 
 
 # What torch.compiler.assume_constant_result marks; that decorator imports torch._dynamo and Triton at once, which takes

@@ -168,8 +168,6 @@ class MoE(nn.Module):
         super().__init__()
         if choice not in ("tokens", "experts"):
             raise ValueError(f"MoE: choice: expected 'tokens' or 'experts', got {choice!r}")
-        if capacity_factor is not None and not (is_number(capacity_factor) and capacity_factor > 0):
-            raise ValueError(f"MoE: capacity_factor: expected a number > 0 or None, got {capacity_factor!r}")
         if not is_number(scale):
             raise ValueError(f"MoE: scale: expected a number, got {scale!r}")
         check_choice("MoE", experts, per_token, score, groups, top_groups, k_name="per_token", E_name="experts")
@@ -177,10 +175,21 @@ class MoE(nn.Module):
         self.experts = Experts(experts, width, inner)
         self.shared_experts = SwiGLU(width, shared) if shared else None
         self.per_token, self.renormalize, self.choice, self.capacity_factor = per_token, renormalize, choice, capacity_factor
-        # As it was written, in integers: in binary 1.1 · 100 / 10 is more than 11, and torch.compile would make the number a symbol.
-        self.capacity_ratio = Fraction(str(1 if capacity_factor is None else capacity_factor)).as_integer_ratio()
         self.options = {"score": score, "groups": groups, "top_groups": top_groups, "scale": scale}
         self.routing: Routing | None = None
+
+    @property
+    def capacity_factor(self) -> float | None:
+        """May be set anew, as for evaluation (Switch, section 2.2)."""
+        return self._capacity_factor
+
+    @capacity_factor.setter
+    def capacity_factor(self, factor: float | None) -> None:
+        if factor is not None and not (is_number(factor) and factor > 0):
+            raise ValueError(f"MoE: capacity_factor: expected a number > 0 or None, got {factor!r}")
+        self._capacity_factor = factor
+        # As it was written, in integers: in binary 1.1 · 100 / 10 is more than 11, and torch.compile would make the number a symbol.
+        self._capacity_ratio = Fraction(str(1 if factor is None else factor)).as_integer_ratio()
 
     @classmethod
     def switch(cls, width: int, inner: int, experts: int, capacity_factor: float | None = 1.25) -> MoE:
@@ -226,7 +235,8 @@ class MoE(nn.Module):
         return y.new_zeros(tokens.shape).index_put((chosen,), y, accumulate=True)  # in a fixed order, unlike index_add
 
     def _capacity(self, N: int) -> int:
-        return -(-self.capacity_ratio[0] * N * self.per_token // (self.capacity_ratio[1] * len(self.gate.weight)))
+        numerator, denominator = self._capacity_ratio
+        return -(-numerator * N * self.per_token // (denominator * len(self.gate.weight)))
 
     @torch.no_grad()
     def update_selection_bias(self, rate: float = 0.001, counts: Tensor | None = None) -> None:

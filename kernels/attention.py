@@ -68,7 +68,7 @@ DQ = {
     "gfx float32": {64: Tile(32, 32, 4, 1), 128: Tile(16, 16, 4, 1), 256: Tile(16, 16, 4, 1)},
 }
 """By target and width: the largest found that spill no registers where the compile gate looks. Those of sm_90 are measured on an H100
-(benchmarks/NOTES.md), the others on no GPU yet.
+(benchmarks/results), the others on no GPU yet.
 
 In forward and for dq, BLOCK_M queries stay in registers and blocks of BLOCK_N keys pass by; for dk and dv it is the other way
 round. "TMA": where tensor descriptors bring the tiles; sm_90 has none for dk and dv of 256 features, for every tile tried spills.

@@ -104,6 +104,10 @@ def test_capacity_drops_later_choices(per_token):
 def test_capacity_is_that_of_decimal_numbers():
     layer = layers.MoE.switch(8, 8, 10, capacity_factor=1.1)
     assert [layer._capacity(N) for N in (100, 101, 10, 1000)] == [11, 12, 2, 110]
+    layer.capacity_factor = 2.0  # as for evaluation
+    assert layer._capacity(100) == 20
+    with pytest.raises(ValueError, match="MoE: capacity_factor: expected a number > 0 or None, got 0"):
+        layer.capacity_factor = 0
 
 
 def test_a_dropped_choice_has_no_gradient():

@@ -203,12 +203,8 @@ struct Scale {
 
   explicit Scale(const AttentionProblem& p) : Scale(static_cast<float>(p.scale) * LOG2_E, p.softcap) {}
   Scale(float scale, double softcap)
-      : factor(scale == 0  ? 1
-               : scale < 0 ? -scale
-                           : scale),
-        sign(scale == 0  ? 0
-             : scale < 0 ? -1
-                         : 1),
+      : factor(scale == 0 ? 1 : __builtin_fabsf(scale)),
+        sign(static_cast<float>((scale > 0) - (scale < 0))),
         cap(static_cast<float>(softcap) * LOG2_E) {}
 
   template <class Tile>

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from fastprimer import ops
-from fastprimer.backends import autocasting
 from fastprimer.ops import _arguments as arguments
-from fastprimer.ops.decoding import MAX_QUERIES, check_cached
+from fastprimer.ops.decoding import MAX_QUERIES, as_the_cache, check_cached
 
 UNLIMITED = (-1, -1)
 
@@ -158,8 +157,7 @@ def flash_attn_with_kvcache(
 
 def _in_parts(name: str, q, k_cache, v_cache, cache_seqlens, k, v, block_table, **options) -> tuple[Tensor, Tensor]:
     """o and lse of any number of causal queries and their own keys and values, some after the others."""
-    if autocasting(q.device.type):
-        q, k, v = (t.to(k_cache.dtype) for t in (q, k, v))
+    q, k, v = as_the_cache(q, k, v, k_cache)
     check_cached(name, q, k_cache, v_cache, cache_seqlens, k, v, block_table)  # for all of them, before any is appended
     parts = []
     for begin in range(0, q.shape[1], MAX_QUERIES):

@@ -130,8 +130,7 @@ def attention_with_kv_cache(
     for label, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("k", k), ("v", v)):
         if t is not None or label not in ("k", "v"):
             arguments.check_floating(f"{name}: {label}", t)
-    if autocasting(q.device.type):
-        q, k, v = (None if t is None else t.to(k_cache.dtype) for t in (q, k, v))
+    q, k, v = as_the_cache(q, k, v, k_cache)
     arguments.check(q.dim() == 4 and 1 <= q.shape[1] <= MAX_QUERIES, f"{name}: q", f"shape (B, S <= {MAX_QUERIES}, H, D)", tuple(q.shape))
     check_cached(name, q, k_cache, v_cache, cache_seqlens, k, v, block_table)
     arguments.check_flag(f"{name}: return_lse", return_lse)
@@ -145,6 +144,13 @@ def attention_with_kv_cache(
     if k is not None and not torch.compiler.is_compiling():  # a kernel writes without autograd's knowledge
         torch.autograd.graph.increment_version((k_cache, v_cache))
     return (o, lse) if return_lse else o
+
+
+def as_the_cache(q: Tensor, k: Optional[Tensor], v: Optional[Tensor], k_cache: Tensor) -> tuple:
+    """q, k, v, under autocast in the cache's dtype."""
+    if not autocasting(q.device.type):
+        return q, k, v
+    return tuple(None if t is None else t.to(k_cache.dtype) for t in (q, k, v))
 
 
 def check_cached(name, q, k_cache, v_cache, cache_seqlens, k, v, block_table) -> None:
