@@ -204,6 +204,18 @@ def test_every_half_number_survives_conversion(limit, dtype):
     assert torch.equal(h.view(torch.int16)[numbers], x.view(torch.int16)[numbers])
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=name)
+@pytest.mark.parametrize("limit", [0, 1, 2])
+def test_a_nan_of_all_ones_stays_nan(limit, dtype):
+    """The NaN of memory filled with ones: rounding to 16 bits by an addition would carry it into a zero."""
+    ones = torch.full((50,), -1, dtype=torch.int32).view(torch.float32)
+    logits = torch.randn(2, 50).to(dtype).requires_grad_()
+    with instruction_set(limit), use_backend("cpu"):
+        y = fp.rms_norm(torch.ones(1, 50, dtype=dtype), ones)
+        dlogits = torch.autograd.grad(fp.cross_entropy(logits, torch.tensor([3, 40]), reduction="none"), logits, ones[:2])[0]
+    assert y.isnan().all() and dlogits.isnan().all()
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, *HALVES), ids=name)
 @pytest.mark.parametrize("limit", [0, 1, 2])
 def test_the_sigmoid_of_every_number(limit, dtype):

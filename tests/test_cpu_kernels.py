@@ -40,13 +40,13 @@ CASES = {
 
 PLANTED = {
     "rms_norm": {
-        "dropped weight offset": ("rms_norm.cpp", "(weight)[c]) + T(offset)", "(weight)[c]) + 0 * T(offset)"),
+        "dropped weight offset": ("rms_norm.cpp", "load(weight + c, n) + offset, n)", "load(weight + c, n), n)"),
         "wrong dweight reduction": ("rms_norm.cpp", "for (int64_t p = 0; p < a.partials; p++)", "for (int64_t p = 1; p < a.partials; p++)"),
         "partial sums not cleared": ("rms_norm.cpp", "    fill_zero(partial, a.C);\n", ""),
         "elements never written": (
             "rms_norm.cpp",
-            "static_cast<A*>(a.rstd)[row] = rstd;",
-            "if (row % 4 != 3) static_cast<A*>(a.rstd)[row] = rstd;",
+            "static_cast<A*>(a.rstd)[row] = A(1)",
+            "if (row % 4 != 3) static_cast<A*>(a.rstd)[row] = A(1)",
         ),
         "a lane left out of the sum": (
             "simd.h",
@@ -232,13 +232,21 @@ PLANTED = {
         "the weight forgotten in ddown of a few tokens": ("moe_few_backward.h", "store(wu + f, w * (", "store(wu + f, ("),
     },
     "all": {
-        "off-by-one tail": ("simd.h", "  if (c < end) body(c, end - c, 0);", "  if (c + 1 < end) body(c, end - c - 1, 0);"),
+        "off-by-one tail": ("columns.h", "  if (c < end) body(c, end - c, 0);", "  if (c + 1 < end) body(c, end - c - 1, 0);"),
     },
     "all but rope": {
-        "unmasked tail": ("simd.h", "  if (c < end) body(c, end - c, 0);", "  if (c < end) body(c, All{}, 0);"),
+        "unmasked tail": ("columns.h", "  if (c < end) body(c, end - c, 0);", "  if (c < end) body(c, All{}, 0);"),
+    },
+    "in pairs": {
+        "halves of a pair exchanged": (
+            "simd.h",
+            "packus_epi32(rounded(first), rounded(second))",
+            "packus_epi32(rounded(second), rounded(first))",
+        ),
+        "the first of a pair twice": ("simd.h", "_mm256_unpackhi_epi16", "_mm256_unpacklo_epi16"),
     },
     "memory-bound": {
-        "stores past the caches lost": ("simd.h", "    stream(p, v);\n", ""),
+        "stores past the caches lost": ("columns.h", "    stream(p, v);\n", ""),
     },
 }
 """By operation: {bug: (file of csrc/cpu, text, what it becomes)}."""
@@ -247,8 +255,12 @@ GROUPS = {op: (op,) for op in CASES} | {
     "all": tuple(CASES),
     "all but rope": tuple(op for op in CASES if op != "rope"),  # where the next head is written over what is written too far
     "memory-bound": ("rms_norm", "rope", "swiglu", "cross_entropy"),
+    "in pairs": ("rms_norm", "rope", "swiglu", "cross_entropy"),
 }
 """Which operations a bug breaks."""
+
+ONLY = {"in pairs": "avx2"}
+"""{group: the instruction set that alone has its code}."""
 
 LATER = {"linear_cross_entropy": [None] * len(PLANTED["cross_entropy"])}
 """Of two operations that share sources, one waits until the other's bugs are through."""
@@ -256,7 +268,7 @@ LATER = {"linear_cross_entropy": [None] * len(PLANTED["cross_entropy"])}
 TOGETHER = itertools.zip_longest(*(LATER.get(op, []) + [(op, bug) for bug in PLANTED[op]] for op in CASES))
 ROUNDS = [
     *([planted for planted in bugs if planted] for bugs in TOGETHER),
-    *([(group, bug)] for group in ("all", "all but rope", "memory-bound") for bug in PLANTED[group]),
+    *([(group, bug)] for group in GROUPS if group not in CASES for bug in PLANTED[group]),
 ]
 """Bugs of different operations are planted, and judged, together."""
 
@@ -326,7 +338,7 @@ class Build:
         shutil.copytree(ROOT / "csrc", self.source / "csrc")
         recipe = (ROOT / "CMakeLists.txt").read_text()
         # Without much optimisation: half the time, and no other results. For this processor alone, which runs nothing else.
-        isa = ISAS[torch.ops.fastprimer.limit_cpu_instruction_set(len(ISAS) - 1)]
+        self.isa = isa = ISAS[torch.ops.fastprimer.limit_cpu_instruction_set(len(ISAS) - 1)]
         (self.source / "CMakeLists.txt").write_text(re.sub(r"(?<=set\(ISAS ).*(?=\))", isa, recipe).replace(" -O3 ", " -O1 "))
         dispatch = self.source / "csrc/cpu/dispatch.cpp"
         dispatch.write_text(re.sub(r"return isa == AVX512 \?.*;", f"return {isa}::name(args);", dispatch.read_text()))
@@ -369,6 +381,8 @@ def test_the_copy_itself_is_right(build):
 @pytest.mark.parametrize("bugs", ROUNDS, ids=lambda bugs: "; ".join(bug for _, bug in bugs))
 def test_planted_bugs_are_caught(build, bugs):
     before = {}
+    if any(build.isa != ONLY.get(op, build.isa) for op, _ in bugs):
+        pytest.skip(f"kernels for {build.isa} have no such code")
     for op, bug in bugs:
         name, old, new = PLANTED[op][bug]
         path = build.source / "csrc/cpu" / name

@@ -56,16 +56,16 @@ void differentiate(const T* logits, int64_t V, int64_t target, Gradient<Wide<T>,
     const int64_t n = smaller(BLOCK, V - first), here = target - first;
     const T* from = logits + first;
     T* to = dlogits + first;
-    for_columns<A>(0, n, [=](int64_t v, auto count, int) {
+    for_columns<T>(0, n, [=](int64_t v, auto count, int) {
       __builtin_prefetch(from + AHEAD + v);
-      store(dz + v, gradient.template of<T>(gradient.z(load(from + v, count))), count);
+      store_in_turn(dz + v, gradient.template of<T>(gradient.z(load(from + v, count))), count);
     });
     if (0 <= here && here < n) {
       A z;
       cap(from + here, nullptr, 1, gradient.softcap(), &z);
-      dz[here] -= gradient.share(z);
+      dz[place_in_turn<T>(here, n)] -= gradient.share(z);
     }
-    for_columns<A>(0, n, [=](int64_t v, auto count, int) { put(to + v, Flushable<T>{load(dz + v, count)}, count); });
+    fill_columns({to}, 0, n, put, [=](int64_t v, auto count) { return Outputs{Flushable<T>{load_in_turn(dz + v, count)}}; });
   }
 }
 

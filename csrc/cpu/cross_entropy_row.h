@@ -1,5 +1,6 @@
 // One token's loss and its gradient, a piece of the vocabulary at a time. The mathematics: fastprimer/ops/cross_entropy.py.
 #pragma once
+#include "columns.h"
 #include "cross_entropy.h"
 #include "simd_math.h"
 
@@ -10,9 +11,9 @@ namespace surprise {
 constexpr double INFINITE = __builtin_inf();
 
 // Behind the n numbers of a tail stands `other`.
-template <class T>
-inline Vec<Wide<T>> load_or(const T* p, All, Wide<T>) {
-  return load(p);
+template <class T, class N>
+inline Vec<Wide<T>> load_or(const T* p, N n, Wide<T>) {
+  return load(p, n);
 }
 template <class T>
 inline Vec<Wide<T>> load_or(const T* p, int64_t n, Wide<T> other) {
@@ -34,7 +35,7 @@ ALWAYS_INLINE Vec<float> exponential(Vec<float> x) {
 }
 template <int>
 inline Vec<double> exponential(Vec<double> x) {
-  return exp_of_negative<double>(x);
+  return exp_of_negative(x);
 }
 
 // body(Capped<>) for a softcap or none: within a sweep it is settled.
@@ -149,7 +150,7 @@ class Exponentials {
 template <class T>
 inline Wide<T> sum_one_by_one(const T* z, int64_t n, Wide<T> shift) {
   using A = Wide<T>;
-  return sum_columns<A>(n, [&](int64_t v, auto count) {
+  return sum_columns<T>(n, [&](int64_t v, auto count) {
     __builtin_prefetch(z + n + v);
     return exponential<SUM_DEGREE<T>>(load_or(z + v, count, -A(INFINITE)) - shift);
   });
@@ -239,7 +240,7 @@ struct Statistics {
     const A shift = top == -A(INFINITE) ? 0 : top;  // where all is -infinity, so that the sum is 0 and not NaN
     sum += sum_of_exponentials(z, n, shift);
     if (number && sum != sum) meet_nan(z, n, first);
-    if (smoothed) total += sum_columns<A>(n, [&](int64_t v, auto count) { return load(z + v, count); });
+    if (smoothed) total += sum_columns<T>(n, [&](int64_t v, auto count) { return load(z + v, count); });
   }
 
   // The sum has become NaN. That of infinity is not, nor is its logarithm; where one of the z is NaN, it counts as the largest.

@@ -3,6 +3,7 @@
 // Memory-bound: the floor is to read the keys and values that are seen once, T Hk (D + Dv) numbers a sequence; each meets the S H / Hk
 // rows of queries of its group, 2 S H (D + Dv) FLOPs a key. Chunks of keys are worked on side by side, whatever sequence they belong to;
 // how they are cut depends on lengths and shapes alone, and they are put together in their order.
+#include "columns.h"
 #include "decoding_plan.h"
 #include "dots.h"
 #include "simd_math.h"

@@ -118,8 +118,7 @@ struct Silu {
   ALWAYS_INLINE explicit Silu(Vec<float> a) : Silu(a, Sigmoid<T>(a)) {}
 
  private:
-  ALWAYS_INLINE Silu(Vec<float> a, const Sigmoid<T>& sigma)
-      : value(a * sigma.value), slope(sigma.value + a * sigma.e * sigma.r * sigma.r) {}
+  ALWAYS_INLINE Silu(Vec<float> a, const Sigmoid<T>& sigma) : value(a * sigma.value), slope(sigma.value + a * sigma.slope) {}
 };
 
 // da, db and w u of some features of a pair with weight w, from d and what forward saved, a and F numbers behind it b; and d u, their share

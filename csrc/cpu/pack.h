@@ -1,6 +1,6 @@
 // Copies rows into tiles as matrix products read them: padded with zeros, transposed, or with pairs of rows interleaved.
 #pragma once
-#include "simd.h"
+#include "columns.h"
 #include "tasks.h"
 
 namespace fastprimer {

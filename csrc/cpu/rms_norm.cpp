@@ -7,9 +7,9 @@
 // not depend on the number of threads.
 #include "rms_norm.h"
 
+#include "columns.h"
 #include "memory.h"
 #include "parallel.h"
-#include "simd.h"
 #include "tasks.h"
 
 namespace fastprimer {
@@ -18,97 +18,154 @@ namespace {
 
 constexpr int64_t FEW = 32;  // rows that are summed up before they join a longer sum: its rounding error stays small
 
-int64_t grain_rows(int64_t C) { return C < GRAIN ? GRAIN / C : 1; }
-
 template <class T, class W>
-void convert(const void* weight, double offset, int64_t C, T* w) {
-  for (int64_t c = 0; c < C; c++) w[c] = to_wide(static_cast<const W*>(weight)[c]) + T(offset);
+void widen(const W* weight, Wide<T> offset, int64_t C, Wide<T>* w) {
+  if constexpr (sizeof(Wide<W>) == sizeof(Wide<T>))
+    for_columns<T>(0, C, [&](int64_t c, auto n, int) { store_in_turn(w + c, load(weight + c, n) + offset, n); });
+  else
+    for (int64_t c = 0; c < C; c++) w[c] = to_wide(weight[c]) + offset;
 }
 
-// The weight as the kernels use it: weight + weight_offset in the accumulator type, or ones.
+// The weight as the kernels use it: weight + weight_offset in the accumulator type, or ones, in the order in which registers come.
 template <class T>
-void widen_weight(const void* weight, Dtype dtype, double offset, int64_t C, T* w) {
-  if (weight == nullptr) {
+void widen_weight(const void* weight, bool as_x, double offset, int64_t C, Wide<T>* w) {
+  if (weight == nullptr)
     for (int64_t c = 0; c < C; c++) w[c] = 1;
-    return;
+  else if (as_x)
+    widen<T>(static_cast<const T*>(weight), offset, C, w);
+  else
+    widen<T>(static_cast<const float*>(weight), offset, C, w);
+}
+
+// Rows that are swept for their sums one after the other, before each is swept for its result: where rows are short, none waits for its
+// root. The last sweeps read nothing but the caches: they ask for the next strip, into the L2 cache, so that the memory does not rest.
+// Behind the last row nothing is read.
+template <class T>
+int64_t strip_rows(int64_t C, int64_t at_least = 1) {
+  constexpr int64_t strip_bytes = 8192;
+  return larger(at_least, smaller(FEW, strip_bytes / (C * int64_t(sizeof(T)))));
+}
+
+// Rows whose sums backward takes side by side: the weight and dweight come once for all of them.
+constexpr int ROWS = 4;
+
+template <class T>
+const T* row_of(const void* data, int64_t row, int64_t stride_row) {
+  return data ? static_cast<const T*>(data) + row * stride_row : nullptr;
+}
+
+// h of a row that has a residual, and its rstd.
+template <class T>
+void sum_forward(const RmsNormForward& a, int64_t row) {
+  using A = Wide<T>;
+  const T* h = row_of<T>(a.x, row, a.stride_x_row);
+  if (const T* residual = row_of<T>(a.residual, row, a.stride_residual_row)) {
+    T* const sum = static_cast<T*>(a.h) + row * a.C;
+    fill_columns({sum}, 0, a.C, ToCache{}, [&](int64_t c, auto n) { return Outputs{load(h + c, n) + load(residual + c, n)}; });
+    h = sum;
   }
-  by_dtype(dtype, [&](auto element) -> Error {
-    convert<T, decltype(element)>(weight, offset, C, w);
-    return nullptr;
+  const A squares = sum_columns<T>(a.C, [&](int64_t c, auto n) {
+    const Vec<A> v = load(h + c, n);
+    return v * v;
+  });
+  static_cast<A*>(a.rstd)[row] = A(1) / square_root(squares / A(a.C) + A(a.eps));
+}
+
+template <class T, class Put>
+void scale_forward(const RmsNormForward& a, int64_t row, const Wide<T>* w, Put put) {
+  const T* x = row_of<T>(a.x, row, a.stride_x_row);
+  const T* residual = row_of<T>(a.residual, row, a.stride_residual_row);
+  const T* h = residual ? row_of<T>(a.h, row, a.C) : x;
+  const Wide<T> rstd = static_cast<const Wide<T>*>(a.rstd)[row];
+  const int64_t strip = strip_rows<T>(a.C);
+  fill_columns({static_cast<T*>(a.y) + row * a.C}, 0, a.C, put, [&](int64_t c, auto n) {
+    ask_for(x + strip * a.stride_x_row + c, n);
+    if (residual) ask_for(residual + strip * a.stride_residual_row + c, n);
+    return Outputs{Flushable<T>{load(h + c, n) * rstd * load_in_turn(w + c, n)}};
   });
 }
 
 template <class T>
 Error forward(const RmsNormForward& a) {
-  using A = Wide<T>;
-  const Buffer<A> wide_weight(a.C);
-  if (wide_weight.data() == nullptr) return OUT_OF_MEMORY;
-  widen_weight(a.weight, a.weight_dtype, a.weight_offset, a.C, wide_weight.data());
+  const Buffer<Wide<T>> w(a.C);
+  if (w.data() == nullptr) return OUT_OF_MEMORY;
+  widen_weight<T>(a.weight, a.weight_dtype == a.dtype, a.weight_offset, a.C, w.data());
   expect_writes(a.y, a.N * a.C * sizeof(T));
   if (a.residual) expect_writes(a.h, a.N * a.C * sizeof(T));
-  const bool past = past_cache(a.y, a.N, a.C * sizeof(T), a.C * sizeof(T));
-  parallel_for(a.N, grain_rows(a.C), [&](int64_t row) {
-    const T* x = static_cast<const T*>(a.x) + row * a.stride_x_row;
-    const T* residual = a.residual ? static_cast<const T*>(a.residual) + row * a.stride_residual_row : nullptr;
-    T* h = a.residual ? static_cast<T*>(a.h) + row * a.C : nullptr;
-    T* y = static_cast<T*>(a.y) + row * a.C;
-    const A* w = wide_weight.data();
-    A squares;
-    if (residual == nullptr) {
-      squares = sum_columns<A>(a.C, [&](int64_t c, auto n) {
-        const Vec<A> v = load(x + c, n);
-        return v * v;
-      });
-    } else {
-      squares = sum_columns<A>(a.C, [&](int64_t c, auto n) {
-        const Vec<A> v = rounded<T>(load(x + c, n) + load(residual + c, n));
-        store(h + c, v, n);
-        return v * v;
-      });
-    }
-    const A rstd = A(1) / square_root(squares / A(a.C) + A(a.eps));
-    static_cast<A*>(a.rstd)[row] = rstd;
-    const T* source = residual ? h : x;
-    with_stores(past, [&](auto put) {
-      for_columns<A>(0, a.C, [&](int64_t c, auto n, int) { put(y + c, Flushable<T>{load(source + c, n) * rstd * load(w + c, n)}, n); });
+  const int64_t strip = strip_rows<T>(a.C);
+  with_stores(past_cache(a.y, a.N, a.C * sizeof(T), a.C * sizeof(T)), [&](auto put) {
+    parallel_for((a.N + strip - 1) / strip, GRAIN / (a.C * strip) + 1, [&](int64_t i) {
+      const int64_t begin = i * strip, end = smaller(a.N, begin + strip);
+      for (int64_t row = begin; row < end; row++) sum_forward<T>(a, row);
+      for (int64_t row = begin; row < end; row++) scale_forward<T>(a, row, w.data(), put);
     });
   });
   return nullptr;
 }
 
-// The second sweep over a row reads nothing but the caches: it asks for the next row, into the L2 cache, so that the memory does not
-// rest. Short rows come by themselves, as the processor reads on. Behind the last row nothing is read.
-constexpr int64_t LONG_ROW = 2048;  // bytes
-
-// One row of the backward pass. dweight is null, or this row's share is added to it.
-template <class T>
-inline void backward_row(const RmsNormBackward& a, int64_t row, const Wide<T>* w, Wide<T>* dweight, bool past) {
+// What M rows of h are shrunk by. dweight is null, or their shares are added to it, in the order in which registers come.
+template <class T, int M>
+void sum_backward(const RmsNormBackward& a, int64_t row, const Wide<T>* w, Wide<T>* dweight, Wide<T>* shrink) {
   using A = Wide<T>;
-  const T* dy = static_cast<const T*>(a.dy) + row * a.stride_dy_row;
-  const T* h = static_cast<const T*>(a.h) + row * a.stride_h_row;
-  const T* dh = a.dh ? static_cast<const T*>(a.dh) + row * a.stride_dh_row : nullptr;
-  T* dx = static_cast<T*>(a.dx) + row * a.C;
-  const A rstd = static_cast<const A*>(a.rstd)[row];
-  const A products = sum_columns<A>(a.C, [&](int64_t c, auto n) {
-    const Vec<A> dy_h_hat = load(dy + c, n) * (load(h + c, n) * rstd);  // dy h may be too large for its type
-    if (dweight) store(dweight + c, load(dweight + c, n) + dy_h_hat, n);
-    return dy_h_hat * load(w + c, n);
-  });
-  const A shrink = products / A(a.C) * rstd;
-  const bool long_rows = a.C * sizeof(T) >= LONG_ROW;
-  with_stores(past, [&](auto put) {
-    if (dh == nullptr) {
-      for_columns<A>(0, a.C, [&](int64_t c, auto n, int) {
-        if (long_rows) ask_for(dy + a.stride_dy_row + c), ask_for(h + a.stride_h_row + c);
-        put(dx + c, Flushable<T>{rstd * (load(dy + c, n) * load(w + c, n) - load(h + c, n) * shrink)}, n);
-      });
-    } else {
-      for_columns<A>(0, a.C, [&](int64_t c, auto n, int) {
-        if (long_rows) ask_for(dy + a.stride_dy_row + c), ask_for(h + a.stride_h_row + c), ask_for(dh + a.stride_dh_row + c);
-        put(dx + c, Flushable<T>{rstd * (load(dy + c, n) * load(w + c, n) - load(h + c, n) * shrink) + load(dh + c, n)}, n);
-      });
-    }
-  });
+  const T *dy[M], *h[M];
+  A rstd[M], products[M] = {};
+  for (int r = 0; r < M; r++) {
+    dy[r] = row_of<T>(a.dy, row + r, a.stride_dy_row);
+    h[r] = row_of<T>(a.h, row + r, a.stride_h_row);
+    rstd[r] = static_cast<const A*>(a.rstd)[row + r];
+  }
+  constexpr int64_t block = 4096;
+  for (int64_t begin = 0; begin < a.C; begin += block) {
+    Vec<A> sums[M] = {};
+    for_columns<T>(begin, smaller(a.C, begin + block), [&](int64_t c, auto n, int) __attribute__((always_inline)) {
+      const Vec<A> w_c = load_in_turn(w + c, n);
+      Vec<A> dweight_c = dweight ? load_in_turn(dweight + c, n) : Vec<A>{};
+#pragma GCC unroll 4
+      for (int r = 0; r < M; r++) {
+        const Vec<A> dy_h_hat = load(dy[r] + c, n) * (load(h[r] + c, n) * rstd[r]);  // dy h may be too large for its type
+        dweight_c += dy_h_hat;
+        sums[r] += dy_h_hat * w_c;
+      }
+      if (dweight) store_in_turn(dweight + c, dweight_c, n);
+    });
+    for (int r = 0; r < M; r++) products[r] += sum<A>(sums[r]);
+  }
+  for (int r = 0; r < M; r++) shrink[r] = products[r] / A(a.C) * rstd[r];
+}
+
+template <class T, class Put>
+void scale_backward(const RmsNormBackward& a, int64_t row, const Wide<T>* w, Wide<T> shrink, Put put) {
+  const T* dy = row_of<T>(a.dy, row, a.stride_dy_row);
+  const T* h = row_of<T>(a.h, row, a.stride_h_row);
+  const T* dh = row_of<T>(a.dh, row, a.stride_dh_row);
+  T* const dx = static_cast<T*>(a.dx) + row * a.C;
+  const Wide<T> rstd = static_cast<const Wide<T>*>(a.rstd)[row];
+  const int64_t strip = strip_rows<T>(a.C, ROWS);
+  const auto through_norm = [&](int64_t c, auto n) __attribute__((always_inline)) {
+    ask_for(dy + strip * a.stride_dy_row + c, n), ask_for(h + strip * a.stride_h_row + c, n);
+    return rstd * (load(dy + c, n) * load_in_turn(w + c, n) - load(h + c, n) * shrink);
+  };
+  if (dh == nullptr) {
+    fill_columns({dx}, 0, a.C, put, [&](int64_t c, auto n) { return Outputs{Flushable<T>{through_norm(c, n)}}; });
+  } else {
+    fill_columns({dx}, 0, a.C, put, [&](int64_t c, auto n) {
+      ask_for(dh + strip * a.stride_dh_row + c, n);
+      return Outputs{Flushable<T>{through_norm(c, n) + load(dh + c, n)}};
+    });
+  }
+}
+
+template <class T, class Put>
+void backward_rows(const RmsNormBackward& a, int64_t begin, int64_t end, const Wide<T>* w, Wide<T>* dweight, Put put) {
+  const int64_t strip = strip_rows<T>(a.C, ROWS);
+  Wide<T> shrink[FEW];
+  for (int64_t first = begin; first < end; first += strip) {
+    const int64_t n = smaller(strip, end - first);
+    int64_t i = 0;
+    for (; i + ROWS <= n; i += ROWS) sum_backward<T, ROWS>(a, first + i, w, dweight, shrink + i);
+    for (; i < n; i++) sum_backward<T, 1>(a, first + i, w, dweight, shrink + i);
+    for (i = 0; i < n; i++) scale_backward<T>(a, first + i, w, shrink[i], put);
+  }
 }
 
 template <class T>
@@ -132,31 +189,34 @@ void add_partials(const RmsNormBackward& a) {
   });
 }
 
-template <class T>
-Error backward(const RmsNormBackward& a) {
-  using A = Wide<T>;
-  const Buffer<A> w(a.C);
-  if (w.data() == nullptr) return OUT_OF_MEMORY;
-  widen_weight(a.weight, a.weight_dtype, a.weight_offset, a.C, w.data());
-  expect_writes(a.dx, a.N * a.C * sizeof(T));
-  const bool past = past_cache(a.dx, a.N, a.C * sizeof(T), a.C * sizeof(T));
-  if (a.weight == nullptr) {
-    parallel_for(a.N, grain_rows(a.C), [&](int64_t row) { backward_row<T>(a, row, w.data(), nullptr, past); });
-    return nullptr;
-  }
-  const Buffer<A> sums_of_few(a.partials * a.C);
-  if (sums_of_few.data() == nullptr) return OUT_OF_MEMORY;
+template <class T, class Put>
+void backward_with_dweight(const RmsNormBackward& a, const Wide<T>* w, Wide<T>* sums_of_few, Put put) {
   parallel_for(a.partials, 1, [&](int64_t p) {
-    A* partial = static_cast<A*>(a.partial) + p * a.C;
-    A* few_rows = sums_of_few.data() + p * a.C;
+    Wide<T>* partial = static_cast<Wide<T>*>(a.partial) + p * a.C;
+    Wide<T>* few_rows = sums_of_few + p * a.C;
     fill_zero(partial, a.C);
     const int64_t end = a.N * (p + 1) / a.partials;
     for (int64_t first = a.N * p / a.partials; first < end; first += FEW) {
       fill_zero(few_rows, a.C);
-      for (int64_t row = first; row < end && row < first + FEW; row++) backward_row<T>(a, row, w.data(), few_rows, past);
-      for_columns<A>(0, a.C, [&](int64_t c, auto n, int) { store(partial + c, load(partial + c, n) + load(few_rows + c, n), n); });
+      backward_rows<T>(a, first, smaller(end, first + FEW), w, few_rows, put);
+      for_columns<T>(0, a.C, [&](int64_t c, auto n, int) { store(partial + c, load(partial + c, n) + load_in_turn(few_rows + c, n), n); });
     }
   });
+}
+
+template <class T>
+Error backward(const RmsNormBackward& a) {
+  using A = Wide<T>;
+  const Buffer<A> w(a.C), sums_of_few(a.weight ? a.partials * a.C : 1);
+  if (w.data() == nullptr || sums_of_few.data() == nullptr) return OUT_OF_MEMORY;
+  widen_weight<T>(a.weight, a.weight_dtype == a.dtype, a.weight_offset, a.C, w.data());
+  expect_writes(a.dx, a.N * a.C * sizeof(T));
+  with_stores(past_cache(a.dx, a.N, a.C * sizeof(T), a.C * sizeof(T)), [&](auto put) {
+    if (a.weight) return backward_with_dweight<T>(a, w.data(), sums_of_few.data(), put);
+    parallel_for((a.N + FEW - 1) / FEW, GRAIN / (a.C * FEW) + 1,
+                 [&](int64_t i) { backward_rows<T>(a, i * FEW, smaller(a.N, (i + 1) * FEW), w.data(), nullptr, put); });
+  });
+  if (a.weight == nullptr) return nullptr;
   if (a.weight_dtype == a.dtype)
     add_partials<A, T>(a);
   else

@@ -4,9 +4,9 @@
 // cosines and sines are widened once, a block at a time, and all of its heads are rotated by them.
 #include "rope.h"
 
+#include "columns.h"
 #include "memory.h"
 #include "parallel.h"
-#include "simd.h"
 
 namespace fastprimer {
 inline namespace FASTPRIMER_ISA {
@@ -52,22 +52,19 @@ void load_factors_of(const Rope& a, int64_t position, int64_t begin, int64_t n, 
 // n pairs (x[i], x[i + half]) of one head.
 template <class T, class Put>
 inline void rotate_halves(const T* x, T* y, int64_t half, int64_t n, const Factors<Wide<T>>& factors, Put put) {
-  using A = Wide<T>;
-  for_columns<A>(0, n, [&](int64_t i, auto count, int) {
-    const Vec<A> a = load(x + i, count), b = load(x + half + i, count);
-    const Vec<A> c = load(factors.c + i, count), s = load(factors.s + i, count);
-    put(y + i, a * c - b * s, count);
-    put(y + half + i, a * s + b * c, count);
+  fill_columns({y, y + half}, 0, n, put, [&](int64_t i, auto count) {
+    const Vec<Wide<T>> a = load(x + i, count), b = load(x + half + i, count);
+    const Vec<Wide<T>> c = load(factors.c + i, count), s = load(factors.s + i, count);
+    return Outputs{a * c - b * s, a * s + b * c};
   });
 }
 
 // n features, neighbours in pairs, of one head.
 template <class T, class Put>
 inline void rotate_neighbours(const T* x, T* y, int64_t n, const Factors<Wide<T>>& factors, Put put) {
-  using A = Wide<T>;
-  for_columns<A>(0, n, [&](int64_t i, auto count, int) {
-    const Vec<A> v = load(x + i, count);
-    put(y + i, v * load(factors.c + i, count) + exchanged(v, 1) * load(factors.s + i, count), count);
+  fill_columns({y}, 0, n, put, [&](int64_t i, auto count) {
+    const Vec<Wide<T>> v = load(x + i, count);
+    return Outputs{v * load(factors.c + i, count) + exchanged(v, 1) * load(factors.s + i, count)};
   });
 }
 

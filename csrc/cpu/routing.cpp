@@ -4,6 +4,7 @@
 // themselves it costs nothing: about E (10 + K) instructions for each token, and one read of the logits.
 #include "routing.h"
 
+#include "columns.h"
 #include "simd_math.h"
 #include "tasks.h"
 
@@ -41,7 +42,7 @@ void exponentials(A* values, int64_t n) {
   A least = 0;
   for (int64_t i = 0; i < n; i++) least = values[i] < least ? values[i] : least;
   if (least > -87) {
-    for_columns<A>(0, n, [&](int64_t c, auto count, int) { store(values + c, exp_of_negative<A>(load(values + c, count)), count); });
+    for_columns<A>(0, n, [&](int64_t c, auto count, int) { store(values + c, exp_of_negative(load(values + c, count)), count); });
   } else {
     for (int64_t i = 0; i < n; i++) values[i] = A(__builtin_exp(double(values[i])));
   }

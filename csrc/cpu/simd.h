@@ -109,6 +109,44 @@ ALWAYS_INLINE void load_both(const bfloat16* p, Vec<float>& even, Vec<float>& od
   odd = reinterpret_cast<Vec<float>>(pairs & 0xFFFF0000u);
 }
 
+// Two registers of numbers that lie behind each other, in another order: by turns four numbers are of the first register and four of the
+// second. So bfloat16, which AVX2 has no instructions to convert, needs half as many as register by register.
+struct First {};
+struct Second {};
+#if defined(__AVX2__) && !defined(__AVX512F__)
+template <class T>
+constexpr bool IN_PAIRS = is_bfloat16<T>;
+
+ALWAYS_INLINE Vec<float> load(const bfloat16* p, First) {
+  return reinterpret_cast<Vec<float>>(_mm256_unpacklo_epi16(__m256i{}, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
+ALWAYS_INLINE Vec<float> load(const bfloat16* p, Second) {
+  return reinterpret_cast<Vec<float>>(_mm256_unpackhi_epi16(__m256i{}, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+}
+ALWAYS_INLINE Vec<float> load(const float* p, First) { return reinterpret_cast<Vec<float>>(_mm256_loadu2_m128(p + LANES, p)); }
+ALWAYS_INLINE Vec<float> load(const float* p, Second) { return load(p + LANES / 2, First{}); }
+ALWAYS_INLINE void store(float* p, Vec<float> v, First) { _mm256_storeu2_m128(p + LANES, p, reinterpret_cast<__m256>(v)); }
+ALWAYS_INLINE void store(float* p, Vec<float> v, Second) { store(p + LANES / 2, v, First{}); }
+
+// First and Second, rounded and put together.
+ALWAYS_INLINE __m256i bfloat16_of(Vec<float> first, Vec<float> second) {
+  const auto rounded = [](Vec<float> v) __attribute__((always_inline)) {
+    const Bits u = reinterpret_cast<Bits>(v);
+    return reinterpret_cast<__m256i>((u + 0x7FFFu + ((u >> 16) & 1u)) >> 16);
+  };
+  const __m256 nan = _mm256_cmp_ps(reinterpret_cast<__m256>(first), reinterpret_cast<__m256>(second), _CMP_UNORD_Q);
+  if (__builtin_expect(_mm256_movemask_ps(nan) != 0, 0)) {  // a NaN of all ones must not become a zero
+    const Vec<float> quiet = Vec<float>{} + __builtin_nanf("");
+    first = first == first ? first : quiet;
+    second = second == second ? second : quiet;
+  }
+  return _mm256_packus_epi32(rounded(first), rounded(second));
+}
+#else
+template <class T>
+constexpr bool IN_PAIRS = false;
+#endif
+
 // The first n < size numbers, zeros behind them.
 template <class T>
 inline Vec<Wide<T>> load(const T* p, int64_t n) {
@@ -152,8 +190,7 @@ inline void store(T* p, Vec<Wide<T>> v, int64_t n) {
   store_first(p, v, n);
 }
 
-// The columns begin..end-1 in steps of one register: body(c, n, i), where n is All or the length of the tail, and i = 0..SIDES - 1
-// counts round, so that several sums can run side by side.
+// A whole register, where others are n numbers of one.
 struct All {};
 template <class T>
 inline Vec<Wide<T>> load(const T* p, All) {
@@ -162,18 +199,6 @@ inline Vec<Wide<T>> load(const T* p, All) {
 template <class T>
 inline void store(T* p, Vec<Wide<T>> v, All) {
   store(p, v);
-}
-template <class T, int SIDES = 1, class Body>
-ALWAYS_INLINE void for_columns(int64_t begin, int64_t end, const Body& body) {
-  constexpr int64_t size = VecOf<T>::size;
-  int64_t c = begin;
-  if constexpr (SIDES > 1) {
-    for (; c + SIDES * size <= end; c += SIDES * size)
-#pragma GCC unroll 4
-      for (int i = 0; i < SIDES; i++) body(c + i * size, All{}, i);
-  }
-  for (; c + size <= end; c += size) body(c, All{}, 0);
-  if (c < end) body(c, end - c, 0);
 }
 
 // A result for which a subnormal bfloat16 is as good as zero: that spares a look at every register.
@@ -195,58 +220,6 @@ inline void store(T* p, Flushable<T> flushable, int64_t n) {
 template <class T>
 inline void store(T* p, Flushable<T> flushable, All) {
   store(p, flushable);
-}
-
-// A whole register, as V = Vec or Flushable, to memory, past the caches; p is aligned to the bytes that are stored.
-template <class T, class V>
-inline void stream(T* p, V v) {
-#if defined(__AVX512F__) || defined(__AVX2__)
-  alignas(REGISTER_BYTES) T stored[VecOf<Wide<T>>::size];
-  store(stored, v);
-#if defined(__AVX512F__)
-  if constexpr (sizeof(stored) == 64) return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), *reinterpret_cast<__m512i*>(stored));
-#endif
-  if constexpr (sizeof(stored) == 32) return _mm256_stream_si256(reinterpret_cast<__m256i*>(p), *reinterpret_cast<__m256i*>(stored));
-  if constexpr (sizeof(stored) == 16) return _mm_stream_si128(reinterpret_cast<__m128i*>(p), *reinterpret_cast<__m128i*>(stored));
-#endif
-  store(p, v);
-}
-
-// How an operation stores an output, body(put): put(p, v, n), as store. A thread's stores past the caches are visible to others
-// when its part of a parallel_for or of run_tasks ends.
-struct ToCache {
-  template <class T, class V, class N>
-  void operator()(T* p, V v, N n) const {
-    store(p, v, n);
-  }
-};
-struct PastCache {
-  template <class T, class V>
-  void operator()(T* p, V v, All) const {
-    stream(p, v);
-  }
-  template <class T, class V>
-  void operator()(T* p, V v, int64_t n) const {
-    store(p, v, n);
-  }
-};
-
-template <class Body>
-ALWAYS_INLINE void with_stores(bool past_cache, const Body& body) {
-  if (past_cache)
-    body(PastCache{});
-  else
-    body(ToCache{});
-}
-
-// Bytes from which on an output is stored past the caches. A cached store first reads its line from memory, a third of the
-// traffic of an elementwise operation, and a large output pushes everything else out of the caches.
-constexpr int64_t PAST_CACHE = 8 << 20;
-
-// Whether an output of so many rows, which begin at p and stride_bytes apart, is worth storing by PastCache, and may be.
-inline bool past_cache(const void* p, int64_t rows, int64_t row_bytes, int64_t stride_bytes) {
-  const uintptr_t step = rows > 1 ? static_cast<uintptr_t>(stride_bytes) : 0;
-  return rows * row_bytes >= PAST_CACHE && (reinterpret_cast<uintptr_t>(p) | step) % REGISTER_BYTES == 0;
 }
 
 // Asks for the line that holds p[0], in the second-level cache. One between some multiplications and the next is faster than many at once
@@ -343,20 +316,6 @@ inline Vec<float> lane_numbers() {
   Vec<float> v;
   for (int i = 0; i < LANES; i++) v[i] = i;
   return v;
-}
-
-// The sum over columns 0..C-1 of term(c, n), a register of terms: four running sums, flushed every block so that the
-// rounding error of a wide row grows with the square root of its blocks and not of its columns.
-template <class T, class Term>
-ALWAYS_INLINE T sum_columns(int64_t C, const Term& term) {
-  constexpr int64_t block = 4096;
-  T total = 0;
-  for (int64_t begin = 0; begin < C; begin += block) {
-    Vec<T> sums[4] = {};
-    for_columns<T, 4>(begin, C - begin < block ? C : begin + block, [&](int64_t c, auto n, int i) { sums[i] += term(c, n); });
-    total += sum<T>((sums[0] + sums[1]) + (sums[2] + sums[3]));
-  }
-  return total;
 }
 
 // The larger, the smaller of v and the bound; NaN stays NaN.

@@ -1,5 +1,5 @@
-// Functions of registers: the exponential, the logarithm and the reciprocal. Each takes the element type T that the result is rounded to in
-// the end: 16 bits need fewer terms.
+// Functions of registers: the exponential, the logarithm, the sigmoid. Some take the element type T that the result is rounded to in the
+// end, or the degree of a polynomial: 16 bits need fewer terms.
 #pragma once
 #include "simd.h"
 
@@ -11,32 +11,22 @@ constexpr float LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
 ALWAYS_INLINE Vec<float> minus_magnitude(Vec<float> v) { return reinterpret_cast<Vec<float>>(reinterpret_cast<Bits>(v) | 0x80000000u); }
 ALWAYS_INLINE Vec<double> minus_magnitude(Vec<double> v) { return v > 0 ? -v : v; }
 
-// e^x for x <= 0, to about one unit in the last place of float32; for float16 to 5e-6 of the value and for bfloat16 to 1.2e-4, to which
-// ln 2 in one part adds 2e-6 |x|. What is smaller than the smallest normal number is 0. NaN stays NaN.
+// e^x for x <= 0, to about one unit in the last place. What is smaller than the smallest normal number is 0. NaN stays NaN.
 //
 // e^x = 2^n e^r with n = round(x / ln 2) and |r| <= ln(2) / 2, where e^r is a polynomial 1 + r + r^2 (c0 + c1 r + ...) of the least
 // largest relative error, evaluated by pairs of terms, because the processor waits for each sum that the next one needs. Adding
 // 1.5 * 2^23 rounds to an integer, which then stands in the low bits of the sum; adding 127 more makes it the exponent field of 2^n.
-template <class T>
 ALWAYS_INLINE Vec<float> exp_of_negative(Vec<float> x) {
   constexpr float magic = 0x1.8p23f + 127;
   x = at_least(x, -88.0f);  // there n = -127, and the exponent field of 2^n is that of zero
   const Vec<float> shifted = x * 0x1.715476p0f + magic;
   const Vec<float> n = shifted - magic;
   const Vec<float> scale = reinterpret_cast<Vec<float>>(reinterpret_cast<Bits>(shifted) << 23);
-  Vec<float> r = x - n * 0x1.62e400p-1f, p;  // ln 2 in two parts; n times the first is exact
-  if constexpr (sizeof(T) == 4) r -= n * 0x1.7f7d1cp-20f;
+  const Vec<float> r = (x - n * 0x1.62e400p-1f) - n * 0x1.7f7d1cp-20f;  // ln 2 in two parts; n times the first is exact
   const Vec<float> square = r * r;
-  if constexpr (sizeof(T) == 4) {
-    p = (r * 0.16666521f + 0.49999993f) + square * (square * 1.3814584e-3f + (r * 8.3687239e-3f + 0.041668388f));
-  } else if constexpr (is_bfloat16<T>) {
-    p = r * 0.16662805f + 0.50394255f;
-  } else {
-    p = square * 0.041277596f + (r * 0.16753549f + 0.50005120f);
-  }
+  const Vec<float> p = (r * 0.16666521f + 0.49999993f) + square * (square * 1.3814584e-3f + (r * 8.3687239e-3f + 0.041668388f));
   return (p * square + (r + 1.0f)) * scale;
 }
-template <class T>
 ALWAYS_INLINE Vec<double> exp_of_negative(Vec<double> x) {
   for (int i = 0; i < VecOf<double>::size; i++) x[i] = __builtin_exp(x[i]);
   return x;
@@ -114,6 +104,15 @@ ALWAYS_INLINE Vec<float> exp2_of(Vec<float> x) {
   return x;
 }
 
+// The same for any x: of 127.5 and more it is infinity.
+template <int DEGREE>
+ALWAYS_INLINE Vec<float> exp2_of_any(Vec<float> x) {
+#if !defined(__AVX512F__)  // which does so by itself
+  x = at_most(x, 128.0f);
+#endif
+  return exp2_of<DEGREE>(x);
+}
+
 // ln x of normal x > 0, to about one unit in the last place; NaN stays NaN. x = 2^n m with m in [sqrt(1/2), sqrt(2)): ln 2 is taken in two
 // parts, and ln m is Cephes' polynomial in m - 1.
 ALWAYS_INLINE Vec<float> log_of(Vec<float> x) {
@@ -139,7 +138,7 @@ ALWAYS_INLINE Vec<float> tanh_of(Vec<float> x) {
   p = p * square + 1.33314422036e-1f;
   p = p * square - 3.33332819422e-1f;
   const Vec<float> small = p * square * x + x;
-  const Vec<float> e = exp_of_negative<float>(2 * minus_magnitude(x));
+  const Vec<float> e = exp_of_negative(2 * minus_magnitude(x));
   const Vec<float> magnitude = (1 - e) / (1 + e);
   const Vec<float> large = reinterpret_cast<Vec<float>>(reinterpret_cast<Bits>(magnitude) | (reinterpret_cast<Bits>(x) & 0x80000000u));
   return square <= 0.625f * 0.625f ? small : large;
@@ -150,29 +149,33 @@ ALWAYS_INLINE Vec<double> tanh_of(Vec<double> x) {
   return x;
 }
 
-// 1 / v for 1 <= v <= 2.
+// 1 / v for v >= 1, as good as T needs it, which has 16 bits.
 template <class T>
 ALWAYS_INLINE Vec<float> reciprocal(Vec<float> v) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 2) {  // an estimate to 14 bits, for float16 improved by a step of Newton's method
-    const Vec<float> estimate = reinterpret_cast<Vec<float>>(_mm512_rcp14_ps(reinterpret_cast<__m512>(v)));
-    return is_bfloat16<T> ? estimate : estimate * (2.0f - v * estimate);
-  }
-#endif
+#if defined(__AVX512F__)  // an estimate to 14 bits, for float16 improved by a step of Newton's method: infinity times its 0 would be NaN
+  const Vec<float> estimate = reinterpret_cast<Vec<float>>(_mm512_rcp14_ps(reinterpret_cast<__m512>(v)));
+  return is_bfloat16<T> ? estimate : estimate * (2.0f - at_most(v, 0x1p126f) * estimate);
+#else
   return 1.0f / v;
-}
-template <class T>
-ALWAYS_INLINE Vec<double> reciprocal(Vec<double> v) {
-  return 1.0 / v;
+#endif
 }
 
-// sigma(t), by e = exp(-|t|) and r = 1 / (1 + e).
+// sigma(t) and its derivative sigma (1 - sigma), as good as the element type T needs them.
 template <class T>
 struct Sigmoid {
-  Vec<Wide<T>> e, r, value;
+  Vec<Wide<T>> value, slope;
 
-  ALWAYS_INLINE explicit Sigmoid(Vec<Wide<T>> t)
-      : e(exp_of_negative<T>(minus_magnitude(t))), r(reciprocal<T>(1 + e)), value(t > 0 ? r : e * r) {}
+  ALWAYS_INLINE explicit Sigmoid(Vec<Wide<T>> t) {
+    if constexpr (sizeof(T) == 2) {  // by few instructions, and 1 - sigma to 24 bits of 1, not of itself
+      constexpr int degree = is_bfloat16<T> ? 3 : 4;
+      value = reciprocal<T>(1.0f + exp2_of_any<degree>(t * -LOG2_E));
+      slope = value * (1.0f - value);
+    } else {
+      const Vec<Wide<T>> e = exp_of_negative(minus_magnitude(t)), r = 1 / (1 + e);
+      value = t > 0 ? r : e * r;
+      slope = e * r * r;
+    }
+  }
 };
 
 }  // namespace FASTPRIMER_ISA

@@ -4,6 +4,7 @@
 // instructions for a register of numbers, most of them the exponential's.
 #include "swiglu.h"
 
+#include "columns.h"
 #include "memory.h"
 #include "parallel.h"
 #include "simd_math.h"
@@ -63,10 +64,10 @@ Error forward(const SwiGluForward& args) {
     const T* up = row_of<const T>(args.up, row, args.stride_up_row);
     T* y = row_of<T>(args.y, row, args.F);
     with_stores(past, [&](auto put) {
-      for_columns<A>(begin, end, [&](int64_t c, auto n, int) __attribute__((always_inline)) {
+      fill_columns({y}, begin, end, put, [&](int64_t c, auto n) __attribute__((always_inline)) {
         const Vec<A> a = parameters.clamped_gate(load(gate + c, n)), b = parameters.clamped_up(load(up + c, n));
         const Sigmoid<T> sigma(parameters.exponent(a));
-        put(y + c, Flushable<T>{a * sigma.value * parameters.factor(b)}, n);
+        return Outputs{Flushable<T>{a * sigma.value * parameters.factor(b)}};
       });
     });
   });
@@ -89,18 +90,17 @@ Error backward(const SwiGluBackward& args) {
     T* dgate = row_of<T>(args.dgate, row, args.stride_dgate_row);
     T* dup = row_of<T>(args.dup, row, args.stride_dup_row);
     with_stores(past, [&](auto put) {
-      for_columns<A>(begin, end, [&](int64_t c, auto n, int) __attribute__((always_inline)) {
+      fill_columns({dgate, dup}, begin, end, put, [&](int64_t c, auto n) __attribute__((always_inline)) {
         const Vec<A> dy_c = load(dy + c, n), gate_c = load(gate + c, n), up_c = load(up + c, n);
         const Vec<A> a = parameters.clamped_gate(gate_c), b = parameters.clamped_up(up_c);
         const Sigmoid<T> sigma(parameters.exponent(a));
-        const Vec<A> p = a * sigma.e * sigma.r * sigma.r;
+        const Vec<A> p = a * sigma.slope;
         // Where it clamps, a clamp passes no gradient on.
         const Vec<A> dy_a = PLAIN ? dy_c : gate_c > parameters.limit ? Vec<A>{} : dy_c;
         const Vec<A> dy_b = PLAIN ? dy_c : (up_c > parameters.limit) | (up_c < -parameters.limit) ? Vec<A>{} : dy_c;
         const Vec<A> dgate_c = dy_a * parameters.slope(sigma.value, p, a) * parameters.factor(b);
         const Vec<A> dup_c = dy_b * (a * sigma.value);
-        put(dgate + c, Flushable<T>{dgate_c}, n);
-        put(dup + c, Flushable<T>{dup_c}, n);
+        return Outputs{Flushable<T>{dgate_c}, Flushable<T>{dup_c}};
       });
     });
   });
