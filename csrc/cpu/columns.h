@@ -155,16 +155,18 @@ ALWAYS_INLINE void ask_for(const T* p, N) {
 template <class T>
 ALWAYS_INLINE void ask_for(const T*, Second) {}
 
-// The sum over columns 0..C-1 of term(c, n), a register of terms: four running sums, flushed every block so that the
-// rounding error of a wide row grows with the square root of its blocks and not of its columns.
+// Running sums over a row are flushed every so many columns, so that the rounding error of a wide row grows with the square root of its
+// blocks and not of its columns.
+constexpr int64_t SUM_BLOCK = 4096;
+
+// The sum over columns 0..C-1 of term(c, n), a register of terms: four running sums.
 template <class T, class Term>
 ALWAYS_INLINE Wide<T> sum_columns(int64_t C, const Term& term) {
-  constexpr int64_t block = 4096;
   using A = Wide<T>;
   A total = 0;
-  for (int64_t begin = 0; begin < C; begin += block) {
+  for (int64_t begin = 0; begin < C; begin += SUM_BLOCK) {
     Vec<A> sums[4] = {};
-    for_columns<T, 4>(begin, C - begin < block ? C : begin + block, [&](int64_t c, auto n, int i) { sums[i] += term(c, n); });
+    for_columns<T, 4>(begin, C - begin < SUM_BLOCK ? C : begin + SUM_BLOCK, [&](int64_t c, auto n, int i) { sums[i] += term(c, n); });
     total += sum<A>((sums[0] + sums[1]) + (sums[2] + sums[3]));
   }
   return total;

@@ -38,8 +38,8 @@ void widen_weight(const void* weight, bool as_x, double offset, int64_t C, Wide<
 }
 
 // Rows that are swept for their sums one after the other, before each is swept for its result: where rows are short, none waits for its
-// root. The last sweeps read nothing but the caches: they ask for the next strip, into the L2 cache, so that the memory does not rest.
-// Behind the last row nothing is read.
+// root. The last sweeps read nothing but the caches: they ask for the next strip, into the L2 cache, so that the memory does not rest,
+// but for forward with a residual, whose first sweep writes (benchmarks/NOTES.md). Behind the last row nothing is read.
 template <class T>
 int64_t strip_rows(int64_t C, int64_t at_least = 1) {
   constexpr int64_t strip_bytes = 8192;
@@ -73,14 +73,11 @@ void sum_forward(const RmsNormForward& a, int64_t row) {
 
 template <class T, class Put>
 void scale_forward(const RmsNormForward& a, int64_t row, const Wide<T>* w, Put put) {
-  const T* x = row_of<T>(a.x, row, a.stride_x_row);
-  const T* residual = row_of<T>(a.residual, row, a.stride_residual_row);
-  const T* h = residual ? row_of<T>(a.h, row, a.C) : x;
+  const T* h = a.residual ? row_of<T>(a.h, row, a.C) : row_of<T>(a.x, row, a.stride_x_row);
   const Wide<T> rstd = static_cast<const Wide<T>*>(a.rstd)[row];
-  const int64_t strip = strip_rows<T>(a.C);
-  fill_columns({static_cast<T*>(a.y) + row * a.C}, 0, a.C, put, [&](int64_t c, auto n) {
-    ask_for(x + strip * a.stride_x_row + c, n);
-    if (residual) ask_for(residual + strip * a.stride_residual_row + c, n);
+  const T* ahead = a.residual ? nullptr : h + strip_rows<T>(a.C) * a.stride_x_row;
+  fill_columns({static_cast<T*>(a.y) + row * a.C}, 0, a.C, put, [=](int64_t c, auto n) {
+    if (ahead) ask_for(ahead + c, n);
     return Outputs{Flushable<T>{load(h + c, n) * rstd * load_in_turn(w + c, n)}};
   });
 }
@@ -114,10 +111,9 @@ void sum_backward(const RmsNormBackward& a, int64_t row, const Wide<T>* w, Wide<
     h[r] = row_of<T>(a.h, row + r, a.stride_h_row);
     rstd[r] = static_cast<const A*>(a.rstd)[row + r];
   }
-  constexpr int64_t block = 4096;
-  for (int64_t begin = 0; begin < a.C; begin += block) {
+  for (int64_t begin = 0; begin < a.C; begin += SUM_BLOCK) {
     Vec<A> sums[M] = {};
-    for_columns<T>(begin, smaller(a.C, begin + block), [&](int64_t c, auto n, int) __attribute__((always_inline)) {
+    for_columns<T>(begin, smaller(a.C, begin + SUM_BLOCK), [&](int64_t c, auto n, int) __attribute__((always_inline)) {
       const Vec<A> w_c = load_in_turn(w + c, n);
       Vec<A> dweight_c = dweight ? load_in_turn(dweight + c, n) : Vec<A>{};
 #pragma GCC unroll 4
@@ -141,15 +137,17 @@ void scale_backward(const RmsNormBackward& a, int64_t row, const Wide<T>* w, Wid
   T* const dx = static_cast<T*>(a.dx) + row * a.C;
   const Wide<T> rstd = static_cast<const Wide<T>*>(a.rstd)[row];
   const int64_t strip = strip_rows<T>(a.C, ROWS);
-  const auto through_norm = [&](int64_t c, auto n) __attribute__((always_inline)) {
-    ask_for(dy + strip * a.stride_dy_row + c, n), ask_for(h + strip * a.stride_h_row + c, n);
+  const T *dy_ahead = dy + strip * a.stride_dy_row, *h_ahead = h + strip * a.stride_h_row;
+  const auto through_norm = [=](int64_t c, auto n) __attribute__((always_inline)) {
+    ask_for(dy_ahead + c, n), ask_for(h_ahead + c, n);
     return rstd * (load(dy + c, n) * load_in_turn(w + c, n) - load(h + c, n) * shrink);
   };
   if (dh == nullptr) {
-    fill_columns({dx}, 0, a.C, put, [&](int64_t c, auto n) { return Outputs{Flushable<T>{through_norm(c, n)}}; });
+    fill_columns({dx}, 0, a.C, put, [=](int64_t c, auto n) { return Outputs{Flushable<T>{through_norm(c, n)}}; });
   } else {
-    fill_columns({dx}, 0, a.C, put, [&](int64_t c, auto n) {
-      ask_for(dh + strip * a.stride_dh_row + c, n);
+    const T* dh_ahead = dh + strip * a.stride_dh_row;
+    fill_columns({dx}, 0, a.C, put, [=](int64_t c, auto n) {
+      ask_for(dh_ahead + c, n);
       return Outputs{Flushable<T>{through_norm(c, n) + load(dh + c, n)}};
     });
   }
