@@ -55,6 +55,7 @@ Inputs inputs_of(const Tensor& q, const Tensor& k, const Tensor& v, const std::o
                  const std::optional<Tensor>& cu_seqlens_q, const std::optional<Tensor>& cu_seqlens_k, Integer max_seqlen_q,
                  Integer max_seqlen_k, double scale, Integer left, Integer right, std::optional<double> softcap) {
   const bool packed = cu_seqlens_q.has_value();
+  STD_TORCH_CHECK(packed || !cu_seqlens_k.has_value(), "fastprimer: cu_seqlens_k: expected only with cu_seqlens_q");
   check_shapes(q, k, v, sinks, packed);
   Inputs in = {.q = with_adjacent_features(q),
                .k = with_adjacent_features(k),

@@ -65,8 +65,9 @@ class Cache:
     def __init__(self, layers: int, k: Tensor, cos: Tensor, sin: Tensor):
         self.cos, self.sin = cos, sin
         self.length = 0
-        self.lengths = torch.zeros(k.shape[0], dtype=torch.int32, device=k.device)
-        self.layers = [LayerCache(torch.zeros_like(k), torch.zeros_like(k), self.lengths) for _ in range(layers)]
+        with torch.inference_mode(False):  # tensors made in that mode could be written in it alone
+            self.lengths = torch.zeros(k.shape[0], dtype=torch.int32, device=k.device)
+            self.layers = [LayerCache(torch.zeros_like(k), torch.zeros_like(k), self.lengths) for _ in range(layers)]
         self.place_on_device = k.device.type != "cpu"
 
     @property
@@ -74,8 +75,11 @@ class Cache:
         """T."""
         return self.cos.shape[0]
 
-    def begin(self, S: int) -> tuple[Tensor, Tensor]:
-        """Before S more tokens go through the layers: their rows of cos and sin."""
+    def begin(self, batch: int, S: int, layers: int) -> tuple[Tensor, Tensor]:
+        """Before S more tokens of each sequence go through the layers: their rows of cos and sin."""
+        held = self.lengths.shape[0], len(self.layers)
+        if (batch, layers) != held:
+            raise ValueError(f"cache: expected one of {batch} sequences in {layers} layers, got one of {held[0]} in {held[1]}")
         stop = self.length + S
         if stop > self.room:
             raise ValueError(f"cache: expected at most {self.room} tokens, got {stop}")
@@ -86,9 +90,9 @@ class Cache:
         return self.cos[self.length : stop], self.sin[self.length : stop]
 
     def end(self, S: int) -> None:
-        """After all layers have seen the S tokens."""
-        self.length += S
+        """After all has been computed from the S tokens: a call that failed before can be repeated."""
         self.lengths += S
+        self.length += S
 
     def keep(self, length: int) -> None:
         """Forget all tokens but the first `length`."""

@@ -12,6 +12,7 @@ and `MoE.update_selection_bias` the balance without a loss of DeepSeek-V3:
         if isinstance(layer, fp.layers.MoE) and layer.gate.e_score_correction_bias is not None:
             layer.update_selection_bias(0.001)
 
+A layer that a pass leaves out (LayerDrop, early exits) keeps the routing of the pass before, unless its `routing` is set to None.
 Under torch.utils.checkpoint that takes use_reentrant=False: the other kind makes its first pass without gradients, so that the losses
 would have none, which `auxiliary_losses` refuses.
 
@@ -221,14 +222,14 @@ class MoE(nn.Module):
         weights, experts = ops.route(logits, self.per_token, renormalize=self.renormalize, bias=bias, **self.options)
         kept = None
         if self.capacity_factor is not None:
-            kept = within_capacity(experts, logits.shape[1], self._capacity(len(tokens)))
+            kept = within_capacity(experts, logits.shape[1], self._capacity(tokens.shape[0]))
             weights = weights * kept
         self.routing = Routing(logits, experts, kept, even=False)
         return self.experts(tokens, weights, experts)
 
     def _experts_choose(self, tokens: Tensor, logits: Tensor) -> Tensor:
-        weights, chosen = best_tokens(logits, min(self._capacity(len(tokens)), len(tokens)))  # (E, capacity)
-        experts = torch.arange(len(chosen), device=chosen.device).repeat_interleave(chosen.shape[1]).unsqueeze(1)
+        weights, chosen = best_tokens(logits, min(self._capacity(tokens.shape[0]), tokens.shape[0]))  # (E, capacity)
+        experts = torch.arange(chosen.shape[0], device=chosen.device).repeat_interleave(chosen.shape[1]).unsqueeze(1)
         self.routing = Routing(logits, experts, None, even=True)
         chosen, weights = chosen.flatten(), weights.reshape(-1, 1)
         y = self.experts(tokens[chosen], weights, experts)
@@ -246,13 +247,18 @@ class MoE(nn.Module):
             counts: (E,), how often each expert was chosen since the last update; by default in the last forward pass. With several
                 processes, or gradients that are accumulated, their sum.
         """
-        bias = self.gate.e_score_correction_bias
+        bias, name = self.gate.e_score_correction_bias, "MoE: update_selection_bias"
         if bias is None:
-            raise ValueError("MoE: update_selection_bias: expected a layer with selection_bias=True")
+            raise ValueError(f"{name}: expected a layer with selection_bias=True")
+        if not is_number(rate):
+            raise ValueError(f"{name}: rate: expected a number, got {rate!r}")
         if counts is None:
             if self.routing is None:
-                raise ValueError("MoE: update_selection_bias: expected counts, for there was no forward pass yet")
+                raise ValueError(f"{name}: expected counts, for there was no forward pass yet")
             counts = self.routing.counts()
+        if not isinstance(counts, Tensor):
+            raise TypeError(f"{name}: counts: expected a tensor, got {type(counts).__name__}")
+        arguments.check_shape(f"{name}: counts", counts, tuple(bias.shape), "(E,)")
         counts = counts.to(bias)
         bias += rate * torch.sign(counts.mean() - counts)
 

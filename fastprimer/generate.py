@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -75,11 +76,11 @@ def generate(
     tokens: Tensor,
     max_new_tokens: int,
     *,
-    end: int | None = None,
+    end: int | Sequence[int] | None = None,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> tuple[list[list[int]], list[float]]:
-    """Continue every row of tokens (B, S) until `end` or max_new_tokens.
+    """Continue every row of tokens (B, S) until `end`, or one of several such tokens, or max_new_tokens.
 
     A temperature of 0 takes the most probable token, else tokens are drawn from softmax(logits / temperature). A model that
     offers new_cache(B, T), as fastprimer.Model does, reads each token once, on a GPU from GRAPH_FROM new tokens on by a CUDA graph;
@@ -87,11 +88,11 @@ def generate(
     are from the start those for S + max_new_tokens positions.
 
     Returns:
-        per row, the new tokens without `end`, and the probability that the model gave to them (and to `end`, if it came).
+        per row, the new tokens up to the first `end`, and the probability that the model gave to them (and to `end`, if it came).
 
     Raises:
-        ValueError: tokens are not (B, S) with S >= 1, max_new_tokens is no integer >= 0, temperature no finite number >= 0, or
-        S + max_new_tokens is more than the model's max_position_embeddings.
+        ValueError: tokens are not (B, S) with S >= 1, max_new_tokens is no integer >= 0, temperature no finite number >= 0, end no
+        token, or S + max_new_tokens is more than the model's max_position_embeddings.
         LogitsError: the logits of a row that has not ended are NaN, as those of a model whose training has diverged.
     """
     if tokens.dim() != 2 or tokens.shape[1] == 0:
@@ -103,6 +104,7 @@ def generate(
     batch, length = tokens.shape
     config = getattr(model, "config", None)
     limit = None if config is None else config.longest_sequence
+    ends = _ends(end, math.inf if config is None else config.vocab_size)
     if limit is not None and length + max_new_tokens > limit:
         expected = f"at most max_position_embeddings = {limit} tokens, the {length} of the prompt included"
         raise ValueError(f"generate: max_new_tokens: expected {expected}, got {max_new_tokens}")
@@ -110,6 +112,7 @@ def generate(
     one_more = None
     log_probability = torch.zeros(batch, dtype=torch.float64, device=tokens.device)
     running = torch.ones(batch, dtype=torch.bool, device=tokens.device)
+    last = torch.tensor(ends, dtype=tokens.dtype, device=tokens.device)
     unread = tokens
     options = {"longest": length + max_new_tokens} if config is not None and config.rope.adaptive else {}
     for step in range(max_new_tokens):
@@ -130,18 +133,25 @@ def generate(
         log_probability += torch.where(running, log_p.gather(-1, chosen[:, None])[:, 0], 0.0)
         unread = chosen[:, None]
         tokens = torch.cat((tokens, unread), dim=1)
-        running &= chosen != (-1 if end is None else end)
+        running &= (chosen[:, None] != last).all(1)
         # A row with a logit that is NaN has no most probable token. Both at once: a GPU is waited for only here.
         failed, going_on = torch.stack((log_probability.isnan().any(), running.any())).tolist()
         if failed:
             raise LogitsError("the logits of the model are NaN: its weights are not finite, or too large")
         if not going_on:
             break
-    return [_until(row, end) for row in tokens[:, length:].tolist()], log_probability.exp().tolist()
+    return [_until(row, ends) for row in tokens[:, length:].tolist()], log_probability.exp().tolist()
 
 
-def _until(tokens: list[int], end: int | None) -> list[int]:
-    return tokens[: tokens.index(end)] if end in tokens else tokens
+def _ends(end: int | Sequence[int] | None, vocab_size: float) -> tuple[int, ...]:
+    ends = () if end is None else tuple(end) if isinstance(end, (list, tuple)) else (end,)
+    if not all(is_count(token, 0) and token < vocab_size for token in ends):
+        raise ValueError(f"generate: end: expected a token of the vocabulary, several, or None, got {end!r}")
+    return ends
+
+
+def _until(tokens: list[int], ends: tuple[int, ...]) -> list[int]:
+    return list(itertools.takewhile(lambda token: token not in ends, tokens))
 
 
 def answer(model: nn.Module, vocabulary: Vocabulary, prompt: str, max_new_tokens: int = 5, **options) -> tuple[str, float]:

@@ -32,7 +32,7 @@ class Decoder(nn.Module):
     ) -> Tensor:  # (B, S) -> (B, S, C)
         S = tokens.shape[1]
         x, residual, rows = self.embed_tokens(tokens), None, None
-        seen = None if cache is None else cache.begin(S)
+        seen = None if cache is None else cache.begin(*tokens.shape, len(self.layers))
         if positions is not None:  # a table of just these positions, in order
             rows = torch.arange(positions.numel(), device=tokens.device).view(positions.shape)
             cos, sin = self.rotary(positions.flatten(), x.dtype, longest)
@@ -43,8 +43,6 @@ class Decoder(nn.Module):
             cos, sin = seen
         for index, layer in enumerate(self.layers):
             x, residual = layer(x, residual, cos, sin, rows, None if cache is None else cache.layers[index])
-        if cache is not None:
-            cache.end(S)
         return self.norm(x, residual)[0]
 
 
@@ -106,11 +104,14 @@ class Model(nn.Module):
                 longest = cache.room
             else:
                 longest = tokens.shape[1] if positions is None or not positions.numel() else positions.max() + 1
-        if labels is None:
-            return self.logits(self.model(tokens, positions, cache, longest)[:, -logits_to_keep:])
-        tokens, positions = tokens[:, :-1], None if positions is None else positions[:, :-1]  # the last has no successor
+        S = tokens.shape[1]
+        if labels is not None and cache is None:  # the last has no successor
+            tokens, positions = tokens[:, :-1], None if positions is None else positions[:, :-1]
         x = self.model(tokens, positions, cache, longest)
-        return self.loss(x, labels[:, 1:])
+        result = self.logits(x[:, -logits_to_keep:]) if labels is None else self.loss(x[:, : S - 1], labels[:, 1:])
+        if cache is not None:
+            cache.end(S)
+        return result
 
     def new_cache(self, batch: int, length: int) -> Cache:
         """Room for the keys and values of `length` tokens in each of `batch` sequences.

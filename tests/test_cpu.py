@@ -181,6 +181,8 @@ def test_attention_checks_its_operators_arguments():
         lambda: forward(q, k, k, None, lengths, lengths, *rest),
         lambda: forward(packed, packed, packed, None, lengths, lengths + 1, *rest),
         lambda: forward(packed, packed, packed, None, lengths, None, *rest),
+        lambda: forward(q, k, k, None, None, 3000000 * lengths, *rest),
+        lambda: backward(o, None, q, k, k, o, lse, None, None, 3000000 * lengths, *rest),
         lambda: forward(packed, packed, packed, None, lengths, lengths, 3, None, *rest[2:]),
         lambda: forward(packed, packed, packed, None, lengths, lengths, None, 3, *rest[2:]),
         lambda: forward(q, k, k, None, None, None, None, None, 1.0, -2, None, None),
@@ -229,6 +231,25 @@ def test_the_sigmoid_of_every_number(limit, dtype):
     subnormal = torch.finfo(dtype).eps * torch.finfo(dtype).smallest_normal
     allowed = 2 * torch.finfo(dtype).eps * truth.double().abs() + subnormal + 88 * 2.0**-126
     assert ((y - truth.double()).abs() <= allowed).all()
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=name)
+@pytest.mark.parametrize("limit", [0, 1, 2])
+def test_the_slope_far_from_zero(limit, dtype):
+    """Where sigma is 1, silu's derivative is 1, and 0 on the other side, however large the gate: sigma (1 - sigma) is 0, not a digit of it."""
+    gate = torch.tensor([1e4, 6e4, 1e30, 3e38], dtype=torch.float64).clamp(max=torch.finfo(dtype).max).to(dtype)
+    gate = torch.cat([gate, -gate]).repeat(5).requires_grad_()
+    with instruction_set(limit), use_backend("cpu"):
+        dgate = torch.autograd.grad(fp.swiglu(gate, torch.ones_like(gate)).sum(), gate)[0]
+    assert torch.equal(dgate, (gate > 0).to(dtype))
+
+
+def test_a_head_so_large_that_it_is_stored_past_the_caches():
+    q, angles = torch.randn(1, 1, 1, 2**22 + 64).bfloat16(), torch.rand(1, 2**21 + 1).bfloat16()
+    with use_backend("cpu"):
+        y = fp.rope(q, None, angles.cos(), angles.sin())[0]
+    with use_backend("reference"):
+        torch.testing.assert_close(y, fp.rope(q, None, angles.cos(), angles.sin())[0])
 
 
 CASES_FOR_THREADS = [

@@ -156,6 +156,54 @@ def test_a_call_that_failed_between_two_layers_can_be_repeated():
         torch.testing.assert_close(module(tokens[:, 5:], cache=cache), module(tokens)[:, 5:])
 
 
+def test_a_call_that_failed_after_all_layers_can_be_repeated(monkeypatch):
+    module = model()
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("no room for the logits")
+
+    with torch.no_grad():
+        cache = module.new_cache(3, 20)
+        module(TOKENS[:, :5], cache=cache)
+        for place, name in ((module.model.norm, "forward"), (module, "logits")):
+            with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+                patch.setattr(place, name, fail)
+                module(TOKENS[:, 5:8], cache=cache)
+            assert cache.length == 5 and cache.lengths.tolist() == [5] * 3
+        torch.testing.assert_close(module(TOKENS[:, 5:], cache=cache), module(TOKENS)[:, 5:])
+
+
+def test_a_loss_with_a_cache_leaves_all_tokens_in_it():
+    module = model()
+    with torch.no_grad():
+        cache = module.new_cache(3, 20)
+        torch.testing.assert_close(module(TOKENS[:, :6], labels=TOKENS[:, :6], cache=cache), module(TOKENS[:, :6], labels=TOKENS[:, :6]))
+        torch.testing.assert_close(module(TOKENS[:, 6:], cache=cache), module(TOKENS)[:, 6:])
+
+
+def test_a_cache_made_in_inference_mode_serves_outside_it():
+    module = model()
+    with torch.inference_mode():
+        cache = module.new_cache(3, 20)
+        module(TOKENS[:, :3], cache=cache)
+    with torch.no_grad():
+        torch.testing.assert_close(module(TOKENS[:, 3:], cache=cache), module(TOKENS)[:, 3:])
+
+
+@pytest.mark.parametrize("S", (3, 20))
+def test_a_cache_of_another_batch_or_model_is_refused(S):
+    module = model()
+    layers, tokens = len(module.model.layers), TOKENS.repeat(1, 2)[:, :S]
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=f"cache: expected one of 3 sequences in {layers} layers, got one of 2 in {layers}"):
+            module(tokens, cache=module.new_cache(2, 28))
+        other = module.new_cache(3, 28)
+        other.layers.pop()
+        with pytest.raises(ValueError, match=f"cache: expected one of 3 sequences in {layers} layers, got one of 3 in {layers - 1}"):
+            module(tokens, cache=other)
+        assert not other.layers[0].k.any()
+
+
 def test_logits_of_the_last_tokens_alone():
     module = model()
     with torch.no_grad():
@@ -208,9 +256,9 @@ def graphs(monkeypatch):
     monkeypatch.setattr(arguments, "inspectable", lambda *_: False)
     begin = decoding.Cache.begin
 
-    def on_device(cache, S):
+    def on_device(cache, *sizes):
         cache.place_on_device = True
-        return begin(cache, S)
+        return begin(cache, *sizes)
 
     monkeypatch.setattr(decoding.Cache, "begin", on_device)
 

@@ -254,6 +254,11 @@ def test_the_bias_may_be_updated_from_counts_of_several_batches():
         (lambda: layers.MoE.deepseek(16, 8, 4, 2), "MoE: groups: expected a divisor of experts = 4, got 8"),
         (lambda: layers.MoE(C, INNER, 4, 2).update_selection_bias(), "expected a layer with selection_bias=True"),
         (lambda: layers.MoE(C, INNER, 4, 2, selection_bias=True).update_selection_bias(), "there was no forward pass yet"),
+        (lambda: layers.MoE(C, INNER, 4, 2, selection_bias=True).update_selection_bias(float("nan")), "rate: expected a number, got nan"),
+        (
+            lambda: layers.MoE(C, INNER, 4, 2, selection_bias=True).update_selection_bias(counts=torch.tensor(3)),
+            r"counts: expected shape \(E,\) = \(4,\), got \(\)",
+        ),
     ],
 )
 def test_bad_input(make, message):
@@ -372,3 +377,12 @@ def test_the_auxiliary_losses_of_a_model_are_the_references():
     torch.testing.assert_close(*losses)
     torch.testing.assert_close(*gradients)
     assert reference.auxiliary_losses(reference.Model(Calculator.config)) == {}
+
+
+@pytest.mark.parametrize("layer", [layers.MoE.switch(C, INNER, 4), layers.MoE(C, INNER, 4, 2, choice="experts")], ids=["switch", "experts"])
+def test_an_exported_layer_takes_any_number_of_tokens(layer):
+    free = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    exported = torch.export.export(layer, (torch.randn(3, 7, C),), dynamic_shapes=(free,), strict=False).module()
+    x = torch.randn(2, 11, C)
+    with torch.no_grad():
+        torch.testing.assert_close(exported(x), layer(x))

@@ -28,6 +28,12 @@ def test_generate_ends_and_draws():
     end = rows[0][2]
     short, probability = generate(slow, TOKENS[:1], 6, end=end)
     assert short[0] == rows[0][: rows[0].index(end)] and 0 < probability[0] < 1
+    for several in ([end], (end, rows[0][-1]), [rows[0][-1], end]):
+        assert generate(slow, TOKENS[:1], 6, end=several)[0] == short or rows[0].index(rows[0][-1]) < rows[0].index(end)
+    assert generate(slow, TOKENS[:1], 6, end=[])[0] == rows
+    for wrong in (-1, True, "2", 1.0, [2, None], 10**6, torch.tensor(2)):
+        with pytest.raises(ValueError, match="generate: end: expected a token of the vocabulary, several, or None, got"):
+            generate(fast, TOKENS, 6, end=wrong)
     draws = [generate(fast, TOKENS, 6, temperature=2.0, generator=torch.Generator().manual_seed(s))[0] for s in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
 

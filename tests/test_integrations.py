@@ -153,7 +153,7 @@ def test_nothing_is_appended_to_a_cache_that_is_too_short():
     with pytest.raises(ValueError, match=r"cache_seqlens: expected 0..30 tokens, the new ones included, got .11, 31."):
         fa.flash_attn_with_kvcache(random(1, 20, 2, 8), k_cache, v_cache, new, new, cache_seqlens=11, causal=True)
     short = random(1, 19, 2, 8)
-    with pytest.raises(ValueError, match="flash_attn_with_kvcache: k: expected shape"):
+    with pytest.raises(NotImplementedError, match="flash_attn_with_kvcache: k: expected as many new keys as queries, 20, got 19"):
         fa.flash_attn_with_kvcache(random(1, 20, 2, 8), k_cache, v_cache, short, short, cache_seqlens=0, causal=True)
     assert not k_cache.any() and not v_cache.any()
 
@@ -170,13 +170,21 @@ def test_nothing_is_appended_to_a_cache_that_is_too_short():
         ("cache_seqlens", 3.0, "an integer, got 3.0"),
         ("cache_seqlens", 2**40, "0..6 tokens, got 1099511627776"),
         ("cache_seqlens", -1, "0..6 tokens, got -1"),
+        ("cache_seqlens", torch.tensor([[1]]), "shape (B,) = (1,), got (1, 1)"),
+        ("cache_seqlens", torch.tensor([1.0]), "int32 or int64, got torch.float32"),
         ("softmax_scale", "x", "a finite number, got 'x'"),
+        ("window_size", 2, "two integers, got 2"),
+        ("window_size", (1.0, 0), "two integers, got (1.0, 0)"),
+        ("k", random(1, 5, 2, 8), "as many new keys as queries, 1, got 5"),
     ],
 )
-def test_errors_of_a_cache_name_the_argument(name, value, expected):
-    arguments = {"q": random(1, 1, 4, 8), "k_cache": random(1, 6, 2, 8), "v_cache": random(1, 6, 2, 8)} | {name: value}
-    with pytest.raises((TypeError, ValueError)) as error:
-        fa.flash_attn_with_kvcache(**arguments)
+@pytest.mark.parametrize("rotary", [False, True])
+def test_errors_of_a_cache_name_the_argument(name, value, expected, rotary):
+    arguments = {"q": random(1, 1, 4, 8), "k_cache": random(1, 6, 2, 8), "v_cache": random(1, 6, 2, 8), "cache_seqlens": 0}
+    if rotary:
+        arguments |= {"k": random(1, 1, 2, 8), "v": random(1, 1, 2, 8), "rotary_cos": torch.ones(6, 4), "rotary_sin": torch.ones(6, 4)}
+    with pytest.raises((TypeError, ValueError, NotImplementedError)) as error:
+        fa.flash_attn_with_kvcache(**arguments | {name: value})
     assert str(error.value) == f"flash_attn_with_kvcache: {name}: expected {expected}"
 
 

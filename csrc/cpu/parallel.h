@@ -12,7 +12,7 @@ inline namespace FASTPRIMER_ISA {
 
 constexpr int64_t GRAIN = 1 << 15;  // numbers that are worth a thread of their own
 
-// Makes this thread's stores past the caches (simd.h) visible to the others.
+// Makes this thread's stores past the caches (columns.h) visible to the others.
 inline void finish_stores() {
 #if defined(__x86_64__)
   __builtin_ia32_sfence();

@@ -211,8 +211,9 @@ Error backward(const RmsNormBackward& a) {
   expect_writes(a.dx, a.N * a.C * sizeof(T));
   with_stores(past_cache(a.dx, a.N, a.C * sizeof(T), a.C * sizeof(T)), [&](auto put) {
     if (a.weight) return backward_with_dweight<T>(a, w.data(), sums_of_few.data(), put);
-    parallel_for((a.N + FEW - 1) / FEW, GRAIN / (a.C * FEW) + 1,
-                 [&](int64_t i) { backward_rows<T>(a, i * FEW, smaller(a.N, (i + 1) * FEW), w.data(), nullptr, put); });
+    const int64_t strip = strip_rows<T>(a.C, ROWS);
+    parallel_for((a.N + strip - 1) / strip, GRAIN / (a.C * strip) + 1,
+                 [&](int64_t i) { backward_rows<T>(a, i * strip, smaller(a.N, (i + 1) * strip), w.data(), nullptr, put); });
   });
   if (a.weight == nullptr) return nullptr;
   if (a.weight_dtype == a.dtype)

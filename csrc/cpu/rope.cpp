@@ -90,8 +90,8 @@ int64_t position_of(const Rope& a, int64_t batch, int64_t token) {
 
 template <class T>
 bool heads_past_cache(const Rope& a, const RopeHeads& heads) {
-  const int64_t head_bytes = a.D * sizeof(T);
-  return past_cache(heads.rotated, a.B * a.S * heads.heads, head_bytes, head_bytes | a.R / 2 * sizeof(T));
+  const int64_t head_bytes = a.D * sizeof(T), half_bytes = a.R / 2 * sizeof(T);
+  return past_cache(heads.rotated, a.B * a.S * heads.heads, head_bytes, head_bytes) && half_bytes % REGISTER_BYTES == 0;
 }
 
 template <class T>

@@ -34,7 +34,7 @@ ALWAYS_INLINE Vec<double> exp_of_negative(Vec<double> x) {
 
 // 2^x of N registers for x < 127, in two steps, so that a loop can begin the next ones before it finishes these: x is an integer and a
 // rest, and 2^rest a polynomial of DEGREE, with 2^0 = 1 exactly. Relative errors: 1.0e-4, 2.9e-6, 1.1e-7, 2e-8 for degrees 3 to 6, to
-// which float32 adds its own. What is smaller than 2^-126 is 0; NaN stays NaN.
+// which float32 adds its own. What is smaller than 2^-126 is 0 or, with AVX-512, subnormal; NaN stays NaN.
 template <int DEGREE, int N = 1>
 class Exp2 {
  public:
@@ -104,7 +104,7 @@ ALWAYS_INLINE Vec<float> exp2_of(Vec<float> x) {
   return x;
 }
 
-// The same for any x: of 127.5 and more it is infinity.
+// The same for any x: it is infinity from 127.5 on, with AVX-512 from 128 on.
 template <int DEGREE>
 ALWAYS_INLINE Vec<float> exp2_of_any(Vec<float> x) {
 #if !defined(__AVX512F__)  // which does so by itself

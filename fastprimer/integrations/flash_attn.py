@@ -31,7 +31,14 @@ def _refuse(function: str, **arguments) -> None:
 
 def _options(function: str, softmax_scale, causal: bool, window_size, softcap: float) -> dict:
     scale = None if softmax_scale is None else arguments.number(f"{function}: softmax_scale", softmax_scale)
-    return {"causal": causal, "window": window_size, "scale": scale, "softcap": softcap or None}
+    return {"causal": causal, "window": _window(function, window_size), "scale": scale, "softcap": softcap or None}
+
+
+def _window(function: str, window_size) -> Optional[tuple[int, int]]:
+    try:
+        return None if window_size is None else tuple(_integer(f"{function}: window_size", side) for side in window_size)
+    except TypeError:
+        raise TypeError(f"{function}: window_size: expected two integers, got {window_size!r}") from None
 
 
 def _integer(name: str, value):
@@ -137,15 +144,19 @@ def flash_attn_with_kvcache(
         if not 0 <= length <= room:
             arguments.refuse(f"{name}: cache_seqlens", f"0..{room} tokens", length)
         cache_seqlens = torch.full((B,), length, dtype=torch.int32, device=q.device)
+    arguments.check_integer(f"{name}: cache_seqlens", cache_seqlens)
+    arguments.check_shape(f"{name}: cache_seqlens", cache_seqlens, (B,), "(B,)")
+    if k is not None and k.dim() == 4 and k.shape[1] != S:
+        raise NotImplementedError(f"{name}: k: expected as many new keys as queries, {S}, got {k.shape[1]}")
+    options = {"block_table": block_table, **_options(name, softmax_scale, causal, window_size, softcap)}
     if (rotary_cos is None) != (rotary_sin is None) or (rotary_cos is not None and k is None):
         raise ValueError(f"{name}: rotary_cos: expected rotary_cos, rotary_sin and new keys k together, got only some of them")
     if rotary_cos is not None:
         own = cache_seqlens[:, None] + torch.arange(S, device=q.device, dtype=cache_seqlens.dtype)
-        local = causal or (window_size is not None and tuple(window_size) != UNLIMITED)
+        local = causal or options["window"] not in (None, UNLIMITED)
         rotary = {"cos": rotary_cos, "sin": rotary_sin, "interleaved": rotary_interleaved}
         q, _ = ops.rope(q, None, positions=own if local else cache_seqlens[:, None].expand(B, S), **rotary)
         k, _ = ops.rope(k, None, positions=own, **rotary)
-    options = {"block_table": block_table, **_options(name, softmax_scale, causal, window_size, softcap)}
     if S <= MAX_QUERIES:
         o, lse = ops.attention_with_kv_cache(q, k_cache, v_cache, cache_seqlens, k=k, v=v, **options, return_lse=True)
         return (o, lse) if return_softmax_lse else o

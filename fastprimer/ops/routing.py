@@ -238,7 +238,7 @@ def within_capacity(experts: Tensor, E: int, capacity: int) -> Tensor:
     chosen = experts.t().reshape(-1)
     order = torch.sort(chosen, stable=True).indices
     counts = counts_of(chosen, E)
-    rank = torch.arange(len(chosen), device=chosen.device) - (counts.cumsum(0) - counts)[chosen[order].long()]
+    rank = torch.arange(chosen.shape[0], device=chosen.device) - (counts.cumsum(0) - counts)[chosen[order].long()]
     return torch.zeros_like(rank).scatter(0, order, rank).view(experts.shape[1], experts.shape[0]).t() < capacity
 
 
