@@ -166,10 +166,11 @@ struct Sigmoid {
   Vec<Wide<T>> value, slope;
 
   ALWAYS_INLINE explicit Sigmoid(Vec<Wide<T>> t) {
-    if constexpr (sizeof(T) == 2) {  // by few instructions, and 1 - sigma to 24 bits of 1, not of itself
+    if constexpr (sizeof(T) == 2) {  // by few instructions, without a look at the sign of t
       constexpr int degree = is_bfloat16<T> ? 3 : 4;
-      value = reciprocal<T>(1.0f + exp2_of_any<degree>(t * -LOG2_E));
-      slope = value * (1.0f - value);
+      const Vec<float> e = exp2_of_any<degree>(t * -LOG2_E);
+      value = reciprocal<T>(1.0f + e);
+      slope = at_most(e, 0x1p126f) * value * value;  // infinity times 0 would be NaN
     } else {
       const Vec<Wide<T>> e = exp_of_negative(minus_magnitude(t)), r = 1 / (1 + e);
       value = t > 0 ? r : e * r;

@@ -27,8 +27,7 @@ clamp:
     dup   = dy · a_L σ · [not |b| > L]
 
 1 − σ is computed as σ(−t): the subtraction would cancel. With e = e^−|t| and r = 1 / (1 + e), which neither overflow nor
-cancel, σ is r or e r, depending on the sign of t, and σ (1 − σ) = e r². (The CPU's kernels for 16 bits do subtract: σ (1 − σ)
-is always added to σ, and where the difference has few digits left, σ is 1.) Only gate and up are saved; σ is recomputed.
+cancel, σ is r or e r, depending on the sign of t, and σ (1 − σ) = e r². Only gate and up are saved; σ is recomputed.
 """
 
 from __future__ import annotations
