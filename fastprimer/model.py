@@ -29,7 +29,7 @@ class Decoder(nn.Module):
 
     def forward(
         self, tokens: Tensor, positions: Tensor | None, cache: Cache | None, longest: int | Tensor | None
-    ) -> Tensor:  # (B, S) -> (B, S, C)
+    ) -> Tensor:  # (B, S) -> (B, S, C); who calls it ends the cache's S tokens, once nothing can fail
         S = tokens.shape[1]
         x, residual, rows = self.embed_tokens(tokens), None, None
         seen = None if cache is None else cache.begin(*tokens.shape, len(self.layers))

@@ -1,5 +1,6 @@
 """torch.compile beyond single operations: cold starts, several operations in one graph, symbolic numbers."""
 
+import re
 import subprocess
 import sys
 
@@ -148,3 +149,13 @@ def test_another_size_compiles_nothing_again(name):
         with torch.no_grad():
             compiled(*arguments(size))
     assert len(graphs) == 1
+
+
+def test_an_exported_program_is_loaded_by_another_process(tmp_path):
+    device_or_skip("rms_norm", "cpu")
+    layer, x, path = fp.layers.RMSNorm(8), torch.randn(3, 8), tmp_path / "layer.pt2"
+    torch.export.save(torch.export.export(layer, (x,)), path)
+    code = "import sys, torch, fastprimer; fastprimer.backends(); print(torch.export.load(sys.argv[1]).module()(torch.ones(3, 8)).sum())"
+    loaded = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
+    assert loaded.returncode == 0, loaded.stderr
+    assert re.search(r"tensor\((23\.999|24\.)", loaded.stdout), loaded.stdout

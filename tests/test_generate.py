@@ -28,8 +28,10 @@ def test_generate_ends_and_draws():
     end = rows[0][2]
     short, probability = generate(slow, TOKENS[:1], 6, end=end)
     assert short[0] == rows[0][: rows[0].index(end)] and 0 < probability[0] < 1
-    for several in ([end], (end, rows[0][-1]), [rows[0][-1], end]):
-        assert generate(slow, TOKENS[:1], 6, end=several)[0] == short or rows[0].index(rows[0][-1]) < rows[0].index(end)
+    absent = next(token for token in range(slow.config.vocab_size) if token not in rows[0])
+    for several in ([end], (end, absent), [absent, end]):
+        assert generate(slow, TOKENS[:1], 6, end=several) == (short, probability)
+    assert generate(slow, TOKENS[:1], 6, end=[end, rows[0][0]])[0] == [[]]
     assert generate(slow, TOKENS[:1], 6, end=[])[0] == rows
     for wrong in (-1, True, "2", 1.0, [2, None], 10**6, torch.tensor(2)):
         with pytest.raises(ValueError, match="generate: end: expected a token of the vocabulary, several, or None, got"):

@@ -46,8 +46,17 @@ int64_t strip_rows(int64_t C, int64_t at_least = 1) {
   return larger(at_least, smaller(FEW, strip_bytes / (C * int64_t(sizeof(T)))));
 }
 
-// Rows whose sums backward takes side by side: the weight and dweight come once for all of them.
+// Rows of 16 bits whose sums backward takes side by side. Wider ones wait for the memory as it is, and go one by one.
 constexpr int ROWS = 4;
+template <class T>
+constexpr bool SIDE_BY_SIDE = sizeof(T) == 2;
+template <class T>
+int64_t strip_rows_backward(int64_t C) {
+  return SIDE_BY_SIDE<T> ? strip_rows<T>(C, ROWS) : 1;
+}
+
+// Bytes from which on rows that go one by one do not come by themselves, as the processor reads on.
+constexpr int64_t LONG_ROW = 2048;
 
 template <class T>
 const T* row_of(const void* data, int64_t row, int64_t stride_row) {
@@ -72,10 +81,10 @@ void sum_forward(const RmsNormForward& a, int64_t row) {
 }
 
 template <class T, class Put>
-void scale_forward(const RmsNormForward& a, int64_t row, const Wide<T>* w, Put put) {
+void scale_forward(const RmsNormForward& a, int64_t row, int64_t strip, const Wide<T>* w, Put put) {
   const T* h = a.residual ? row_of<T>(a.h, row, a.C) : row_of<T>(a.x, row, a.stride_x_row);
   const Wide<T> rstd = static_cast<const Wide<T>*>(a.rstd)[row];
-  const T* ahead = a.residual ? nullptr : h + strip_rows<T>(a.C) * a.stride_x_row;
+  const T* ahead = a.residual ? nullptr : h + strip * a.stride_x_row;
   fill_columns({static_cast<T*>(a.y) + row * a.C}, 0, a.C, put, [=](int64_t c, auto n) {
     if (ahead) ask_for(ahead + c, n);
     return Outputs{Flushable<T>{load(h + c, n) * rstd * load_in_turn(w + c, n)}};
@@ -94,52 +103,66 @@ Error forward(const RmsNormForward& a) {
     parallel_for((a.N + strip - 1) / strip, GRAIN / (a.C * strip) + 1, [&](int64_t i) {
       const int64_t begin = i * strip, end = smaller(a.N, begin + strip);
       for (int64_t row = begin; row < end; row++) sum_forward<T>(a, row);
-      for (int64_t row = begin; row < end; row++) scale_forward<T>(a, row, w.data(), put);
+      for (int64_t row = begin; row < end; row++) scale_forward<T>(a, row, strip, w.data(), put);
     });
   });
   return nullptr;
 }
 
-// What M rows of h are shrunk by. dweight is null, or their shares are added to it, in the order in which registers come.
-template <class T, int M>
-void sum_backward(const RmsNormBackward& a, int64_t row, const Wide<T>* w, Wide<T>* dweight, Wide<T>* shrink) {
+// What a row of h is shrunk by. dweight is null, or this row's share is added to it, in the order in which registers come.
+template <class T>
+Wide<T> sum_backward(const RmsNormBackward& a, int64_t row, const Wide<T>* w, Wide<T>* dweight) {
   using A = Wide<T>;
-  const T *dy[M], *h[M];
-  A rstd[M], products[M] = {};
-  for (int r = 0; r < M; r++) {
+  const T *dy = row_of<T>(a.dy, row, a.stride_dy_row), *h = row_of<T>(a.h, row, a.stride_h_row);
+  const A rstd = static_cast<const A*>(a.rstd)[row];
+  const A products = sum_columns<T>(a.C, [&](int64_t c, auto n) {
+    const Vec<A> dy_h_hat = load(dy + c, n) * (load(h + c, n) * rstd);  // dy h may be too large for its type
+    if (dweight) store_in_turn(dweight + c, load_in_turn(dweight + c, n) + dy_h_hat, n);
+    return dy_h_hat * load_in_turn(w + c, n);
+  });
+  return products / A(a.C) * rstd;
+}
+
+// The same of ROWS rows, for which the weight and dweight come once.
+template <class T>
+void sum_rows_backward(const RmsNormBackward& a, int64_t row, const Wide<T>* w, Wide<T>* dweight, Wide<T>* shrink) {
+  using A = Wide<T>;
+  const T *dy[ROWS], *h[ROWS];
+  A rstd[ROWS], products[ROWS] = {};
+  for (int r = 0; r < ROWS; r++) {
     dy[r] = row_of<T>(a.dy, row + r, a.stride_dy_row);
     h[r] = row_of<T>(a.h, row + r, a.stride_h_row);
     rstd[r] = static_cast<const A*>(a.rstd)[row + r];
   }
   for (int64_t begin = 0; begin < a.C; begin += SUM_BLOCK) {
-    Vec<A> sums[M] = {};
+    Vec<A> sums[ROWS] = {};
     for_columns<T>(begin, smaller(a.C, begin + SUM_BLOCK), [&](int64_t c, auto n, int) __attribute__((always_inline)) {
       const Vec<A> w_c = load_in_turn(w + c, n);
       Vec<A> dweight_c = dweight ? load_in_turn(dweight + c, n) : Vec<A>{};
 #pragma GCC unroll 4
-      for (int r = 0; r < M; r++) {
-        const Vec<A> dy_h_hat = load(dy[r] + c, n) * (load(h[r] + c, n) * rstd[r]);  // dy h may be too large for its type
+      for (int r = 0; r < ROWS; r++) {
+        const Vec<A> dy_h_hat = load(dy[r] + c, n) * (load(h[r] + c, n) * rstd[r]);
         dweight_c += dy_h_hat;
         sums[r] += dy_h_hat * w_c;
       }
       if (dweight) store_in_turn(dweight + c, dweight_c, n);
     });
-    for (int r = 0; r < M; r++) products[r] += sum<A>(sums[r]);
+    for (int r = 0; r < ROWS; r++) products[r] += sum<A>(sums[r]);
   }
-  for (int r = 0; r < M; r++) shrink[r] = products[r] / A(a.C) * rstd[r];
+  for (int r = 0; r < ROWS; r++) shrink[r] = products[r] / A(a.C) * rstd[r];
 }
 
 template <class T, class Put>
-void scale_backward(const RmsNormBackward& a, int64_t row, const Wide<T>* w, Wide<T> shrink, Put put) {
+void scale_backward(const RmsNormBackward& a, int64_t row, int64_t strip, const Wide<T>* w, Wide<T> shrink, Put put) {
   const T* dy = row_of<T>(a.dy, row, a.stride_dy_row);
   const T* h = row_of<T>(a.h, row, a.stride_h_row);
   const T* dh = row_of<T>(a.dh, row, a.stride_dh_row);
   T* const dx = static_cast<T*>(a.dx) + row * a.C;
   const Wide<T> rstd = static_cast<const Wide<T>*>(a.rstd)[row];
-  const int64_t strip = strip_rows<T>(a.C, ROWS);
+  const bool early = SIDE_BY_SIDE<T> || a.C * int64_t(sizeof(T)) >= LONG_ROW;
   const T *dy_ahead = dy + strip * a.stride_dy_row, *h_ahead = h + strip * a.stride_h_row;
   const auto through_norm = [=](int64_t c, auto n) __attribute__((always_inline)) {
-    ask_for(dy_ahead + c, n), ask_for(h_ahead + c, n);
+    if (early) ask_for(dy_ahead + c, n), ask_for(h_ahead + c, n);
     return rstd * (load(dy + c, n) * load_in_turn(w + c, n) - load(h + c, n) * shrink);
   };
   if (dh == nullptr) {
@@ -147,7 +170,7 @@ void scale_backward(const RmsNormBackward& a, int64_t row, const Wide<T>* w, Wid
   } else {
     const T* dh_ahead = dh + strip * a.stride_dh_row;
     fill_columns({dx}, 0, a.C, put, [=](int64_t c, auto n) {
-      ask_for(dh_ahead + c, n);
+      if (early) ask_for(dh_ahead + c, n);
       return Outputs{Flushable<T>{through_norm(c, n) + load(dh + c, n)}};
     });
   }
@@ -155,14 +178,15 @@ void scale_backward(const RmsNormBackward& a, int64_t row, const Wide<T>* w, Wid
 
 template <class T, class Put>
 void backward_rows(const RmsNormBackward& a, int64_t begin, int64_t end, const Wide<T>* w, Wide<T>* dweight, Put put) {
-  const int64_t strip = strip_rows<T>(a.C, ROWS);
+  const int64_t strip = strip_rows_backward<T>(a.C);
   Wide<T> shrink[FEW];
   for (int64_t first = begin; first < end; first += strip) {
     const int64_t n = smaller(strip, end - first);
     int64_t i = 0;
-    for (; i + ROWS <= n; i += ROWS) sum_backward<T, ROWS>(a, first + i, w, dweight, shrink + i);
-    for (; i < n; i++) sum_backward<T, 1>(a, first + i, w, dweight, shrink + i);
-    for (i = 0; i < n; i++) scale_backward<T>(a, first + i, w, shrink[i], put);
+    if constexpr (SIDE_BY_SIDE<T>)
+      for (; i + ROWS <= n; i += ROWS) sum_rows_backward<T>(a, first + i, w, dweight, shrink + i);
+    for (; i < n; i++) shrink[i] = sum_backward<T>(a, first + i, w, dweight);
+    for (i = 0; i < n; i++) scale_backward<T>(a, first + i, strip, w, shrink[i], put);
   }
 }
 
@@ -211,7 +235,7 @@ Error backward(const RmsNormBackward& a) {
   expect_writes(a.dx, a.N * a.C * sizeof(T));
   with_stores(past_cache(a.dx, a.N, a.C * sizeof(T), a.C * sizeof(T)), [&](auto put) {
     if (a.weight) return backward_with_dweight<T>(a, w.data(), sums_of_few.data(), put);
-    const int64_t strip = strip_rows<T>(a.C, ROWS);
+    const int64_t strip = strip_rows_backward<T>(a.C);
     parallel_for((a.N + strip - 1) / strip, GRAIN / (a.C * strip) + 1,
                  [&](int64_t i) { backward_rows<T>(a, i * strip, smaller(a.N, (i + 1) * strip), w.data(), nullptr, put); });
   });
