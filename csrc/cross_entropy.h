@@ -75,8 +75,8 @@ struct LinearCrossEntropyBackward {
   LossGradients gradients;
   const void* kept;
   const float* shift;
-  void* dx;       // (N, C)
-  void* dweight;  // (V, C)
+  void* dx;       // (N, C), or null: not needed
+  void* dweight;  // (V, C), or null
   float* dbias;   // (V,) or null
 };
 

@@ -88,13 +88,14 @@ inline void forward_by_pieces(Cuda device, const LinearCrossEntropyProblem& p, c
   });
 }
 
-// Three products a piece, and zeros for ignored tokens in the end. Those of 16 bits are of dlogits rounded to them; float16 has too few
-// exponents for what a mean over many tokens and words makes so small: there dlogits are scaled, and the products scaled back. What those
-// of 16 bits give is float32, and rounded here: a library may split a product, and add up the parts in the type of the result.
+// Three products a piece, of which dx or dweight may not be needed (null), and zeros for ignored tokens in the end. Those of 16 bits are of
+// dlogits rounded to them; float16 has too few exponents for what a mean over many tokens and words makes so small: there dlogits are
+// scaled, and the products scaled back. What those of 16 bits give is float32, and rounded here: a library may split a product, and add up
+// the parts in the type of the result.
 class BackwardByPieces {
  public:
   BackwardByPieces(Cuda device, const LinearCrossEntropyProblem& p, const Tensor& weight, const LossGradients& gradients,
-                   const Tensor& kept, const Tensor& shift, const Tensor& dx, const Tensor& dweight, float* dbias)
+                   const Tensor& kept, const Tensor& shift, Tensor* dx, Tensor* dweight, float* dbias)
       : device_(device),
         p_(p),
         gradients_(gradients),
@@ -105,12 +106,12 @@ class BackwardByPieces {
         dbias_(dbias),
         scaled_(p_.dtype == Dtype::float16),
         direct_(p_.dtype == Dtype::float32),
-        tokens_(empty(dx, dx.sizes(), dx.scalar_type())),
-        dlogits_(empty(dx, {p_.N, pieces_.width}, dx.scalar_type())),
-        dx_sum_(direct_ ? dx : empty(dx, dx.sizes(), ScalarType::Float)),
-        dx_part_(empty(dx, {pieces_.single() ? 0 : p_.N, p_.C}, ScalarType::Float)),
-        dweight_part_(empty(dx, {direct_ ? 0 : pieces_.width, p_.C}, ScalarType::Float)),
-        scale_(empty(dx, {1}, ScalarType::Float)) {}
+        tokens_(empty(weight, {p_.N, p_.C}, weight.scalar_type())),
+        dlogits_(empty(weight, {p_.N, pieces_.width}, weight.scalar_type())),
+        dx_sum_(dx && direct_ ? *dx : empty(weight, {dx ? p_.N : 0, p_.C}, ScalarType::Float)),
+        dx_part_(empty(weight, {!dx || pieces_.single() ? 0 : p_.N, p_.C}, ScalarType::Float)),
+        dweight_part_(empty(weight, {!dweight || direct_ ? 0 : pieces_.width, p_.C}, ScalarType::Float)),
+        scale_(empty(weight, {1}, ScalarType::Float)) {}
 
   void run() {
     done(linear_cross_entropy_tokens(device_, p_, tokens_.mutable_data_ptr()));
@@ -123,13 +124,14 @@ class BackwardByPieces {
                                 .dbias = dbias_ ? dbias_ + piece.first : nullptr};
       done(linear_cross_entropy_dlogits(device_, p_, piece, kept_, gradients_, out));
       const Tensor dlogits = some_columns(dlogits_, 0, piece.width);
-      write_dweight(piece, dlogits);
-      add_dx(piece, dlogits, weight);
+      if (dweight_) write_dweight(piece, dlogits);
+      if (dx_) add_dx(piece, dlogits, weight);
     });
+    if (dx_ == nullptr) return;
     LinearCrossEntropyProblem result = p_;
-    result.x = dx_.const_data_ptr();
+    result.x = dx_->const_data_ptr();
     result.stride_x_row = p_.C;
-    done(linear_cross_entropy_tokens(device_, result, dx_.mutable_data_ptr()));  // dlogits of 0 times a weight that is NaN are none
+    done(linear_cross_entropy_tokens(device_, result, dx_->mutable_data_ptr()));  // dlogits of 0 times a weight that is NaN are none
   }
 
  private:
@@ -138,7 +140,7 @@ class BackwardByPieces {
   static void done(Error error) { check(error, "linear_cross_entropy_backward"); }
 
   void write_dweight(const LogitsPiece& piece, const Tensor& dlogits) {
-    Tensor rows = some_rows(dweight_, piece.first, piece.width);
+    Tensor rows = some_rows(*dweight_, piece.first, piece.width);
     if (direct_) return product(transposed(dlogits), tokens_, rows);
     Tensor part = some_rows(dweight_part_, 0, piece.width);
     product(transposed(dlogits), tokens_, part);
@@ -150,7 +152,7 @@ class BackwardByPieces {
     Tensor& part = first ? dx_sum_ : dx_part_;
     product(dlogits, weight, part);
     if (first ? last && !direct_ : true)
-      add(first ? nullptr : static_cast<float*>(dx_sum_.mutable_data_ptr()), part, last ? dx_.mutable_data_ptr() : nullptr);
+      add(first ? nullptr : static_cast<float*>(dx_sum_.mutable_data_ptr()), part, last ? dx_->mutable_data_ptr() : nullptr);
   }
 
   void add(float* sum, const Tensor& part, void* out) {
@@ -163,7 +165,7 @@ class BackwardByPieces {
   const LossGradients gradients_;
   const Pieces pieces_;
   const Kept16 kept_;
-  Tensor dweight_, dx_;
+  Tensor *dweight_, *dx_;
   float* dbias_;
   const bool scaled_, direct_;  // direct: products are written where they belong, and dx_sum_ is dx itself
   Tensor tokens_, dlogits_, dx_sum_, dx_part_, dweight_part_, scale_;

@@ -94,7 +94,8 @@ template <class Device>
 std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dloss, std::optional<Tensor> dlse, const Tensor& x, const Tensor& weight,
                                                    const Tensor& target, const Tensor& lse, const Tensor& correction, const Tensor& kept_,
                                                    const Tensor& shift_, std::optional<Tensor> bias, int64_t ignore_index,
-                                                   double label_smoothing, double z_loss, std::optional<double> softcap) {
+                                                   double label_smoothing, double z_loss, std::optional<double> softcap, bool needs_dx,
+                                                   bool needs_dweight) {
   const On<Device> on(x);
   Linear in = linear_of<Device>(x, weight, target, bias, options_of(ignore_index, label_smoothing, z_loss, softcap));
   const int64_t V = weight.size(0);
@@ -106,21 +107,24 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& dloss, std::opt
   check_shape("shift", shift_, {in.x.N, in.problem.in_16_bits ? kept_blocks(in.problem.columns) : 0});
   check_on("shift", shift_, ScalarType::Float, x);
   const Tensor kept = torch::stable::contiguous(kept_), shift = torch::stable::contiguous(shift_);
-  Tensor dx = empty(x, x.sizes(), x.scalar_type()), dweight = empty(x, weight.sizes(), x.scalar_type());
+  Tensor dx = empty(x, needs_dx ? x.sizes() : NOTHING, x.scalar_type());
+  Tensor dweight = empty(x, needs_dweight ? weight.sizes() : NOTHING, x.scalar_type());
   Tensor dbias = empty(x, bias ? bias->sizes() : NOTHING, ScalarType::Float);
   float* dbias_data = bias ? static_cast<float*>(dbias.mutable_data_ptr()) : nullptr;
   if (in.empty()) {
     torch::stable::zero_(dweight);
     torch::stable::zero_(dbias);
   } else if constexpr (std::is_same_v<Device, Cuda>) {
-    BackwardByPieces(on.device, in.problem, in.weight.tensor, upstream.pointers(), kept, shift, dx, dweight, dbias_data).run();
+    BackwardByPieces(on.device, in.problem, in.weight.tensor, upstream.pointers(), kept, shift, needs_dx ? &dx : nullptr,
+                     needs_dweight ? &dweight : nullptr, dbias_data)
+        .run();
   } else {
     check(linear_cross_entropy_backward(on.device, {.problem = in.problem,
                                                     .gradients = upstream.pointers(),
                                                     .kept = kept.const_data_ptr(),
                                                     .shift = static_cast<const float*>(shift.const_data_ptr()),
-                                                    .dx = dx.mutable_data_ptr(),
-                                                    .dweight = dweight.mutable_data_ptr(),
+                                                    .dx = needs_dx ? dx.mutable_data_ptr() : nullptr,
+                                                    .dweight = needs_dweight ? dweight.mutable_data_ptr() : nullptr,
                                                     .dbias = dbias_data}),
           "linear_cross_entropy_backward");
   }

@@ -83,26 +83,29 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& gate_up, const
 
 template <class Device>
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& dy_, const Tensor& x, const Tensor& gate_up, const Tensor& down,
-                                                    const Tensor& weights, const Tensor& experts, const Tensor& hidden_) {
+                                                    const Tensor& weights, const Tensor& experts, const Tensor& hidden_, bool needs_dx,
+                                                    bool needs_dexperts) {
   const On<Device> on(x);
   const Inputs in = inputs_of<Device>(x, gate_up, down, weights, experts);
   const MoeProblem& p = in.problem;
   check_like("dy", dy_, x);
   check_shape("hidden", hidden_, {p.N, p.K, 2 * p.F});
   check_kind("hidden", hidden_, x);
-  if (in.empty()) return {zeros_like(x), zeros_like(gate_up), zeros_like(down), zeros_like(weights)};
+  Tensor dx = empty(x, needs_dx ? x.sizes() : NOTHING, x.scalar_type());
+  Tensor dgate_up = empty(x, needs_dexperts ? gate_up.sizes() : NOTHING, x.scalar_type());
+  Tensor ddown = empty(x, needs_dexperts ? down.sizes() : NOTHING, x.scalar_type());
+  if (in.empty()) return {torch::stable::zero_(dx), torch::stable::zero_(dgate_up), torch::stable::zero_(ddown), zeros_like(weights)};
   const Rows dy(dy_);
   const Tensor hidden = torch::stable::contiguous(hidden_);
-  Tensor dx = empty(x, x.sizes(), x.scalar_type()), dgate_up = empty(x, gate_up.sizes(), x.scalar_type());
-  Tensor ddown = empty(x, down.sizes(), x.scalar_type()), dweights = empty(x, weights.sizes(), ScalarType::Float);
+  Tensor dweights = empty(x, weights.sizes(), ScalarType::Float);
   Tensor scratch = empty(x, {moe_backward_scratch(on.device, p)}, ScalarType::Byte);
   check(moe_backward(on.device, {.problem = p,
                                  .dy = dy.data(),
                                  .stride_dy_row = dy.stride_row,
                                  .hidden = hidden.const_data_ptr(),
-                                 .dx = dx.mutable_data_ptr(),
-                                 .dgate_up = dgate_up.mutable_data_ptr(),
-                                 .ddown = ddown.mutable_data_ptr(),
+                                 .dx = needs_dx ? dx.mutable_data_ptr() : nullptr,
+                                 .dgate_up = needs_dexperts ? dgate_up.mutable_data_ptr() : nullptr,
+                                 .ddown = needs_dexperts ? ddown.mutable_data_ptr() : nullptr,
                                  .dweights = static_cast<float*>(dweights.mutable_data_ptr()),
                                  .scratch = scratch.mutable_data_ptr()}),
         "moe_backward");

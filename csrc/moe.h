@@ -30,9 +30,9 @@ struct MoeBackward {
   const void* dy;  // (N, C)
   int64_t stride_dy_row;
   const void* hidden;
-  void* dx;         // (N, C)
-  void* dgate_up;   // (E, 2F, C)
-  void* ddown;      // (E, C, F)
+  void* dx;         // (N, C), or null: not needed
+  void* dgate_up;   // (E, 2F, C), or null
+  void* ddown;      // (E, C, F), null with dgate_up
   float* dweights;  // (N, K)
   void* scratch;    // as many bytes as moe_backward_scratch says, aligned to 256
 };

@@ -43,7 +43,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x_, std::optional<Tenso
 
 template <class Device>
 std::tuple<Tensor, Tensor> backward(const Tensor& dy_, std::optional<Tensor> dh_, const Tensor& h_, std::optional<Tensor> weight_,
-                                    const Tensor& rstd_, double weight_offset) {
+                                    const Tensor& rstd_, double weight_offset, bool needs_dweight) {
   STD_TORCH_CHECK(h_.dim() > 0 && h_.size(h_.dim() - 1) > 0, "fastprimer: h: expected shape (..., C), C >= 1");
   STD_TORCH_CHECK(rstd_.numel() * h_.size(h_.dim() - 1) == h_.numel() && rstd_.scalar_type() == wide(h_),
                   "fastprimer: rstd: expected shape (...) of h (..., C)");
@@ -55,10 +55,11 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy_, std::optional<Tensor> dh_
   const auto dh = rows_or_none(dh_);
   const auto weight = rows_or_none(weight_);
   const Tensor rstd = torch::stable::contiguous(rstd_);
-  const int64_t partials = weight ? rms_norm_partials(on.device, h.N, h.C) : 0;
+  const bool dweight_wanted = weight && needs_dweight;
+  const int64_t partials = dweight_wanted ? rms_norm_partials(on.device, h.N, h.C) : 0;
   Tensor dx = empty(h_, h_.sizes(), h_.scalar_type());
   Tensor partial = empty(h_, {partials, h.C}, wide(h_));
-  Tensor dweight = empty(h_, {weight ? h.C : 0}, weight ? weight_->scalar_type() : h_.scalar_type());
+  Tensor dweight = empty(h_, {dweight_wanted ? h.C : 0}, weight ? weight_->scalar_type() : h_.scalar_type());
   if (h.N == 0) {
     torch::stable::zero_(dweight);
   } else {
@@ -71,8 +72,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy_, std::optional<Tensor> dh_
                                         .weight = data_or_null(weight),
                                         .rstd = rstd.const_data_ptr(),
                                         .dx = dx.mutable_data_ptr(),
-                                        .dweight = dweight.mutable_data_ptr(),
-                                        .partial = partial.mutable_data_ptr(),
+                                        .dweight = dweight_wanted ? dweight.mutable_data_ptr() : nullptr,
+                                        .partial = dweight_wanted ? partial.mutable_data_ptr() : nullptr,
                                         .partials = partials,
                                         .N = h.N,
                                         .C = h.C,

@@ -29,12 +29,12 @@ struct RmsNormBackward {
   int64_t stride_dh_row;
   const void* h;
   int64_t stride_h_row;
-  const void* weight;  // null: no weight and no dweight
+  const void* weight;  // null: no weight
   const void* rstd;
   void* dx;
-  void* dweight;
+  void* dweight;     // null: not needed
   void* partial;     // (partials, C) of rstd's type: workspace for dweight
-  int64_t partials;  // as rms_norm_partials said
+  int64_t partials;  // as rms_norm_partials said, or 0 without dweight
   int64_t N, C;
   Dtype dtype, weight_dtype;
   double weight_offset;

@@ -9,7 +9,9 @@
 
 STABLE_TORCH_LIBRARY(FASTPRIMER_NAMESPACE, m) {
   m.def("rms_norm_forward(Tensor x, Tensor? weight, float eps, Tensor? residual, float weight_offset) -> (Tensor, Tensor, Tensor)");
-  m.def("rms_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor? weight, Tensor rstd, float weight_offset) -> (Tensor, Tensor)");
+  m.def(
+      "rms_norm_backward(Tensor dy, Tensor? dh, Tensor h, Tensor? weight, Tensor rstd, float weight_offset, bool needs_dweight) -> "
+      "(Tensor, Tensor)");
   m.def("rope_forward(Tensor q, Tensor? k, Tensor cos, Tensor sin, Tensor? positions, bool interleaved) -> (Tensor, Tensor)");
   m.def("rope_backward(Tensor dq, Tensor? dk, Tensor cos, Tensor sin, Tensor? positions, bool interleaved) -> (Tensor, Tensor)");
   m.def("swiglu_forward(Tensor gate, Tensor? up, float alpha, float beta, float? limit, float offset) -> Tensor");
@@ -31,8 +33,8 @@ STABLE_TORCH_LIBRARY(FASTPRIMER_NAMESPACE, m) {
   m.def("route_backward(Tensor dweights, Tensor logits, Tensor experts, SymInt score, bool renormalize, float scale) -> Tensor");
   m.def("moe_forward(Tensor x, Tensor gate_up, Tensor down, Tensor weights, Tensor experts) -> (Tensor, Tensor)");
   m.def(
-      "moe_backward(Tensor dy, Tensor x, Tensor gate_up, Tensor down, Tensor weights, Tensor experts, Tensor hidden) -> (Tensor, Tensor, "
-      "Tensor, Tensor)");
+      "moe_backward(Tensor dy, Tensor x, Tensor gate_up, Tensor down, Tensor weights, Tensor experts, Tensor hidden, bool needs_dx, bool "
+      "needs_dexperts) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "cross_entropy_forward(Tensor logits, Tensor target, SymInt ignore_index, float label_smoothing, float z_loss, float? softcap) -> "
       "(Tensor, Tensor, Tensor, Tensor)");
@@ -46,7 +48,8 @@ STABLE_TORCH_LIBRARY(FASTPRIMER_NAMESPACE, m) {
   m.def(
       "linear_cross_entropy_backward(Tensor dloss, Tensor? dlse, Tensor x, Tensor weight, Tensor target, Tensor lse, Tensor correction, "
       "Tensor kept, Tensor "
-      "shift, Tensor? bias, SymInt ignore_index, float label_smoothing, float z_loss, float? softcap) -> (Tensor, Tensor, Tensor)");
+      "shift, Tensor? bias, SymInt ignore_index, float label_smoothing, float z_loss, float? softcap, bool needs_dx, bool "
+      "needs_dweight) -> (Tensor, Tensor, Tensor)");
   m.def("set_loss_piece_bytes(int bytes) -> int");  // for tests: csrc/linear_cross_entropy.cpp
 #ifndef FASTPRIMER_EMULATED
   m.def("limit_cpu_instruction_set(int limit) -> int");  // for tests: csrc/cpu/dispatch.cpp

@@ -5,7 +5,7 @@
     linear_cross_entropy   forward   for each piece: logits, loss so far                       product of torch, fold kernel
                                      and if it is kept in 16 bits, that                        cross_entropy_keep_kernel
                            backward  for each piece: logits unless they were kept, dlogits     product of torch, gradient kernel
-                                     dweight's rows = dlogitsᵀ x, dx += dlogits weight         products of torch
+                                     dweight's rows = dlogitsᵀ x, dx += dlogits weight         products of torch, where they are needed
 
 A piece is as many columns of the vocabulary as fit into PIECE bytes, or the memory budget (a quarter of it in a forward pass that keeps
 16 bits beside them) if that is more. It holds logits in float32, and where it is to be kept so it is `kept` itself, in which the fold
@@ -230,16 +230,19 @@ def linear_cross_entropy_backward(
     label_smoothing: float,
     z_loss: float,
     softcap: Optional[float],
+    needs_dx: bool,
+    needs_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dx (N, C), dweight (V, C), dbias (V,) or (0,) without bias. Nothing of kept is changed.
+    """-> dx (N, C), dweight (V, C), or (0,) where nobody needs it, dbias (V,) or (0,) without bias. Nothing of kept is changed.
 
     torch sums dbias' shares, one for each SUMMED rows: an order that the shape alone decides.
     """
     (N, C), V, columns = x.shape, weight.shape[0], kept.shape[1]
     dbias = torch.zeros(0 if bias is None else V, dtype=x.dtype if bias is None else bias.dtype, device=x.device)
+    dweight = torch.zeros((V, C) if needs_dweight else 0, dtype=weight.dtype, device=x.device)
     if N == 0:
-        return torch.empty_like(x), torch.zeros((V, C), dtype=weight.dtype, device=x.device), dbias
-    dx, dweight = (torch.empty(s, dtype=d, device=x.device) for s, d in (((N, C), lse.dtype), ((V, C), weight.dtype)))
+        return torch.empty((N, C) if needs_dx else 0, dtype=x.dtype, device=x.device), dweight, dbias
+    dx = torch.empty((N, C) if needs_dx else 0, dtype=lse.dtype, device=x.device)
     shift = shift if kept.dtype == torch.int16 else None
     width = piece_columns(N, V, (4 if shift is None else 2) * kept.numel())
     parts = pieces(V, columns, width)
@@ -259,18 +262,22 @@ def linear_cross_entropy_backward(
             dbias_piece = gradients.dlogits(z, dl, first, raw=end > columns, shift=shift if end <= columns else None)
             if bias is not None:
                 dbias[first:end] = dbias_piece
-            _multiply(dl, weight[first:end], share if first else dx)
-            if first:
-                dx += share
+            if needs_dx:
+                _multiply(dl, weight[first:end], share if first else dx)
+                if first:
+                    dx += share
+            if not needs_dweight:
+                continue
             if dweight.dtype == lse.dtype:
                 _multiply(dl.t(), x, dweight[first:end])
             else:  # a library may split a product, and add up the parts in the type of the result
                 rows = torch.empty((end - first, C), dtype=lse.dtype, device=x.device)
                 _multiply(dl.t(), x, rows)
                 dweight[first:end] = rows if scale is None else rows / scale
-        if scale is not None:
-            dx /= scale
-        dx = torch.where(valid.unsqueeze(-1), dx, 0.0)  # dlogits of 0 times a weight that is NaN are none
+        if needs_dx:
+            if scale is not None:
+                dx /= scale
+            dx = torch.where(valid.unsqueeze(-1), dx, 0.0)  # dlogits of 0 times a weight that is NaN are none
     return dx.to(x.dtype), dweight, dbias
 
 

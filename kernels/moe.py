@@ -9,6 +9,8 @@ With P = N·K pairs of a token and an expert, put in the experts' order by _moe_
                dx        = sum over k of gate_up[e]ᵀ dhidden      product; sum                   moe_product_, moe_combine_kernel
                dgate_up[e], ddown[e]                              products over e's pairs        moe_gradient_kernel, twice
 
+(dx, and the gradients of the experts, only where they are needed.)
+
 What one kernel hands to the next lies in the order of the experts (u, dhidden, wu), or of the pairs (hidden, z), in x's type; an
 expert's rows are not padded. An expert number outside 0..E-1, which cannot be checked on a GPU without waiting for it, is read
 nowhere: its pair contributes 0 and has the gradient 0. What is handed on in float16 is infinite beyond 65504, silu(a) b for
@@ -184,15 +186,25 @@ def moe_forward(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, exper
 
 
 def moe_backward(
-    dy: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor, hidden: Tensor
+    dy: Tensor,
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    hidden: Tensor,
+    needs_dx: bool,
+    needs_dexperts: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> dx (N, C), dgate_up (E, 2F, C), ddown (E, C, F), dweights (N, K).
+    """-> dx (N, C), dgate_up (E, 2F, C) and ddown (E, C, F), or (0,) where nobody needs them, dweights (N, K).
 
     torch sums dweights' shares, one for each block of columns: an order that the shape alone decides.
     """
     p = Problem(x, gate_up, weights, experts)
     if p.P == 0:
-        return tuple(torch.zeros(t.shape, dtype=t.dtype, device=t.device) for t in (x, gate_up, down, weights))
+        needed = (x, needs_dx), (gate_up, needs_dexperts), (down, needs_dexperts), (weights, True)
+        return tuple(torch.zeros(t.shape if needs else 0, dtype=t.dtype, device=t.device) for t, needs in needed)
+    dx, dgate_up, ddown = p.new(0), p.new(0), p.new(0)
     dy = as_rows(dy) if dy.numel() else dy
     with on_device(x):
         d = p.dispatch(experts)
@@ -207,7 +219,9 @@ def moe_backward(
                 BLOCK_M, BLOCK_N, BLOCK_K, p.C % BLOCK_K == 0, p.F % BLOCK_N == 0, GROUP, p.WIDE,
                 num_warps=num_warps, num_stages=num_stages,
             )  # fmt: skip
-        dx = p.combine(p.multiply(dhidden, gate_up, None, d))
-        dgate_up = p.gradient(dhidden, p.x, False, True, d)
-        ddown = p.gradient(dy, wu, True, False, d)
+        if needs_dx:
+            dx = p.combine(p.multiply(dhidden, gate_up, None, d))
+        if needs_dexperts:
+            dgate_up = p.gradient(dhidden, p.x, False, True, d)
+            ddown = p.gradient(dy, wu, True, False, d)
     return dx, dgate_up, ddown, partial.sum(1).view(p.N, p.K).to(weights.dtype)

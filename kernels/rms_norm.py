@@ -176,12 +176,12 @@ def rms_norm_backward_kernel(
                 dy_block, h_hat_block = _load_dy_h_hat(dy_ptr, h_ptr, rstd, row, start + column, stride_dy_row, stride_h_row, N, C)
                 g_block = dy_block * _load_w(weight_ptr, start + column, C, weight_offset)
                 _store_dx(g_block, h_hat_block, rstd, mean, dh_ptr, dx_ptr, row, start + column, stride_dh_row, N, C)
-                if weight_ptr is not None:
+                if partial_ptr is not None:
                     share_ptr = partial_ptr + program * C + start + column
                     share = tl.load(share_ptr, mask=start + column < C, other=0.0)
                     tl.store(share_ptr, share + tl.sum(dy_block * h_hat_block, 0), mask=start + column < C)
 
-    if weight_ptr is not None:
+    if partial_ptr is not None:
         tl.store(partial_ptr + program * C + column, tl.sum(dweight, 0), mask=column < C)
 
 
@@ -208,9 +208,9 @@ def rms_norm_forward(
 
 
 def rms_norm_backward(
-    dy: Tensor, dh: Optional[Tensor], h: Tensor, weight: Optional[Tensor], rstd: Tensor, weight_offset: float
+    dy: Tensor, dh: Optional[Tensor], h: Tensor, weight: Optional[Tensor], rstd: Tensor, weight_offset: float, needs_dweight: bool
 ) -> tuple[Tensor, Tensor]:
-    """dy, dh, h (..., C), rstd (...) -> dx (..., C), which is dresidual too, and dweight (C,) or (0,) without weight.
+    """dy, dh, h (..., C), rstd (...) -> dx (..., C), which is dresidual too, and dweight (C,), or (0,) where nobody needs it.
 
     torch sums the partials: an order that the shape alone decides, over less than a hundredth of the bytes.
     """
@@ -219,7 +219,9 @@ def rms_norm_backward(
     N = h.numel() // C
     ROWS, COLUMNS, SPLIT, num_warps = tile(C, BACKWARD)
     programs = backward_programs(N, C, h.device)
-    partial = None if weight is None else (torch.zeros if SPLIT else torch.empty)((programs, C), dtype=torch.float32, device=h.device)
+    partial = None
+    if weight is not None and needs_dweight:
+        partial = (torch.zeros if SPLIT else torch.empty)((programs, C), dtype=torch.float32, device=h.device)
     if programs:
         dy_rows, h_rows = as_rows(dy), as_rows(h)
         dh_rows = None if dh is None else as_rows(dh)
@@ -229,4 +231,5 @@ def rms_norm_backward(
                 dy_rows.stride(0), C if dh is None else dh_rows.stride(0), h_rows.stride(0),
                 N, C, weight_offset, ROWS, COLUMNS, SPLIT, num_warps=num_warps,
             )  # fmt: skip
-    return dx, h.new_empty(0) if partial is None else partial.sum(0).to(weight.dtype)
+    dtype = h.dtype if weight is None else weight.dtype
+    return dx, h.new_empty(0, dtype=dtype) if partial is None else partial.sum(0).to(dtype)

@@ -49,7 +49,9 @@ def plain(functions, logits, target, options, dloss, dlse):
 
 def linear(functions, x, weight, bias, target, options, budget, dloss, dlse):
     loss, lse, correction, argmax, kept, shift = functions.linear_cross_entropy_forward(x, weight, target, bias, *options, budget)
-    gradients = functions.linear_cross_entropy_backward(dloss, dlse, x, weight, target, lse, correction, kept, shift, bias, *options)
+    gradients = functions.linear_cross_entropy_backward(
+        dloss, dlse, x, weight, target, lse, correction, kept, shift, bias, *options, True, True
+    )
     outputs = {"loss": loss, "lse": lse, "argmax": argmax, "kept": recalled(kept, shift)}
     return outputs | dict(zip(("dx", "dweight", "dbias"), gradients, strict=True))
 

@@ -3,6 +3,7 @@
 The Triton kernels take part in Triton's interpreter, in a child process (the last test), or on a GPU.
 """
 
+import itertools
 import os
 import subprocess
 import sys
@@ -119,9 +120,9 @@ def test_operators_check_what_they_are_given():
         lambda: forward(x, torch.ones(8).double(), 1e-6, None, 0.0),
         lambda: forward(x, None, 1e-6, torch.ones(1, 8), 0.0),
         lambda: forward(torch.tensor(1.0), None, 1e-6, None, 0.0),
-        lambda: backward(x[:1], None, x, None, rstd, 0.0),
-        lambda: backward(x, x.half(), x, None, rstd, 0.0),
-        lambda: backward(x, None, x, None, rstd[:1], 0.0),
+        lambda: backward(x[:1], None, x, None, rstd, 0.0, True),
+        lambda: backward(x, x.half(), x, None, rstd, 0.0, True),
+        lambda: backward(x, None, x, None, rstd[:1], 0.0, True),
     ):
         with pytest.raises(RuntimeError, match="fastprimer: .*: expected"):
             call()
@@ -137,6 +138,45 @@ def test_what_needs_no_gradient_gets_none():
     k.requires_grad_()
     fp.rope(q, k, table, table)[1].sum().backward()  # q is rotated too, and not used
     assert q.grad is None and k.grad is not None
+
+
+FROZEN = {
+    "rms_norm": {("weight",): [1]},
+    "moe": {("x",): [0], ("gate_up", "down"): [1, 2], ("x", "gate_up", "down"): [0, 1, 2]},
+    "linear_cross_entropy": {("x",): [0], ("weight",): [1], ("x", "weight"): [0, 1]},
+}
+"""{operation: {inputs that need no gradient: which results of its backward pass are not to be computed then}}"""
+FROZEN_CASES = ("float32-weight", "wide-odd", "odd-sizes", "empty-experts", "few-tokens", "everything", "all-ignored", "partly-in-16-bits")
+
+
+@pytest.mark.parametrize("cell", [(op, backend) for op in FROZEN for backend in declared(op)], indirect=True, ids="-".join)
+def test_gradients_of_frozen_inputs_are_not_computed(cell, monkeypatch):
+    """And the others have the same bits."""
+    op, backend, device = cell
+    functions, results = _functions[op, backend], []
+
+    def backward(*args):
+        results.append(getattr(functions, f"{op}_backward")(*args))
+        return results[-1]
+
+    monkeypatch.setitem(_functions, (op, backend), SimpleNamespace(**vars(functions) | {f"{op}_backward": backward}))
+    dtypes = [torch.float32] if backend == "reference" else [torch.float32, torch.bfloat16]
+    for case, dtype in itertools.product([c for c in CASES if c.op == op and c.name in FROZEN_CASES], dtypes):
+        gradients = {}
+        for frozen, left_out in {(): [], **FROZEN[op]}.items():
+            arguments = case.arguments(Inputs(dtype, device, 0))
+            for name in frozen:
+                arguments[name].requires_grad_(False)
+            with use_backend(backend):
+                outputs = [o for o in call(case, arguments) if o.requires_grad]
+                names = [name for name, t in tensors(arguments).items() if t.requires_grad]
+                if not names:
+                    continue
+                found = torch.autograd.grad(outputs, [arguments[name] for name in names], [o.detach() for o in outputs])
+            gradients = gradients or dict(zip(names, found, strict=True))
+            assert all(torch.equal(grad, gradients[name]) for name, grad in zip(names, found, strict=True)), (case.name, frozen)
+            optional = {i for places in FROZEN[op].values() for i in places}
+            assert {i for i in optional if results[-1][i].numel() == 0} == set(left_out), (case.name, frozen)
 
 
 @pytest.mark.parametrize("cell", [("swiglu", backend) for backend in declared("swiglu")], indirect=True, ids="-".join)

@@ -163,7 +163,7 @@ def test_rms_norm_checks_its_operators_arguments():
     with pytest.raises(RuntimeError, match="x: expected shape"):
         torch.ops.fastprimer.rms_norm_forward(nothing, None, 1e-6, None, 0.0)
     with pytest.raises(RuntimeError, match="h: expected shape"):
-        torch.ops.fastprimer.rms_norm_backward(nothing, None, nothing, None, rstd, 0.0)
+        torch.ops.fastprimer.rms_norm_backward(nothing, None, nothing, None, rstd, 0.0, True)
 
 
 def test_attention_checks_its_operators_arguments():

@@ -261,15 +261,15 @@ def test_operators_check_what_they_are_given():
             ops.linear_cross_entropy_forward(*bad, *options, 0)
     backward = ops.linear_cross_entropy_backward
     with pytest.raises(RuntimeError, match="dloss: expected another shape"):
-        backward(loss[:2], None, x, weight, target, lse, correction, kept, shift, None, *options)
+        backward(loss[:2], None, x, weight, target, lse, correction, kept, shift, None, *options, True, True)
     with pytest.raises(RuntimeError, match="kept: expected shape"):
-        backward(loss, None, x, weight, target, lse, correction, kept[:, :4], shift, None, *options)
+        backward(loss, None, x, weight, target, lse, correction, kept[:, :4], shift, None, *options, True, True)
     with pytest.raises(RuntimeError, match="kept: expected another dtype"):
-        backward(loss, None, x.bfloat16(), weight.bfloat16(), target, lse, correction, kept, shift, None, *options)
+        backward(loss, None, x.bfloat16(), weight.bfloat16(), target, lse, correction, kept, shift, None, *options, True, True)
     with pytest.raises(RuntimeError, match="shift: expected another shape"):
-        backward(loss, None, x.bfloat16(), weight.bfloat16(), target, lse, correction, kept.short(), shift, None, *options)
+        backward(loss, None, x.bfloat16(), weight.bfloat16(), target, lse, correction, kept.short(), shift, None, *options, True, True)
     with pytest.raises(RuntimeError, match="dlse: expected another dtype"):
-        backward(loss, loss.double(), x, weight, target, lse, correction, kept, shift, None, *options)
+        backward(loss, loss.double(), x, weight, target, lse, correction, kept, shift, None, *options, True, True)
     with pytest.raises(RuntimeError, match="target: expected numbers in 0..5"):
         ops.cross_entropy_forward(x @ weight.t(), target - 7, *options)
     with pytest.raises(RuntimeError, match="lse: expected another shape"):

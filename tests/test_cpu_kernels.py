@@ -196,7 +196,7 @@ PLANTED = {
             "for (int64_t s = 0; s < slices; s++)",
             "for (int64_t s = 1; s < slices; s++)",
         ),
-        "an empty expert's gradient not cleared": ("moe_backward.h", "return clear_gradients(e, f, features);", "return;"),
+        "an empty expert's gradient not cleared": ("moe_backward.h", "? clear_gradients(e, f, features) :", "? void() :"),
         "rows behind an expert's last not cleared": (
             "moe_backward.h",
             "const int64_t written = r < n ? width.C : 0;",
@@ -216,8 +216,8 @@ PLANTED = {
         "dx from gate alone": ("moe_backward.h", "gate_up<T>(e, i * p_.F + range_.begin + f)", "gate_up<T>(e, range_.begin + f)"),
         "an empty expert's gradient not cleared for a few tokens": (
             "moe_few_backward.h",
-            "return clear(gradient, n * x_.columns, x_.past_cache);",
-            "return;",
+            "if (x_.gradient) clear(gradient(e, first), n * x_.columns, x_.past_cache);",
+            "",
         ),
         "the gradient of a few tokens' weights from all but the last": (
             "moe_few_backward.h",

@@ -143,9 +143,9 @@ def test_operators_check_what_they_are_given():
         with pytest.raises(RuntimeError, match=message):
             ops.moe_forward(*bad)
     with pytest.raises(RuntimeError, match="dy: expected another shape"):
-        ops.moe_backward(y[:2], x, gate_up, down, weights, experts, hidden)
+        ops.moe_backward(y[:2], x, gate_up, down, weights, experts, hidden, True, True)
     with pytest.raises(RuntimeError, match="hidden: expected another shape"):
-        ops.moe_backward(y, x, gate_up, down, weights, experts, hidden[..., 1:])
+        ops.moe_backward(y, x, gate_up, down, weights, experts, hidden[..., 1:], True, True)
     logits = torch.randn(4, 6)
     w, chosen = ops.route_forward(logits, 2, 0, True, None, None, None, 1.0)
     for bad, message in [

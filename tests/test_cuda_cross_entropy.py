@@ -93,7 +93,7 @@ def test_a_target_that_is_no_word(device):
         )
         ones = torch.ones_like(loss)
         given = ones, None, x.detach(), weight.detach(), target, lse, correction, *kept
-        dx = functions.linear_cross_entropy_backward(*given, None, *options)[0]
+        dx = functions.linear_cross_entropy_backward(*given, None, *options, True, True)[0]
         assert dx.isnan().any(1).tolist() == [False, True, False, True, False]
     dlogits = functions.cross_entropy_backward(ones, None, logits, target, lse, correction, *options)
     assert dlogits.isnan().all(1).tolist() == dlogits.isnan().any(1).tolist() == [False, True, False, True, False]
@@ -108,7 +108,7 @@ def test_an_infinite_gradient_leaves_small_ones_of_float16_their_scale(device):
     for first in (1e-4, torch.inf):
         dloss[0] = first
         given = dloss, None, x, weight, target, lse, correction, *kept
-        results.append(functions.linear_cross_entropy_backward(*given, None, *options)[0][1:])
+        results.append(functions.linear_cross_entropy_backward(*given, None, *options, True, True)[0][1:])
     assert torch.equal(*results)
 
 
@@ -120,7 +120,7 @@ def test_a_weight_that_is_nan_is_nothing_to_an_ignored_token(dtype, device):
     options = -100, 0.0, 0.0, None
     loss, lse, correction, _, *kept = functions.linear_cross_entropy_forward(x, weight, target, None, *options, 1 << 20)
     given = loss.nan_to_num(), None, x, weight, target, lse, correction, *kept
-    dx = functions.linear_cross_entropy_backward(*given, None, *options)[0]
+    dx = functions.linear_cross_entropy_backward(*given, None, *options, True, True)[0]
     assert not dx[2].any() and dx[torch.arange(5) != 2].isnan().any(1).all()
 
 
@@ -130,5 +130,5 @@ def test_operators_take_inputs_that_ask_for_gradients(device):
     x, weight, target = problem(5, 24, 300, torch.bfloat16, device)
     options = -100, 0.0, 0.0, None
     loss, lse, correction, _, kept, shift = functions.linear_cross_entropy_forward(x, weight, target, None, *options, 0)
-    functions.linear_cross_entropy_backward(loss, None, x, weight, target, lse, correction, kept, shift, None, *options)
+    functions.linear_cross_entropy_backward(loss, None, x, weight, target, lse, correction, kept, shift, None, *options, True, True)
     assert torch.is_grad_enabled()

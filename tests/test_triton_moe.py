@@ -53,7 +53,7 @@ def inputs(N, C, F, E, K, dtype=torch.float32, experts=None):
 def run(functions, dy, x, gate_up, down, weights, experts):
     """y, hidden and the gradients, by name."""
     y, hidden = functions.moe_forward(x, gate_up, down, weights, experts)
-    gradients = functions.moe_backward(dy, x, gate_up, down, weights, experts, hidden)
+    gradients = functions.moe_backward(dy, x, gate_up, down, weights, experts, hidden, True, True)
     return dict(zip(NAMES, (y, hidden, *gradients), strict=True))
 
 
@@ -257,7 +257,7 @@ def test_operators():
     args = tuple(t.detach() for t in (*leaves, experts))
     torch.library.opcheck(torch.ops.fastprimer_triton.moe_forward.default, args)
     hidden = torch.ops.fastprimer_triton.moe_forward(*args)[1]
-    torch.library.opcheck(torch.ops.fastprimer_triton.moe_backward.default, (dy, *args, hidden))
+    torch.library.opcheck(torch.ops.fastprimer_triton.moe_backward.default, (dy, *args, hidden, True, True))
 
 
 SHARED, FORWARD, BACKWARD, DISPATCH, LAUNCHES = _moe, _moe_forward, _moe_backward, _moe_dispatch, kernels

@@ -28,7 +28,7 @@ def shares(module, x, weight, residual, dy, dh, offset=1.0):
     def run(functions, wide):
         a, w, r, b, c = (t if t is None else wide(t) for t in (x, weight, residual, dy, dh))
         y, h, rstd = functions.rms_norm_forward(a, w, 1e-6, r, offset)
-        dx, dweight = functions.rms_norm_backward(b, c, a if r is None else h, w, rstd, offset)
+        dx, dweight = functions.rms_norm_backward(b, c, a if r is None else h, w, rstd, offset, True)
         return {"y": y, "h": h, "rstd": rstd, "dx": dx, "dweight": dweight}
 
     return shares_of(run, module, reference)
@@ -60,7 +60,7 @@ def test_float32_weight_of_a_bfloat16_input():
     x, weight, residual, dy, dh = inputs(21, 48, torch.bfloat16)
     found = shares(kernels, x, weight.float() * 1.001, residual, dy, dh)
     assert_within_budget(found)
-    assert kernels.rms_norm_backward(dy, dh, x, weight.float(), random(5, 21).abs(), 0.0)[1].dtype == torch.float32
+    assert kernels.rms_norm_backward(dy, dh, x, weight.float(), random(5, 21).abs(), 0.0, True)[1].dtype == torch.float32
 
 
 def test_strides():
@@ -77,7 +77,7 @@ def test_strides():
 def test_zero_rows():
     x, weight = torch.empty(3, 0, 8), torch.ones(8)
     y, h, rstd = kernels.rms_norm_forward(x, weight, 1e-6, x, 0.0)
-    dx, dweight = kernels.rms_norm_backward(y, None, h, weight, rstd, 0.0)
+    dx, dweight = kernels.rms_norm_backward(y, None, h, weight, rstd, 0.0, True)
     assert y.shape == h.shape == dx.shape == x.shape and rstd.shape == (3, 0)
     assert torch.equal(dweight, torch.zeros(8))
 
@@ -101,7 +101,7 @@ def test_same_bits_in_every_program_order(N, C):
     for seed in (None, 1, 2):
         with interpreter.program_order(seed):
             y, h, rstd = kernels.rms_norm_forward(x, weight, 1e-6, residual, 0.0)
-            results.append([y, h, rstd, *kernels.rms_norm_backward(dy, dh, h, weight, rstd, 0.0)])
+            results.append([y, h, rstd, *kernels.rms_norm_backward(dy, dh, h, weight, rstd, 0.0, True)])
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
@@ -130,7 +130,7 @@ def test_operators():
     rstd = torch.ops.fastprimer_triton.rms_norm_forward(x, weight, 1e-6, residual, 0.0)[2]
     for args in [(x, weight, 1e-6, residual, 0.0), (x, None, 1e-6, None, 0.0)]:
         torch.library.opcheck(torch.ops.fastprimer_triton.rms_norm_forward.default, args)
-    for args in [(dy, dh, x, weight, rstd, 0.0), (dy, None, x, None, rstd, 0.0)]:
+    for args in [(dy, dh, x, weight, rstd, 0.0, True), (dy, dh, x, weight, rstd, 0.0, False), (dy, None, x, None, rstd, 0.0, True)]:
         torch.library.opcheck(torch.ops.fastprimer_triton.rms_norm_backward.default, args)
 
 

@@ -5,6 +5,7 @@
 //   blocks   for some tokens and columns of x: their part of dx = dlogits weight, added up over the ranges
 //
 // So every weight is packed once, every row of dweight written once and by one thread, and no more than a range of dlogits is held.
+// dweight, or dx and with it the second sweep, is left out where nobody needs it.
 // Compute-bound: 8 N C V FLOPs, 6 where all was kept. Moved: the weights and dweight once, x once a slice, kept once.
 #pragma once
 #include "cross_entropy_plan.h"
@@ -29,9 +30,9 @@ struct BackwardContext {
   const Products<Tile> multiply;
   const int64_t tiles, ld;     // of a range; its columns are ld numbers
   const int64_t blocks;        // of columns of x
-  const Buffer<Tile> x;        // the tokens as right factor; of float32, tokens.x is one
-  const Buffer<Tile> dlogits;  // (tokens, ld): the range's, as left factor
-  const Buffer<Tile> weight;   // (ld, C): the range's, as right factor
+  const Buffer<Tile> x;        // for dweight: the tokens as right factor; of float32, tokens.x is one
+  const Buffer<Tile> dlogits;  // for dx: (tokens, ld): the range's, as left factor
+  const Buffer<Tile> weight;   // the same: (ld, C): the range's, as right factor
   const Buffer<float> dx;      // (tokens, C)
   int64_t range = 0;           // its first tile
 
@@ -42,10 +43,10 @@ struct BackwardContext {
         tiles(tiles_in_range(a.problem)),
         ld(tiles * COLUMNS),
         blocks(pieces(tokens.width.used, WIDTH)),
-        x(is_bfloat16<Tile> ? tokens.padded() * tokens.width.ld : 0),
-        dlogits(tokens.padded() * ld),
-        weight(ld * tokens.width.ld),
-        dx(tokens.padded() * tokens.width.ld) {}
+        x(is_bfloat16<Tile> && a.dweight ? tokens.padded() * tokens.width.ld : 0),
+        dlogits(a.dx ? tokens.padded() * ld : 0),
+        weight(a.dx ? ld * tokens.width.ld : 0),
+        dx(a.dx ? tokens.padded() * tokens.width.ld : 0) {}
   bool ready() const { return tokens.ready() && x.data() && dlogits.data() && weight.data() && dx.data(); }
 
   int64_t all_tiles() const { return pieces(args.problem.V, COLUMNS); }
@@ -62,30 +63,25 @@ class Slice {
         tiles_(context.tokens),
         dlogits_(ROWS * COLUMNS),
         transposed_(ROWS * COLUMNS),
-        dweight_(COLUMNS * context.tokens.width.ld) {}
+        dweight_(context.args.dweight ? COLUMNS * context.tokens.width.ld : 0) {}
   bool ready() const { return tiles_.ready() && dlogits_.data() && transposed_.data() && dweight_.data(); }
 
   void operator()(int64_t task) {
-    const int64_t first = (x_.range + task) * COLUMNS, count = x_.tokens.count(), ld = x_.tokens.width.ld;
+    const int64_t first = (x_.range + task) * COLUMNS, count = x_.tokens.count();
     const bool kept = smaller(first + COLUMNS, p_.V) <= p_.columns;
     tiles_.choose(first, !kept);
     const int64_t columns = tiles_.columns();
-    pack_weight(x_.weight.data() + task * COLUMNS * ld);
+    if (x_.args.dx) pack_weight(x_.weight.data() + task * COLUMNS * x_.tokens.width.ld);
     float dbias[COLUMNS] = {};
     for (int64_t i = 0; i < count; i += ROWS) {
       const int64_t n = smaller(ROWS, count - i), padded = round_up(n, STEP);
       differentiate(i, n, kept ? tiles_.recalled(i, n, x_.args) : tiles_.project(i, n), dbias);
-      for (int64_t r = 0; r < padded; r++)
-        __builtin_memcpy(x_.dlogits.data() + (i + r) * x_.ld + task * COLUMNS, dlogits_.data() + r * COLUMNS, COLUMNS * sizeof(Tile));
-      transpose_left(dlogits_.data(), padded, Width<Tile>(COLUMNS), transposed_.data(), ROWS);
-      tiles_.multiply()(round_up(columns, STEP), x_.tokens.width.used, padded, transposed_.data(), ROWS, tokens(i), ld, dweight_.data(), ld,
-                        i > 0);
+      if (x_.args.dx)
+        for (int64_t r = 0; r < padded; r++)
+          __builtin_memcpy(x_.dlogits.data() + (i + r) * x_.ld + task * COLUMNS, dlogits_.data() + r * COLUMNS, COLUMNS * sizeof(Tile));
+      if (x_.args.dweight) add_dweight(i, padded);
     }
-    for (int64_t c = 0; c < columns; c++) {
-      T* row = static_cast<T*>(x_.args.dweight) + (first + c) * p_.C;
-      const float* sums = dweight_.data() + c * ld;
-      for_columns<float>(0, p_.C, [&](int64_t j, auto size, int) { store(row + j, load(sums + j, size), size); });
-    }
+    if (x_.args.dweight) write_dweight();
     if (x_.args.dbias) __builtin_memcpy(x_.args.dbias + first, dbias, columns * sizeof(float));
   }
 
@@ -96,6 +92,22 @@ class Slice {
   void pack_weight(Tile* to) const {
     const Tile* packed = right_factor(tiles_.rows(), COLUMNS, x_.tokens.width, to);
     if (packed != to) __builtin_memcpy(to, packed, COLUMNS * x_.tokens.width.ld * sizeof(Tile));
+  }
+
+  // The share of the tokens from i on, whose dlogits are in the tile.
+  void add_dweight(int64_t i, int64_t padded) const {
+    const int64_t ld = x_.tokens.width.ld;
+    transpose_left(dlogits_.data(), padded, Width<Tile>(COLUMNS), transposed_.data(), ROWS);
+    tiles_.multiply()(round_up(tiles_.columns(), STEP), x_.tokens.width.used, padded, transposed_.data(), ROWS, tokens(i), ld,
+                      dweight_.data(), ld, i > 0);
+  }
+
+  void write_dweight() const {
+    for (int64_t c = 0; c < tiles_.columns(); c++) {
+      T* row = static_cast<T*>(x_.args.dweight) + (tiles_.first() + c) * p_.C;
+      const float* sums = dweight_.data() + c * x_.tokens.width.ld;
+      for_columns<float>(0, p_.C, [&](int64_t j, auto size, int) { store(row + j, load(sums + j, size), size); });
+    }
   }
 
   // From z of one token, in place; the target is the one at `target`, if that is among them.
@@ -173,16 +185,17 @@ Error backward(const LinearCrossEntropyBackward& args) {
   if (!context.ready()) return OUT_OF_MEMORY;
   const Tokens<T, Tile>& tokens = context.tokens;
   if (tokens.count() == 0) {
-    __builtin_memset(args.dweight, 0, p.V * p.C * sizeof(T));
+    if (args.dweight) __builtin_memset(args.dweight, 0, p.V * p.C * sizeof(T));
     if (args.dbias) __builtin_memset(args.dbias, 0, p.V * sizeof(float));
   } else {
-    right_factor(tokens.x(0), tokens.padded(), tokens.width, context.x.data());
+    if (args.dweight) right_factor(tokens.x(0), tokens.padded(), tokens.width, context.x.data());
     for (; context.range < context.all_tiles(); context.range += context.tiles) {
       if (const Error error = run_tasks<Slice<T, Tile>>(context.tiles_here(), context)) return error;
+      if (args.dx == nullptr) continue;
       if (const Error error = run_tasks<Block<T, Tile>>(pieces(tokens.count(), ROWS) * context.blocks, context)) return error;
     }
   }
-  write_dx(context);
+  if (args.dx) write_dx(context);
   return nullptr;
 }
 

@@ -6,7 +6,8 @@
 //   columns    for some columns of x and every expert: adds their part of dx = dhidden gate_up to the tokens' dx
 //
 // for a group of experts at a time, and the last two for a range of the hidden features at a time where one expert has many tokens, so
-// that what is sorted by expert takes little memory. dweights are added up over the features at last.
+// that what is sorted by expert takes little memory. dweights are added up over the features at last. The gradients of the experts, or dx
+// and with it the last sweep, are left out where nobody needs them.
 //
 // So every weight is packed once, every gradient of a weight written once and by one thread, and y is never needed. Compute-bound: 12 C F
 // FLOPs for each pair, 2 C F each for d and ddown, twice that for dgate_up and dx. Moved: weights, their gradients and hidden once;
@@ -52,7 +53,8 @@ struct BackwardContext {
   const Width<Tile> width;
   const int64_t rows;
   const Pieces blocks;
-  const Buffer<Tile> dy, dy_transposed, x;  // padded rows by expert: dy as left factors, and x as a right one
+  const bool dexperts;                      // whether they are needed
+  const Buffer<Tile> dy, dy_transposed, x;  // padded rows by expert: dy as left factors, and x as a right one, two of them for dexperts
   const Buffer<Tile> dhidden;               // padded rows by expert, a's features of the range then b's
   const SlicedSums<T>& dx;
   const Buffer<float>& dweights;  // (slices of all features, N, K)
@@ -65,9 +67,10 @@ struct BackwardContext {
         width(p.p.C),
         rows(p.padded_begin(g.e1) - p.padded_begin(g.e0)),
         blocks(g.e1 - g.e0, [&](int64_t i) { return (p.rows(g.e0 + i) + ROWS - 1) / ROWS; }),
+        dexperts(a.dgate_up != nullptr),
         dy(rows * width.ld),
-        dy_transposed(rows * width.ld),
-        x(rows * width.ld),
+        dy_transposed(dexperts ? rows * width.ld : 0),
+        x(dexperts ? rows * width.ld : 0),
         dhidden(rows * 2 * Width<Tile>(smaller(g.features, p.p.F)).ld),
         dx(dx_),
         dweights(dweights_) {}
@@ -97,7 +100,8 @@ struct Features {
 template <class T, class Tile>
 class SortTokens {
  public:
-  explicit SortTokens(const BackwardContext<T, Tile>& context) : x_(context), tokens_(is_bfloat16<Tile> ? ROWS * x_.width.ld : 0) {}
+  explicit SortTokens(const BackwardContext<T, Tile>& context)
+      : x_(context), tokens_(is_bfloat16<Tile> && x_.dexperts ? ROWS * x_.width.ld : 0) {}
   bool ready() const { return tokens_.data() != nullptr; }
 
   void operator()(int64_t task) const {
@@ -107,6 +111,7 @@ class SortTokens {
                   begin = x_.begin(e);
     Tile* dy = x_.dy.data() + (begin + i0) * x_.width.ld;
     gather_tokens<T>(x_.args.dy, x_.args.stride_dy_row, plan, e, i0, n, padded, x_.width, dy);
+    if (!x_.dexperts) return;
     transpose_left(dy, padded, x_.width, x_.dy_transposed.data() + begin * x_.width.ld + i0, plan.padded_rows(e));
     Tile* x = x_.x.data() + (begin + i0) * x_.width.ld;
     const auto token = [&](int64_t r) { return static_cast<const T*>(plan.p.x) + plan.token(e, i0 + r) * plan.p.stride_x_row; };
@@ -134,10 +139,10 @@ class FeatureSlice {
         down_(is_bfloat16<Tile> ? round_up(p_.C, STEP) * columns_.ld : 0),
         d_(ROWS * columns_.ld),
         u_(is_bfloat16<Tile> ? ROWS * columns_.ld : 0),
-        dhidden_transposed_(2 * columns_.ld * chunk_),
+        dhidden_transposed_(x_.dexperts ? 2 * columns_.ld * chunk_ : 0),
         wu_(chunk_ * columns_.ld),
-        dgate_up_(in_place_ ? 0 : 2 * columns_.ld * x_.width.ld),
-        ddown_(in_place_ ? 0 : round_up(p_.C, STEP) * columns_.ld) {}
+        dgate_up_(in_place_ || !x_.dexperts ? 0 : 2 * columns_.ld * x_.width.ld),
+        ddown_(in_place_ || !x_.dexperts ? 0 : round_up(p_.C, STEP) * columns_.ld) {}
   ~FeatureSlice() { x_.multiply.release(); }
   bool ready() const {
     return rows_.data() && down_.data() && d_.data() && u_.data() && dhidden_transposed_.data() && wu_.data() && dgate_up_.data() &&
@@ -147,24 +152,15 @@ class FeatureSlice {
   void operator()(int64_t task) const {
     const int64_t e = x_.group.e0 + task / range_.slices, f = range_.begin + task % range_.slices * SLICE,
                   features = smaller(SLICE, range_.end - f), n = x_.plan.rows(e);
-    if (n == 0) return clear_gradients(e, f, features);
+    if (n == 0) return x_.dexperts ? clear_gradients(e, f, features) : void();
     const Width<Tile> width(features);
     const Tile* down = pack_down(e, f, width);
     for (int64_t i0 = 0; i0 < n; i0 += CHUNK) {
       const int64_t rows = smaller(CHUNK, n - i0), padded = round_up(rows, TOKEN_STEP<Tile>);
       for (int64_t j = 0; j < rows; j += ROWS) differentiate(e, f, i0, j, smaller(ROWS, rows - j), width, down);
-      const int64_t begin = x_.begin(e);
-      const Tile* x = x_.x.data() + (begin + i0) * x_.width.ld;
-      const Tile* dy = x_.dy_transposed.data() + begin * x_.width.ld + i0;
-      for (int64_t half = 0; half < 2; half++) {
-        const Place sums = sums_of_gate_up(e, half, f, width);
-        x_.multiply(width.ld, x_.width.used, padded, dhidden_transposed_.data() + half * width.ld * chunk_, chunk_, x, x_.width.ld,
-                    sums.data, sums.ld, i0 > 0);
-      }
-      const Place sums = sums_of_down(e, f);
-      x_.multiply(round_up(p_.C, STEP), width.used, padded, dy, x_.plan.padded_rows(e), wu_.data(), width.ld, sums.data, sums.ld, i0 > 0);
+      if (x_.dexperts) add_gradients(e, f, i0, padded, width);
     }
-    if (!in_place_) write_gradients(e, f, features, width);
+    if (x_.dexperts && !in_place_) write_gradients(e, f, features, width);
   }
 
  private:
@@ -194,10 +190,25 @@ class FeatureSlice {
       Tile* const all[] = {da, db, wu};
       for (Tile* row : all) __builtin_memset(row + written, 0, (width.ld - written) * sizeof(Tile));
     }
+    if (!x_.dexperts) return;
     for (int64_t half = 0; half < 2; half++)
       transpose_left(dhidden + half * range_.width.ld, range_.stride_dhidden, padded, width,
                      dhidden_transposed_.data() + half * width.ld * chunk_ + j, chunk_);
     right_factor(wu_rows, padded, width, wu_right);
+  }
+
+  // The share of a chunk: the rows from i0 on, padded.
+  void add_gradients(int64_t e, int64_t f, int64_t i0, int64_t padded, const Width<Tile>& width) const {
+    const int64_t begin = x_.begin(e);
+    const Tile* x = x_.x.data() + (begin + i0) * x_.width.ld;
+    const Tile* dy = x_.dy_transposed.data() + begin * x_.width.ld + i0;
+    for (int64_t half = 0; half < 2; half++) {
+      const Place sums = sums_of_gate_up(e, half, f, width);
+      x_.multiply(width.ld, x_.width.used, padded, dhidden_transposed_.data() + half * width.ld * chunk_, chunk_, x, x_.width.ld, sums.data,
+                  sums.ld, i0 > 0);
+    }
+    const Place sums = sums_of_down(e, f);
+    x_.multiply(round_up(p_.C, STEP), width.used, padded, dy, x_.plan.padded_rows(e), wu_.data(), width.ld, sums.data, sums.ld, i0 > 0);
   }
 
   // Where products add up a gradient of weights: in the gradient itself if it is of float and they fill it exactly, else in a tile.
@@ -316,7 +327,7 @@ Error backward(const MoeBackward& args, const Plan& plan) {
   const MoeProblem& p = args.problem;
   const int64_t slices = (p.F + SLICE - 1) / SLICE, columns = (p.C + SLICE - 1) / SLICE, pairs = p.N * p.K;
   const Buffer<float> dweights(slices * pairs);
-  const SlicedSums<T> dx(args.dx, p.N, p.C);
+  const SlicedSums<T> dx(args.dx, args.dx ? p.N : 0, p.C);
   if (!dx.ready() || !dweights.data()) return OUT_OF_MEMORY;
   for (int64_t e = 0; e < p.E;) {
     const Group group = Group::from<Tile>(plan, e);
@@ -326,6 +337,7 @@ Error backward(const MoeBackward& args, const Plan& plan) {
     for (int64_t f = 0; f < p.F; f += group.features) {
       const Features<T, Tile> range(context, f);
       if (const Error error = run_tasks<FeatureSlice<T, Tile>>((group.e1 - group.e0) * range.slices, range)) return error;
+      if (args.dx == nullptr) continue;
       if (const Error error = run_tasks<ColumnSlice<T, Tile>>(columns, range)) return error;
     }
     e = group.e1;

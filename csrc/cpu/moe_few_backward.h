@@ -3,8 +3,8 @@
 //   down      d += dy[c] down[c], and ddown[c] = sum over the expert's pairs of dy[c] (w u)
 //   gate_up   dx += dhidden[f] gate_up[f], and dgate_up[f] = sum over the expert's pairs of dhidden[f] x
 //
-// so that a row of weights is read once, as its gradient is written; experts without tokens get zeros. d and dx are summed up piece by
-// piece of the rows, and then over the pieces in their order, whichever threads did them.
+// so that a row of weights is read once, as its gradient is written, if that is needed (nor dx may be); experts without tokens get zeros. d
+// and dx are summed up piece by piece of the rows, and then over the pieces in their order, whichever threads did them.
 //
 // Memory-bound: the floor is to read the chosen experts' weights and to write all gradients, past the caches where they are large.
 #pragma once
@@ -18,15 +18,17 @@ namespace moe_pass {
 template <class T>
 struct FewSweep {
   const Plan& plan;
+  const bool summed;  // whether the products with the weights are needed
   const int64_t rows, columns, pairs, pieces;
   const Buffer<float> factors;  // (N K, rows): what the rows are multiplied with
   const Buffer<float> right;    // (N K, columns): what the factors are multiplied with in the gradient
   const Buffer<float> sums;     // (pieces, N K, columns)
-  T* const gradient;            // (E, rows, columns)
+  T* const gradient;            // (E, rows, columns), or null
   const bool past_cache;
 
-  FewSweep(const Plan& p, int64_t rows_, int64_t columns_, void* gradient_)
+  FewSweep(const Plan& p, bool summed_, int64_t rows_, int64_t columns_, void* gradient_)
       : plan(p),
+        summed(summed_),
         rows(rows_),
         columns(columns_),
         pairs(p.p.N * p.p.K),
@@ -54,22 +56,33 @@ class FewRows {
 
   void operator()(int64_t task) const {
     const int64_t e = task / x_.pieces, piece = task % x_.pieces, first = piece * PIECE, n = smaller(PIECE, x_.rows - first);
-    T* gradient = x_.gradient + (e * x_.rows + first) * x_.columns;
-    if (plan_.rows(e) == 0) return clear(gradient, n * x_.columns, x_.past_cache);
+    if (plan_.rows(e) == 0) {
+      if (x_.gradient) clear(gradient(e, first), n * x_.columns, x_.past_cache);
+      return;
+    }
     float* sums = x_.sums.data() + piece * x_.pairs * x_.columns;
     for (int64_t i = 0; i < plan_.rows(e); i++) __builtin_memset(sums + plan_.pair(e, i) * x_.columns, 0, x_.columns * sizeof(float));
     with_stores(x_.past_cache, [&](auto put) {
       int64_t j = 0;
-      for (; j + AT_A_TIME <= n; j += AT_A_TIME) pass<AT_A_TIME>(e, first + j, sums, gradient + j * x_.columns, put);
-      for (; j < n; j++) pass<1>(e, first + j, sums, gradient + j * x_.columns, put);
+      for (; j + AT_A_TIME <= n; j += AT_A_TIME) pass<AT_A_TIME>(e, first + j, sums, put);
+      for (; j < n; j++) pass<1>(e, first + j, sums, put);
     });
   }
 
  private:
   static constexpr int AT_A_TIME = 4;  // rows: the sums are read and written once for them
 
+  T* gradient(int64_t e, int64_t row) const { return x_.gradient + (e * x_.rows + row) * x_.columns; }
+
   template <int ROWS, class Put>
-  void pass(int64_t e, int64_t row, float* sums, T* gradient, const Put& put) const {
+  void pass(int64_t e, int64_t row, float* sums, const Put& put) const {
+    if (x_.summed) add<ROWS>(e, row, sums);
+    if (x_.gradient)
+      for (int r = 0; r < ROWS; r++) write_gradient(e, row + r, put);
+  }
+
+  template <int ROWS>
+  void add(int64_t e, int64_t row, float* sums) const {
     const T* weights = weights_(e, row);
     for (int64_t i = 0; i < plan_.rows(e); i++) {
       const float* factor = x_.factors.data() + plan_.pair(e, i) * x_.rows + row;
@@ -80,18 +93,17 @@ class FewRows {
         store(sum + c, total, count);
       });
     }
-    for (int r = 0; r < ROWS; r++) write_gradient(e, row + r, gradient + r * x_.columns, put);
   }
 
   template <class Put>
-  void write_gradient(int64_t e, int64_t row, T* gradient, const Put& put) const {
+  void write_gradient(int64_t e, int64_t row, const Put& put) const {
     for_columns<float>(0, x_.columns, [&](int64_t c, auto count, int) {
       Vec<float> total{};
       for (int64_t i = 0; i < plan_.rows(e); i++) {
         const int64_t pair = plan_.pair(e, i);
         total += x_.factors[pair * x_.rows + row] * load(x_.right.data() + pair * x_.columns + c, count);
       }
-      put(gradient + c, total, count);
+      put(gradient(e, row) + c, total, count);
     });
   }
 
@@ -139,7 +151,7 @@ void weigh(const T* hidden, int64_t F, float w, float* wu) {
 template <class T>
 Error backward_of_few(const MoeBackward& args, const Plan& plan) {
   const MoeProblem& p = plan.p;
-  const FewSweep<T> down(plan, p.C, p.F, args.ddown), gate_up(plan, 2 * p.F, p.C, args.dgate_up);
+  const FewSweep<T> down(plan, true, p.C, p.F, args.ddown), gate_up(plan, args.dx != nullptr, 2 * p.F, p.C, args.dgate_up);
   const Buffer<float> d(p.F);
   if (!down.ready() || !gate_up.ready() || !d.data()) return OUT_OF_MEMORY;
   const auto hidden = [&](int64_t pair) { return static_cast<const T*>(args.hidden) + pair * 2 * p.F; };
@@ -153,8 +165,10 @@ Error backward_of_few(const MoeBackward& args, const Plan& plan) {
     args.dweights[pair] =
         differentiate_row(hidden(pair), p.F, p.weights[pair], p.F, d.data(), da, da + p.F, down.right.data() + pair * p.F);
   }
+  if (args.dx == nullptr && args.dgate_up == nullptr) return nullptr;
   if (const Error error = run_sweep(gate_up, p.stride_gate_up_row, [&](int64_t e, int64_t f) { return plan.gate_up<T>(e, f); }))
     return error;
+  if (args.dx == nullptr) return nullptr;
   parallel_for(p.N, 1, [&](int64_t n) { add_pieces(gate_up, n * p.K, p.K, static_cast<T*>(args.dx) + n * p.C); });
   return nullptr;
 }

@@ -229,17 +229,17 @@ void backward_with_dweight(const RmsNormBackward& a, const Wide<T>* w, Wide<T>* 
 template <class T>
 Error backward(const RmsNormBackward& a) {
   using A = Wide<T>;
-  const Buffer<A> w(a.C), sums_of_few(a.weight ? a.partials * a.C : 1);
+  const Buffer<A> w(a.C), sums_of_few(a.dweight ? a.partials * a.C : 1);
   if (w.data() == nullptr || sums_of_few.data() == nullptr) return OUT_OF_MEMORY;
   widen_weight<T>(a.weight, a.weight_dtype == a.dtype, a.weight_offset, a.C, w.data());
   expect_writes(a.dx, a.N * a.C * sizeof(T));
   with_stores(past_cache(a.dx, a.N, a.C * sizeof(T), a.C * sizeof(T)), [&](auto put) {
-    if (a.weight) return backward_with_dweight<T>(a, w.data(), sums_of_few.data(), put);
+    if (a.dweight) return backward_with_dweight<T>(a, w.data(), sums_of_few.data(), put);
     const int64_t strip = strip_rows_backward<T>(a.C);
     parallel_for((a.N + strip - 1) / strip, GRAIN / (a.C * strip) + 1,
                  [&](int64_t i) { backward_rows<T>(a, i * strip, smaller(a.N, (i + 1) * strip), w.data(), nullptr, put); });
   });
-  if (a.weight == nullptr) return nullptr;
+  if (a.dweight == nullptr) return nullptr;
   if (a.weight_dtype == a.dtype)
     add_partials<A, T>(a);
   else

@@ -74,7 +74,7 @@ Error backward(Cuda device, const RmsNormBackward& args) {
                       : layout.K == 2 ? rms_norm_backward_rows<T, V, 2>
                       : layout.K == 4 ? rms_norm_backward_rows<T, V, 4>
                                       : rms_norm_backward_wide<T, V>;
-  const dim3 grid(args.weight == nullptr ? rms_norm_partials(device, args.N, args.C) : args.partials);
+  const dim3 grid(args.dweight == nullptr ? rms_norm_partials(device, args.N, args.C) : args.partials);
   const int rows = layout.block.y;
   const size_t shared_bytes = rows == 1 ? 0 : sizeof(float) * layout.block.x * rows * V;
   return launch(kernel, grid, layout.block, shared_bytes, device, args, weight_of(args));
@@ -112,7 +112,7 @@ Error rms_norm_backward(Cuda device, const RmsNormBackward& args) {
   return by_dtype(args.dtype, [&](auto element) -> Error {
     using T = decltype(element);
     const Error error = vectorizable<T>(args) ? backward<T, WIDE<T>>(device, args) : backward<T, 1>(device, args);
-    if (error != nullptr || args.weight == nullptr) return error;
+    if (error != nullptr || args.dweight == nullptr) return error;
     return args.weight_dtype == args.dtype ? sum_partials<T>(device, args) : sum_partials<float>(device, args);
   });
 }

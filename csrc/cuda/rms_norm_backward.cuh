@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(RMS_NORM_THREADS, K == 1 ? 2 : 1)
       }
     }
   }
-  if (weight.data != nullptr) {
+  if (args.dweight != nullptr) {
     store_partial(dweight, at_row(static_cast<float*>(args.partial), blockIdx.x, args.C), static_cast<int>(args.C));
   }
 }
@@ -166,9 +166,9 @@ __global__ void __launch_bounds__(RMS_NORM_THREADS) rms_norm_backward_wide(const
       float w[V];
       weight.factors<T>(j * V, w);
       Vector<float, V> dweight = {};
-      if (weight.data != nullptr && row != blockIdx.x) dweight = load<V>(partial + j * V);
+      if (args.dweight != nullptr && row != blockIdx.x) dweight = load<V>(partial + j * V);
       sum.add(gather(load<V>(dy + j * V), load<V>(h + j * V), rstd, w, dweight.data));
-      if (weight.data != nullptr) store(partial + j * V, dweight);
+      if (args.dweight != nullptr) store(partial + j * V, dweight);
     }
     const float mean = row_sum(sum.sum, turn) / static_cast<float>(args.C);
 #pragma unroll 2

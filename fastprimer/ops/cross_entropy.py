@@ -131,12 +131,17 @@ def linear_cross_entropy_backward(
     label_smoothing: float,
     z_loss: float,
     softcap: Optional[float],
+    needs_dx: bool,
+    needs_dweight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """-> dx (N, C), dweight (V, C), dbias (V,) or (0,) without bias. This reference recomputes all of z and reads nothing of kept."""
+    """-> dx (N, C), dweight (V, C), or (0,) where nobody needs it, dbias (V,) or (0,) without bias.
+
+    This reference recomputes all of z and reads nothing of kept.
+    """
     dlogits = _dlogits(dloss, dlse, _logits(x, weight, bias), target, lse, correction, ignore_index, label_smoothing, z_loss, softcap)
     valid = (target != ignore_index).unsqueeze(-1)  # 0 · nan is nan
-    dx = torch.where(valid, dlogits @ weight.to(dlogits.dtype), 0.0)
-    dweight = dlogits.t() @ torch.where(valid, x.to(dlogits.dtype), 0.0)
+    dx = torch.where(valid, dlogits @ weight.to(dlogits.dtype), 0.0) if needs_dx else x.new_empty(0)
+    dweight = dlogits.t() @ torch.where(valid, x.to(dlogits.dtype), 0.0) if needs_dweight else weight.new_empty(0)
     dbias = x.new_empty(0) if bias is None else dlogits.sum(0).to(bias.dtype)
     return dx.to(x.dtype), dweight.to(weight.dtype), dbias
 
@@ -258,8 +263,9 @@ class CrossEntropy(torch.autograd.Function):
             dx = implementation("cross_entropy", backend).cross_entropy_backward(dloss, dlse, x, target, lse, correction, *options)
             return None, dx, *[None] * 5
         given = dloss, dlse, x, weight, target, lse, correction, kept, shift, bias
-        dx, dweight, dbias = implementation("linear_cross_entropy", backend).linear_cross_entropy_backward(*given, *options)
-        return None, dx, dweight, dbias if bias is not None else None, *[None] * 3
+        needs = ctx.needs_input_grad[1:4]
+        grads = implementation("linear_cross_entropy", backend).linear_cross_entropy_backward(*given, *options, *needs[:2])
+        return None, *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *[None] * 3
 
 
 def cross_entropy(

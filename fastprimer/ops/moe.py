@@ -46,20 +46,31 @@ def moe_forward(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, exper
 
 
 def moe_backward(
-    dy: Tensor, x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor, hidden: Tensor
+    dy: Tensor,
+    x: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    weights: Tensor,
+    experts: Tensor,
+    hidden: Tensor,
+    needs_dx: bool,
+    needs_dexperts: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> dx (N, C), dgate_up (E, 2F, C), ddown (E, C, F), dweights (N, K)."""
+    """-> dx (N, C), dgate_up (E, 2F, C) and ddown (E, C, F), or (0,) where nobody needs them, dweights (N, K)."""
     x_wide, gate_up_wide, down_wide, w = _widened(x, gate_up, down, weights)
     dy, hidden = dy.to(x_wide.dtype), hidden.to(x_wide.dtype)
     chosen = _chosen(experts, gate_up.shape[0])
     u = swiglu_forward(hidden, None, *constants("silu"))
     d = sum(_where(c, (dy @ m).unsqueeze(1)) for c, m in zip(chosen, down_wide.unbind(), strict=True))
     dweights = (d * u).sum(-1)
-    ddown = torch.stack([_where(c.any(1), dy).t() @ _where(c, w * u).sum(1) for c in chosen])
     dhidden, _ = swiglu_backward(w * d, hidden, None, *constants("silu"))
     routed = [_where(c, dhidden).sum(1) for c in chosen]  # (N, 2F) for each expert
-    dgate_up = torch.stack([r.t() @ _where(c.any(1), x_wide) for c, r in zip(chosen, routed, strict=True)])
-    dx = sum(_where(c.any(1), r @ m) for c, r, m in zip(chosen, routed, gate_up_wide.unbind(), strict=True))
+    dx, dgate_up, ddown = x.new_empty(0), gate_up.new_empty(0), down.new_empty(0)
+    if needs_dx:
+        dx = sum(_where(c.any(1), r @ m) for c, r, m in zip(chosen, routed, gate_up_wide.unbind(), strict=True))
+    if needs_dexperts:
+        dgate_up = torch.stack([r.t() @ _where(c.any(1), x_wide) for c, r in zip(chosen, routed, strict=True)])
+        ddown = torch.stack([_where(c.any(1), dy).t() @ _where(c, w * u).sum(1) for c in chosen])
     return dx.to(x.dtype), dgate_up.to(gate_up.dtype), ddown.to(down.dtype), dweights.to(weights.dtype)
 
 
@@ -134,8 +145,10 @@ class MoE(torch.autograd.Function):
         if torch.is_grad_enabled():  # A second derivative is wanted: recompute hidden within the graph, in plain torch.
             backend = "reference"
             hidden = implementation("moe", backend).moe_forward(x, gate_up, down, weights, experts)[1]
-        grads = implementation("moe", backend).moe_backward(dy, x, gate_up, down, weights, experts, hidden)
-        return None, *grads, None
+        needs = ctx.needs_input_grad[1:5]
+        given = dy, x, gate_up, down, weights, experts, hidden, needs[0], needs[1] or needs[2]
+        grads = implementation("moe", backend).moe_backward(*given)
+        return None, *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), None
 
 
 def moe(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tensor) -> Tensor:

@@ -50,17 +50,17 @@ def rms_norm_forward(
 
 
 def rms_norm_backward(
-    dy: Tensor, dh: Optional[Tensor], h: Tensor, weight: Optional[Tensor], rstd: Tensor, weight_offset: float
+    dy: Tensor, dh: Optional[Tensor], h: Tensor, weight: Optional[Tensor], rstd: Tensor, weight_offset: float, needs_dweight: bool
 ) -> tuple[Tensor, Tensor]:
-    """dy, dh, h (..., C), rstd (...) -> dx (..., C), which is dresidual too, and dweight (C,) or (0,) without weight."""
+    """dy, dh, h (..., C), rstd (...) -> dx (..., C), which is dresidual too, and dweight (C,), or (0,) where nobody needs it."""
     dy_wide = dy.to(rstd.dtype)
     h_hat = h.to(rstd.dtype) * rstd.unsqueeze(-1)
     g = dy_wide if weight is None else dy_wide * (weight.to(rstd.dtype) + weight_offset)
     dx = rstd.unsqueeze(-1) * (g - h_hat * (g * h_hat).mean(-1, keepdim=True))
     if dh is not None:
         dx = dx + dh
-    if weight is None:
-        dweight = h.new_empty(0)
+    if weight is None or not needs_dweight:
+        dweight = h.new_empty(0, dtype=h.dtype if weight is None else weight.dtype)
     else:
         dweight = (dy_wide * h_hat).reshape(-1, h.shape[-1]).sum(0).to(weight.dtype)
     return dx.to(h.dtype).contiguous(), dweight
@@ -109,8 +109,9 @@ class RMSNorm(torch.autograd.Function):
             rstd = rms_norm_forward(h, weight, ctx.eps, None, ctx.weight_offset)[2]
         if dy is None:
             dy = torch.zeros_like(h)
-        dx, dweight = implementation("rms_norm", backend).rms_norm_backward(dy, dh, h, weight, rstd, ctx.weight_offset)
-        return None, dx, None if weight is None else dweight, None, dx if ctx.has_residual else None, None
+        needs_dweight = ctx.needs_input_grad[2]
+        dx, dweight = implementation("rms_norm", backend).rms_norm_backward(dy, dh, h, weight, rstd, ctx.weight_offset, needs_dweight)
+        return None, dx, dweight if needs_dweight else None, None, dx if ctx.has_residual else None, None
 
 
 def rms_norm(

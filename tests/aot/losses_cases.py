@@ -61,7 +61,9 @@ def linear_cases(
         ),
         Case(
             f"{name} backward",
-            lambda: kernels.linear_cross_entropy_backward(dloss, dlse, x, weight, target, lse, lse, kept, shift, b, -100, *options),
+            lambda: kernels.linear_cross_entropy_backward(
+                dloss, dlse, x, weight, target, lse, lse, kept, shift, b, -100, *options, True, True
+            ),
             BOTH,
         ),
     ]

@@ -38,7 +38,7 @@ def moe_cases(dtype: torch.dtype, N: int, C: int, F: int, E: int, K: int, unit=M
     needs = {} if dtype == torch.float64 else required(dtype, *units)
     return [
         Case(f"{name} forward", lambda: kernels.moe_forward(x, gate_up, down, weights, experts), needs, DISPATCH),
-        Case(f"{name} backward", lambda: kernels.moe_backward(x, x, gate_up, down, weights, experts, hidden), needs, DISPATCH),
+        Case(f"{name} backward", lambda: kernels.moe_backward(x, x, gate_up, down, weights, experts, hidden, True, True), needs, DISPATCH),
     ]
 
 

@@ -48,7 +48,7 @@ def rms_norm_forward(dtype: torch.dtype, N: int, C: int, residual: bool = False,
 
 def rms_norm_backward(dtype: torch.dtype, N: int, C: int, residual: bool = False, weight: bool = True, kernels=rms_norm) -> Case:
     x, w, rstd = meta(dtype, N, C), meta(dtype, C) if weight else None, meta(FLOAT32, N)
-    call = lambda: kernels.rms_norm_backward(x, x if residual else None, x, w, rstd, 0.0)  # noqa: E731
+    call = lambda: kernels.rms_norm_backward(x, x if residual else None, x, w, rstd, 0.0, True)  # noqa: E731
     return Case(_name("rms_norm backward", dtype, N, C, residual, weight), call, WIDE_ACCESS if C % 16 == 0 else {})
 
 

@@ -116,7 +116,7 @@ class Check {
                                                                .weight = has_weight() ? weight_.data() : nullptr,
                                                                .rstd = rstd_.data(),
                                                                .dx = dx_.data(),
-                                                               .dweight = dweight_.data(),
+                                                               .dweight = has_weight() ? dweight_.data() : nullptr,
                                                                .partial = has_weight() ? partial.data() : nullptr,
                                                                .partials = partials,
                                                                .N = c_.N,
