@@ -1,5 +1,9 @@
 """Which backends can be tested in this process, and on which device."""
 
+import itertools
+import os
+from collections import defaultdict
+
 import pytest
 import torch
 
@@ -39,8 +43,16 @@ def pytest_xdist_make_scheduler(config, log):
     return scheduling
 
 
-def pytest_collection_modifyitems(items):
-    """The longest tests begin first, so that no worker is left with one at the end; what several share takes the first of them long."""
+def pytest_collection_modifyitems(config, items):
+    """The longest tests begin first, so that no worker is left with one at the end; what several share takes the first of them long.
+
+    Of many planted bugs every FASTPRIMER_PLANTED-th is planted, if that is set.
+    """
+    share, numbers = int(os.environ.get("FASTPRIMER_PLANTED", 1)), defaultdict(itertools.count)
+    chosen = [item for item in items if not item.get_closest_marker("planted") or next(numbers[item.function]) % share == 0]
+    if len(chosen) < len(items):
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
 
     def minutes(item) -> float:
         slow = item.get_closest_marker("slow")

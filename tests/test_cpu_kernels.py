@@ -331,8 +331,7 @@ class Build:
     """A copy of the sources and its build folder."""
 
     def __init__(self, folder: Path):
-        import pybind11
-
+        pybind11 = pytest.importorskip("pybind11")
         self.folder, self.source = folder, folder / "source"
         self.source.mkdir()
         shutil.copytree(ROOT / "csrc", self.source / "csrc")
@@ -367,7 +366,6 @@ def build(tmp_path_factory) -> Build:
         pytest.skip(native_reason())
     if shutil.which("cmake") is None:
         pytest.skip("CMake is not on the path")
-    pytest.importorskip("pybind11")
     return Build(tmp_path_factory.mktemp("planted"))
 
 
@@ -377,6 +375,7 @@ def test_the_copy_itself_is_right(build):
     assert set(found) == set(CASES) and all(compared > 50 and wrong == 0 for compared, wrong in found.values())
 
 
+@pytest.mark.planted
 @pytest.mark.slow(minutes=5)
 @pytest.mark.parametrize("bugs", ROUNDS, ids=lambda bugs: "; ".join(bug for _, bug in bugs))
 def test_planted_bugs_are_caught(build, bugs):

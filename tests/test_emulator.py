@@ -14,6 +14,7 @@ from emulator.bugs_losses import BUGS as BUGS_LOSSES
 from emulator.bugs_moe import BUGS as BUGS_MOE
 from emulator.build import CHECKS, KINDS, Patch, compile_check, patched_tree, reason_not, run_check
 
+ALL_BUGS = [*BUGS, *BUGS_HOPPER, *BUGS_MOE, *BUGS_LOSSES]
 SEEDS = {"plain": 4, "address": 1, "thread": 1}
 
 
@@ -49,8 +50,9 @@ def test_check(name, kind, tmp_path, objects):
     assert result.returncode == 0, result.stdout
 
 
+@pytest.mark.planted
 @pytest.mark.slow
-@pytest.mark.parametrize("bug", [*BUGS, *BUGS_HOPPER, *BUGS_MOE, *BUGS_LOSSES], ids=lambda bug: bug.name)
+@pytest.mark.parametrize("bug", ALL_BUGS, ids=lambda bug: bug.name)
 def test_planted_bug_is_caught(bug, tmp_path, objects):
     for kind, words in bug.caught.items():
         require(kind)

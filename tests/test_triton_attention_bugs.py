@@ -78,6 +78,7 @@ def test_planted_bugs_have_a_sound_original(small_tiles):
     checks()
 
 
+@pytest.mark.planted
 @pytest.mark.parametrize("bug", PLANTED)
 def test_planted_bug_is_caught(bug, small_tiles, tmp_path, monkeypatch):
     plant(monkeypatch, tmp_path, *PLANTED[bug])

@@ -135,6 +135,7 @@ def test_planted_bugs_have_a_sound_original(monkeypatch):
     checks(kernels)
 
 
+@pytest.mark.planted
 @pytest.mark.parametrize("bug", PLANTED)
 def test_planted_bug_is_caught(bug, tmp_path, monkeypatch):
     planted = plant(monkeypatch, tmp_path, *PLANTED[bug])

@@ -331,6 +331,7 @@ def test_planted_bugs_have_a_sound_original(monkeypatch):
     checks()
 
 
+@pytest.mark.planted
 @pytest.mark.parametrize("bug", PLANTED)
 def test_planted_bug_is_caught(bug, tmp_path, monkeypatch):
     module, old, new = PLANTED[bug]

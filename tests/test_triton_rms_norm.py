@@ -150,6 +150,7 @@ PLANTED = {
 }
 
 
+@pytest.mark.planted
 @pytest.mark.parametrize("bug", PLANTED)
 def test_planted_bug_is_caught(bug, tmp_path):
     old, new, (N, C) = PLANTED[bug]

@@ -275,6 +275,7 @@ def test_planted_bugs_have_a_sound_original():
     checks(kernels)
 
 
+@pytest.mark.planted
 @pytest.mark.parametrize("bug", PLANTED)
 def test_planted_bug_is_caught(bug, tmp_path):
     planted = mutated(kernels, *PLANTED[bug], tmp_path)
