@@ -14,10 +14,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# A worker a core. Threads that wait must sleep: those of another worker need the core.
-PYTEST := FASTPRIMER_PLANTED=$(PLANTED) OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadscope -p no:benchmark
-# Of the planted bugs every so manieth.
+# Of the planted bugs every so manieth; a worker a core. Threads that wait must sleep: those of another worker need the core.
 PLANTED := 8
+PYTEST = FASTPRIMER_PLANTED=$(PLANTED) OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadscope -p no:benchmark
 SOURCES := $(wildcard setup.py pyproject.toml CMakeLists.txt constraints.txt csrc/*.* csrc/*/*.* tests/emulator/*.*)
 
 .PHONY: demo test check planted lint format sanitize bench report gate gpu clean
