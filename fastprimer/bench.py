@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastprimer.backends import BACKENDS, BackendError
@@ -29,6 +28,7 @@ from fastprimer.benchmark.rows import ALL_PASSES, DTYPES, Results, ResultsError,
 from fastprimer.generate import natural, positive, thread_count
 from fastprimer.memory import keep_freed_memory
 from fastprimer.peers import PEERS
+from fastprimer.terminal import Console
 
 KNOWN_PEERS = tuple(dict.fromkeys((*PEERS, *MODEL_PEERS)))
 

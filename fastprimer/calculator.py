@@ -11,7 +11,6 @@ that the model cannot answer "three plus two" from having seen "two plus three",
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from dataclasses import dataclass
 
@@ -168,4 +167,4 @@ class MixtureCalculator(Calculator):
     """The same with four experts of half the size in place of each feed-forward layer, two of them for every word."""
 
     name = "calculator-moe"
-    config = dataclasses.replace(Calculator.config, intermediate_size=88, num_local_experts=4, num_experts_per_tok=2)
+    config = Calculator.config.replace(intermediate_size=88, num_local_experts=4, num_experts_per_tok=2)

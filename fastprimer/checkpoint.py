@@ -78,7 +78,7 @@ def load_checkpoint(path: Path) -> tuple[Tensors, dict]:
             if not isinstance(record, dict):
                 raise CheckpointError(f"cannot read the checkpoint {path}: its record is {record!r}")
             return {name: file.get_tensor(name) for name in file.keys()}, record  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, KeyError, RecursionError, json.JSONDecodeError) as error:
         raise CheckpointError(f"cannot read the checkpoint {path}: {_first_line(error)}") from error
 
 
@@ -97,6 +97,19 @@ def read_weights(folder: Path, dtype: torch.dtype | None = None, device: str | t
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"cannot read the weights {path}: {_first_line(error)}") from error
     return stack_experts(tensors)
+
+
+def read_json(path: Path) -> dict | None:
+    """The object in a file, or None without one."""
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {_first_line(error)}") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: expected an object, got {type(found).__name__}")
+    return found
 
 
 def _weight_files(folder: Path) -> list[Path]:

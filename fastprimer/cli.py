@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import sys
 
 COMMANDS = {
@@ -21,21 +22,29 @@ COMMANDS = {
 """Each command is the module of its name, with add_arguments(parser) and run(args) -> exit status."""
 
 
+UNHEARD = 128 + 13
+"""Exit status after SIGPIPE: what was asked for may be incomplete."""
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     chosen = next((word for word in argv if word in COMMANDS), None)
+    name = "fastprimer" if chosen is None else f"fastprimer {chosen}"
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a word that the terminal does not know is no reason to fail
     try:
         status = _run(argv, chosen)
-        sys.stdout.flush()  # here, where a full disk is an error that can be told
+        if sys.stdout is not None:  # None: it was closed before
+            sys.stdout.flush()  # here, where a full disk is an error that can be told
         return status
     except KeyboardInterrupt:  # Ctrl-C is no error of ours to be traced; `train` has more to say
-        print(f"fastprimer {chosen}: stopped", file=sys.stderr)
+        print(f"{name}: stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader went away, as `| head` does
+    except BrokenPipeError:  # the reader went away, as `| head` does: silence, and the status of a program that the signal ended
         sys.stderr.close()
-        return 0
+        return UNHEARD
     except OSError as error:
-        print(f"fastprimer {chosen}: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {error}", file=sys.stderr)
         return 2
 
 

@@ -119,8 +119,8 @@ class Config:
     intermediate_size: int
     num_hidden_layers: int
     num_attention_heads: int
-    num_key_value_heads: int | None = None  # None: as many as num_attention_heads
-    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    num_key_value_heads: int | None = None  # None: as many as num_attention_heads; see replace
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads; see replace
     max_position_embeddings: int = 2048
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
@@ -134,8 +134,12 @@ class Config:
     num_experts_per_tok: int = 2
     norm_topk_prob: bool = True  # the weights of a token's chosen experts sum to one
     initializer_range: float = 0.02
+    bos_token_id: int | None = None  # the tokens that begin, end (one or several) and fill up a text: for whoever generates
+    eos_token_id: int | tuple[int, ...] | None = None
+    pad_token_id: int | None = None
 
     def __post_init__(self):
+        object.__setattr__(self, "_derived", [f for f in ("num_key_value_heads", "head_dim") if getattr(self, f) is None])
         if self.num_key_value_heads is None:
             object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
         for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
@@ -161,6 +165,13 @@ class Config:
         acts = [act for act, name in HIDDEN_ACTS.items() if name == "silu" or not self.is_moe]
         known = isinstance(self.hidden_act, str) and self.hidden_act in acts
         self._check(known, "hidden_act", f"one of {', '.join(acts)}{' in a mixture of experts' if self.is_moe else ''}")
+        if isinstance(self.eos_token_id, (list, tuple)):
+            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
+        for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, field)
+            several = field == "eos_token_id" and isinstance(value, tuple) and len(value) > 0
+            fits = all(is_count(token, -1) for token in (value if several else (value,)))
+            self._check(value is None or fits, field, "a token's number" + (", several, or null" if several else " or null"))
         rope = self.rope
         object.__setattr__(self, "rope_theta", rope.theta)
         object.__setattr__(self, "partial_rotary_factor", rope.partial_rotary_factor)
@@ -171,6 +182,14 @@ class Config:
 
     def _check_count(self, field: str, least: int) -> None:
         self._check(is_count(getattr(self, field), least), field, f"an integer >= {least}")
+
+    def __hash__(self) -> int:  # rope_scaling is a dict
+        return hash(self.to_json())
+
+    def replace(self, **changes) -> Config:
+        """Another config with some fields changed. What was left out when this one was made, head_dim or num_key_value_heads, follows
+        from the new fields; dataclasses.replace, which sees numbers in all of them, would keep the old ones."""
+        return dataclasses.replace(self, **dict.fromkeys(self._derived) | changes)
 
     @cached_property
     def rope(self) -> Rope:
@@ -219,9 +238,9 @@ class Config:
     def from_dict(cls, given: dict) -> Config:
         """Take the fields of a Hugging Face config.json; refuse those that ask for what is not supported.
 
-        Without a model_type every field counts, and those left out are as in the constructor.
+        Without a model_type every field counts, those left out are as in the constructor, and a field that no config has is refused.
         """
-        kind = given.get("model_type", "fastprimer")
+        kind, bare = given.get("model_type", "fastprimer"), "model_type" not in given
         if not isinstance(kind, str) or kind not in MODEL_TYPES:
             raise ConfigError(f"config: model_type: expected one of {', '.join(MODEL_TYPES)}, got {kind!r}")
         defaults, fixed = MODEL_TYPES[kind]
@@ -240,6 +259,9 @@ class Config:
             if given.get(field, supported[0]) not in supported:
                 raise ConfigError(f"config: {field}: only {supported[-1]!r} is supported, got {given[field]!r}")
         names = {field.name for field in dataclasses.fields(cls)}
+        unknown = given.keys() - names - REQUIRED_VALUES.keys() - OTHER_FIELDS if bare else ()
+        if unknown:
+            raise ConfigError(f"config: {min(unknown, key=str)}: there is no such field")
         missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in given]
         if missing:
             raise ConfigError(f"config: {missing[0]}: expected a value, got none")
@@ -249,6 +271,8 @@ class Config:
         """The fields as a Hugging Face config.json of the same model."""
         architecture = self.model_type.capitalize()
         fields = dataclasses.asdict(self)
+        if isinstance(self.eos_token_id, tuple):
+            fields["eos_token_id"] = list(self.eos_token_id)
         if not self.is_moe:
             fields = {k: v for k, v in fields.items() if k not in ("num_local_experts", "num_experts_per_tok", "norm_topk_prob")}
         return {"architectures": [f"{architecture}ForCausalLM"], "model_type": self.model_type, **fields}
@@ -257,14 +281,22 @@ class Config:
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
 
+TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
 MODEL_TYPES = {
-    "llama": ({}, {"sliding_window": None, "num_local_experts": 0, "qk_norm": False}),
+    "llama": (TOKENS, {"sliding_window": None, "num_local_experts": 0, "qk_norm": False}),
     "mistral": (
-        {"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131072},
+        {"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131072, **TOKENS},
         {"num_local_experts": 0, "qk_norm": False},
     ),
     "mixtral": (
-        {"num_local_experts": 8, "num_key_value_heads": 8, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
+        {
+            "num_local_experts": 8,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131072,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+            **TOKENS,
+        },
         {"norm_topk_prob": True, "qk_norm": False},
     ),
     "qwen3": (
@@ -327,13 +359,20 @@ REQUIRED_VALUES = {
     "attention_dropout": (None, 0.0),
     "router_jitter_noise": (None, 0.0),
     "pretraining_tp": (None, 1),
+    "output_router_logits": (None, False),
 }
 """Fields of a config.json that Config does not have, and the values of them that both models honour."""
+
+OTHER_FIELDS = {
+    "architectures", "dtype", "layer_types", "original_max_position_embeddings", "rope_parameters", "torch_dtype", "transformers_version",
+    "use_cache",
+}  # fmt: skip
+"""Fields that a config.json may have besides, whatever they say."""
 
 PRESETS = {
     "calculator": dict(
         vocab_size=35, hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=32, rope_theta=100.0, tie_word_embeddings=True, initializer_range=0.125,
+        max_position_embeddings=32, rope_theta=100.0, tie_word_embeddings=True, initializer_range=0.125, eos_token_id=0,
     ),
     "llama3-8b": dict(
         vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,

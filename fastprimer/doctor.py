@@ -10,7 +10,6 @@ from importlib import metadata
 from importlib.util import find_spec
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 import fastprimer
@@ -23,11 +22,13 @@ from fastprimer.backends import (
     native_reason,
     operations,
 )
+from fastprimer.terminal import Console
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    parser.add_argument("--markdown", action="store_true", help="print the table of README.md: which kernels are written")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    form.add_argument("--markdown", action="store_true", help="print the table of README.md: which kernels are written")
 
 
 def facts() -> dict[str, str]:

@@ -30,9 +30,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprimer import ops
+from fastprimer.backends import outside_autocast, transforming
 from fastprimer.config import is_number
 from fastprimer.ops import _arguments as arguments
 from fastprimer.ops.routing import best_tokens, check_choice, counts_of, within_capacity
+from fastprimer.ops.swiglu import check_activation
 from fastprimer.projections import Projecting
 
 
@@ -41,6 +43,7 @@ class SwiGLU(Projecting):
 
     def __init__(self, width: int, inner: int, activation: str = "silu", limit: float | None = None):
         super().__init__()
+        check_activation("SwiGLU", activation, limit)
         self.activation, self.limit = activation, limit
         self.gate_proj = nn.Linear(width, inner, bias=False)
         self.up_proj = nn.Linear(width, inner, bias=False)
@@ -48,6 +51,9 @@ class SwiGLU(Projecting):
 
     def projections(self) -> tuple[nn.Module, ...]:
         return self.gate_proj, self.up_proj
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}" + ("" if self.limit is None else f", limit={self.limit}")
 
     def forward(self, x: Tensor) -> Tensor:  # (..., C) -> (..., C)
         gate, up = self.project(x)
@@ -64,6 +70,10 @@ class Experts(nn.Module):
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=0.02)
 
+    def extra_repr(self) -> str:
+        E, C, F = self.down_proj.shape
+        return f"experts={E}, width={C}, inner={F}"
+
     def forward(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> Tensor:  # (N, C), (N, K), (N, K) -> (N, C)
         return ops.moe(tokens, self.gate_up_proj, self.down_proj, weights, experts)
 
@@ -72,8 +82,8 @@ class Router(nn.Module):
     """Logits of E experts, weight (E, C), and where asked for DeepSeek-V3's bias of the choice, (E,) in float32, no parameter.
 
     Args:
-        wide: computes the logits of a half-precision model in float32. As in transformers, where DeepSeek's router does, whose sigmoids
-            are compared with a bias, and Mixtral's does not.
+        wide: computes the logits of a half-precision model in float32, under autocast too. As in transformers (which autocast overrules),
+            where DeepSeek's router does, whose sigmoids are compared with a bias, and Mixtral's does not.
     """
 
     def __init__(self, width: int, experts: int, selection_bias: bool, wide: bool):
@@ -85,7 +95,12 @@ class Router(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:  # (N, C) -> (N, E)
         dtype = arguments.wide(self.weight.dtype) if self.wide else self.weight.dtype
-        return F.linear(tokens.to(dtype), self.weight.to(dtype))
+        linear = outside_autocast(F.linear) if self.wide else F.linear
+        return linear(tokens.to(dtype), self.weight.to(dtype))
+
+    def extra_repr(self) -> str:
+        E, C = self.weight.shape
+        return f"width={C}, experts={E}, selection_bias={self.e_score_correction_bias is not None}, wide={self.wide}"
 
     def _apply(self, fn, recurse=True):  # model.bfloat16() and the like: steps of 0.001 are lost next to 0.5 in bfloat16
         before = self.e_score_correction_bias
@@ -121,7 +136,7 @@ class Routing(NamedTuple):
         """Of the counts, as a share of the greatest possible: 1 where all experts are used alike, 0 where one has it all."""
         p = self.counts().float()
         p = p / p.sum().clamp(min=1)
-        return -torch.special.xlogy(p, p).sum() / math.log(max(len(p), 2))
+        return torch.special.entr(p).sum() / math.log(max(len(p), 2))
 
     def dropped(self) -> Tensor:
         """The number of choices that found their expert full."""
@@ -262,17 +277,41 @@ class MoE(nn.Module):
         counts = counts.to(bias)
         bias += rate * torch.sign(counts.mean() - counts)
 
+    def extra_repr(self) -> str:
+        shown = {"per_token": self.per_token, "renormalize": self.renormalize, **self.options}
+        shown |= {"choice": self.choice, "capacity_factor": self.capacity_factor}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items() if value is not None)
+
     def __getstate__(self) -> dict:
         return {**self.__dict__, "routing": None}  # its graph can be neither copied nor pickled
 
 
+def _of_vmap(tensor: Tensor) -> bool:
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
 def _routed(model: nn.Module) -> dict[str, MoE]:
     """The layers that have a routing, by name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, MoE) and module.routing is not None}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE) and module.routing is not None}
+    for name, layer in layers.items():
+        if not transforming() and _of_vmap(layer.routing.logits):
+            raise RuntimeError(
+                f"model: expected a routing of plain tensors, got that of {name or 'a layer'!r} from within torch.func.vmap, whose tensors "
+                "ended with it: call this within the transform too, or after another forward pass"
+            )
+    return layers
 
 
 def auxiliary_losses(model: nn.Module) -> dict[str, Tensor]:
     """The routers' losses of a model's last forward pass, each summed over its MoE layers, in float32; empty for a dense model.
+
+    transformers pools the tokens of all layers where this sums the layers' losses: divided by the number of MoE layers, "balance" is
+    on the scale of its `router_aux_loss_coef` (which it applies to all tokens, while a model that is given labels leaves out the last).
 
     Returns:
         {"balance": `fp.load_balancing_loss`, "z": `fp.router_z_loss`}. Add them to the loss with coefficients of your own: the papers

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastprimer.backends import BackendError
 from fastprimer.checkpoint import CheckpointError, write_atomically
-from fastprimer.config import ConfigError, is_count, is_number
+from fastprimer.config import Config, ConfigError, is_count, is_number
 from fastprimer.decoding import NextToken
 
 VOCABULARY_FILE = "vocabulary.json"
@@ -84,8 +84,8 @@ def generate(
 
     A temperature of 0 takes the most probable token, else tokens are drawn from softmax(logits / temperature). A model that
     offers new_cache(B, T), as fastprimer.Model does, reads each token once, on a GPU from GRAPH_FROM new tokens on by a CUDA graph;
-    any other reads the whole sequence at each step. Rotary frequencies that depend on the length (rope_type "dynamic", "longrope")
-    are from the start those for S + max_new_tokens positions.
+    any other, which takes (B, S) and returns logits (B, S, V), reads the whole sequence at each step. Rotary frequencies that depend on
+    the length (rope_type "dynamic", "longrope") are from the start those for S + max_new_tokens positions.
 
     Returns:
         per row, the new tokens up to the first `end`, and the probability that the model gave to them (and to `end`, if it came).
@@ -95,6 +95,8 @@ def generate(
         token, or S + max_new_tokens is more than the model's max_position_embeddings.
         LogitsError: the logits of a row that has not ended are NaN, as those of a model whose training has diverged.
     """
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"generate: tokens: expected a tensor (B, S), got {type(tokens).__name__}")
     if tokens.dim() != 2 or tokens.shape[1] == 0:
         raise ValueError(f"generate: tokens: expected shape (B, S) with S >= 1, got {tuple(tokens.shape)}")
     if not is_count(max_new_tokens, 0):
@@ -103,6 +105,7 @@ def generate(
         raise ValueError(f"generate: temperature: expected a number >= 0, got {temperature!r}")
     batch, length = tokens.shape
     config = getattr(model, "config", None)
+    config = config if isinstance(config, Config) else None
     limit = None if config is None else config.longest_sequence
     ends = _ends(end, math.inf if config is None else config.vocab_size)
     if limit is not None and length + max_new_tokens > limit:

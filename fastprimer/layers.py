@@ -20,17 +20,31 @@ from fastprimer.rotary import RotaryEmbedding as RotaryEmbedding
 
 
 class RMSNorm(nn.Module):
-    """fp.rms_norm with a learned weight. With a residual: (norm(x + residual), x + residual)."""
+    """fp.rms_norm with a learned weight. With a residual: (norm(x + residual), x + residual).
 
-    def __init__(self, width: int, eps: float = 1e-6):
+    Args:
+        weight_offset: what is added to the weight (1.0 for Gemma's, whose weights begin at 0).
+        device, dtype: of the weight.
+    """
+
+    def __init__(self, width: int, eps: float = 1e-6, *, weight_offset: float = 0.0, device=None, dtype: torch.dtype | None = None):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(width, device=device, dtype=dtype))
+        self.eps, self.weight_offset = eps, weight_offset
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A factor of one in every column."""
+        nn.init.constant_(self.weight, 1.0 - self.weight_offset)
+
+    def extra_repr(self) -> str:
+        offset = f", weight_offset={self.weight_offset}" if self.weight_offset else ""
+        return f"{self.weight.numel()}, eps={self.eps}{offset}"
 
     def forward(self, x: Tensor, residual: Tensor | None = None):
         if residual is not None:
             x = x.to(residual.dtype)  # under autocast x is the half-precision output of a linear layer
-        return ops.rms_norm(x, self.weight, self.eps, residual=residual)
+        return ops.rms_norm(x, self.weight, self.eps, residual=residual, weight_offset=self.weight_offset)
 
 
 class Attention(Projecting):

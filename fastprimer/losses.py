@@ -29,6 +29,10 @@ class LinearCrossEntropy(nn.Module):
         self.shift, self.return_accuracy, self.options = shift, return_accuracy, options
         self.ignore_index = options.get("ignore_index", -100)
 
+    def extra_repr(self) -> str:
+        shown = {"shift": self.shift, "return_accuracy": self.return_accuracy, **self.options}
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
+
     def forward(
         self, x: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = None, num_items_in_batch: int | Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -9,14 +10,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastprimer import ops
-from fastprimer.checkpoint import CheckpointError, read_weights, write_atomically, write_weights
+from fastprimer.checkpoint import CheckpointError, read_json, read_weights, write_atomically, write_weights
 from fastprimer.config import Config, is_count
 from fastprimer.decoding import Cache
 from fastprimer.layers import DecoderLayer, RMSNorm, RotaryEmbedding
+from fastprimer.ops import _arguments as arguments
 from fastprimer.projections import is_plain
 from fastprimer.reference import initialize
 
-CONFIG_FILE = "config.json"
+CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 
 
 class Decoder(nn.Module):
@@ -51,7 +53,11 @@ class Model(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
+        if not isinstance(config, Config):
+            raise TypeError(f"Model: config: expected a Config, as Config.preset or Config.from_dict make, got {type(config).__name__}")
+
         self.config = config
+        self.generation_config: dict | None = None
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -89,6 +95,7 @@ class Model(nn.Module):
             logits_to_keep: without labels, compute the logits of the last so many tokens alone; 0: of all.
         """
         limit, held = self.config.longest_sequence, 0 if cache is None else cache.length
+        arguments.check_integer("Model: tokens", tokens)
         if tokens.dim() != 2 or (limit is not None and held + tokens.shape[1] > limit):
             less = f", less the {held} tokens that the cache holds" if held else ""
             room = "" if limit is None else f" with S <= max_position_embeddings = {limit}{less}"
@@ -125,17 +132,21 @@ class Model(nn.Module):
         return Cache(len(self.model.layers), k, cos, sin)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Model:
-        """Read a Hugging Face model folder: config.json and *.safetensors; dtype None keeps the stored one."""
+    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | str | None = None, device: str | torch.device = "cpu") -> Model:
+        """Read a Hugging Face model folder: config.json and *.safetensors, and for save_pretrained generation_config.json.
+
+        Args:
+            dtype: floating point, or its name; None or "auto" keeps the stored one.
+        """
         folder = Path(folder)
         if not folder.is_dir():
             raise CheckpointError(f"there is no model folder {folder}")
         config = Config.from_json(folder / CONFIG_FILE)
-        tensors = read_weights(folder, dtype, device)
-        if config.tie_word_embeddings:
-            tensors.pop("lm_head.weight", None)
+        tensors = read_weights(folder, _floating(dtype), device)
+        _drop_tied_head(config, tensors)
         with torch.device("meta"):
             model = cls(config)
+        model.generation_config = read_json(folder / GENERATION_FILE)
         expected = model.state_dict()
         for name in sorted(expected.keys() | tensors.keys()):
             if name not in tensors or name not in expected:
@@ -172,8 +183,26 @@ class Model(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         write_weights(folder, tensors)
         write_atomically(folder / CONFIG_FILE, self.config.to_json().encode())
+        if self.generation_config is not None:
+            write_atomically(folder / GENERATION_FILE, (json.dumps(self.generation_config, indent=2) + "\n").encode())
 
     def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
-        if self.config.tie_word_embeddings:  # transformers' models name the embedding twice
-            state_dict.pop(f"{prefix}lm_head.weight", None)
+        _drop_tied_head(self.config, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def _drop_tied_head(config: Config, tensors: dict[str, Tensor], prefix: str = "") -> None:
+    """transformers' models name a tied embedding twice. A head of its own stays, and is an unexpected tensor."""
+    head, embedding = tensors.get(f"{prefix}lm_head.weight"), tensors.get(f"{prefix}model.embed_tokens.weight")
+    if config.tie_word_embeddings and head is not None:
+        if embedding is None or head is embedding or head.is_meta or (head.shape == embedding.shape and bool((head == embedding).all())):
+            del tensors[f"{prefix}lm_head.weight"]
+
+
+def _floating(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is None or dtype == "auto":
+        return None
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"Model: dtype: expected a floating-point dtype, its name, 'auto' or None, got {dtype!r}")
+    return found

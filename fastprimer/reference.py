@@ -276,7 +276,7 @@ class Model(nn.Module):
         tokens, positions = tokens[:, :-1], None if positions is None else positions[:, :-1]  # the last has no successor
         logits = self.logits(self.model(tokens, positions, longest))
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return F.cross_entropy(wide.flatten(0, 1), labels[:, 1:].flatten())
+        return F.cross_entropy(wide.flatten(0, 1), labels[:, 1:].flatten().long())
 
 
 def initialize(model: nn.Module, deviation: float) -> None:

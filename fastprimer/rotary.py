@@ -99,13 +99,19 @@ class RotaryEmbedding(nn.Module):
     def forward(self, positions: Tensor, dtype: torch.dtype = torch.float32, longest: int | Tensor | None = None) -> tuple[Tensor, Tensor]:
         """positions (P,) -> cos, sin (P, R/2), float32 at least.
 
-        Adaptive tables are those for a sequence of `longest` positions, by default the greatest of these + 1.
+        Adaptive tables are those for a sequence of `longest` positions, by default the greatest of these + 1. Positions that differ from
+        row to row, (B, S), are `fp.rope`'s: as rows of tables of all positions.
         """
+        if positions.dim() != 1:
+            raise ValueError(f"RotaryEmbedding: positions: expected shape (P,), got {tuple(positions.shape)}")
         dtype = torch.promote_types(dtype, torch.float32)
         if longest is None:
             longest = positions.max() + 1 if self.adaptive and positions.numel() else 0
         angles = positions.to(dtype)[:, None] * frequencies(self.rope, longest, positions.device).to(dtype)
         return angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
+
+    def extra_repr(self) -> str:
+        return f"{self.head_dim}, theta={self.theta:g}, rope_type={self.rope.kind!r}"
 
 
 def frequencies(rope: Rope, longest: int | Tensor, device: torch.device | None = None) -> Tensor:

@@ -20,7 +20,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
@@ -32,6 +31,7 @@ from fastprimer.memory import few_collected, keep_freed_memory
 from fastprimer.model import Model
 from fastprimer.scaling_law import PUBLISHED, FitError, Law, Powers
 from fastprimer.scaling_report import recommendations, recommended, show
+from fastprimer.terminal import Console
 from fastprimer.train import Settings, Trainer, TrainingError
 from fastprimer.train_report import prepare_backend
 
@@ -219,6 +219,8 @@ def run(args: argparse.Namespace) -> int:
     torch.set_num_threads(args.threads)
     try:
         return _budget(args, console) if args.flops or args.parameters or args.tokens else _sweep(args, console)
+    except BrokenPipeError:  # not of a file: whoever read what is printed went away
+        raise
     except (BackendError, ScalingError, FitError, TrainingError, OSError) as error:
         print(f"fastprimer scaling: error: {error}", file=sys.stderr)
         return 2

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from fastprimer.scaling_law import PUBLISHED, FitError, Law, Powers, fit, intervals
+from fastprimer.terminal import Console
 from fastprimer.train_report import new_figure, write_png
 
 PLOT_FILE = "scaling.png"
@@ -22,7 +22,10 @@ PLOT_FILE = "scaling.png"
 def recommended(name: str, law: Law | Powers, N: float, D: float, tflops: float | None) -> dict:
     row = {"law": name, "parameters": N, "tokens": D, "tokens_per_parameter": D / N, "flops": 6 * N * D}
     row["loss"] = law.loss(N, D) if isinstance(law, Law) else None
-    return row | ({"days": 6 * N * D / (tflops * 1e12 * 86400)} if tflops else {})
+    row |= {"days": 6 * N * D / (tflops * 1e12 * 86400)} if tflops else {}
+    if not all(math.isfinite(value) for value in row.values() if isinstance(value, float)):
+        raise OverflowError
+    return row
 
 
 def recommendations(title: str, rows: list[dict]) -> Table:

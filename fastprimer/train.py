@@ -31,7 +31,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from fastprimer import reference
 from fastprimer.backends import BACKENDS, VARIABLE, BackendError, use_backend
 from fastprimer.calculator import Calculator, MixtureCalculator
-from fastprimer.checkpoint import CheckpointError, Tensors, load_checkpoint, save_checkpoint
+from fastprimer.checkpoint import WEIGHTS_FILE, CheckpointError, Tensors, load_checkpoint, save_checkpoint
 from fastprimer.config import ConfigError
 from fastprimer.feed_forward import auxiliary_losses, utilisation
 from fastprimer.generate import LogitsError, amount, answer, natural, positive, thread_count
@@ -70,6 +70,13 @@ class Settings:
     average: float = 0.99
     balance: float = 0.01  # of the routers' losses, where there are experts: Switch, section 2.2, and ST-MoE, section 5
     z: float = 0.001
+
+    def __post_init__(self):
+        shares = {"decay": self.decay, "beta1": self.beta1, "beta2": self.beta2, "average": self.average}
+        for name, value in dataclasses.asdict(self).items():
+            least, most = (1 if name in ("steps", "batch_size", "warm_up") else 0), (1 if name in shares else math.inf)
+            if not least <= value <= most or value == math.inf or (name == "seed" and value >= 2**31):
+                raise ValueError(f"{name}: expected a number from {least} to {most}, got {value}")
 
     def rate(self, step: int) -> float:
         """The learning rate of a step."""
@@ -153,16 +160,17 @@ class Trainer:
         try:
             self.step, self.seconds, self.tokens = int(record["step"]), float(record["seconds"]), int(record["tokens"])
             self.losses = tensors["losses"].tolist()
-            if len(self.losses) != self.step:
+            if tensors["losses"].dim() != 1 or len(self.losses) != self.step:
                 raise CheckpointError(f"the checkpoint is of step {self.step}, but has {len(self.losses)} losses")
             self.model.load_state_dict(_below("model.", tensors))
             self.average.load_state_dict(_below("average.", tensors))
             for name, parameter in self.parameters.items() if self.step else ():
                 state = {key: tensors[f"optimizer.{name}.{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-                if state["exp_avg"].shape != parameter.shape or state["exp_avg_sq"].shape != parameter.shape or state["step"].dim() != 0:
+                kinds = [(t.shape, t.dtype) for t in state.values()]
+                if kinds != [(torch.Size(), torch.float32), *[(parameter.shape, parameter.dtype)] * 2]:
                     raise CheckpointError(f"the checkpoint does not fit the model: the optimizer's state of {name}")
                 self.optimizer.state[parameter] = {key: t.to(self.device) for key, t in state.items()}
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        except (KeyError, OverflowError, RuntimeError, TypeError, ValueError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"the checkpoint does not fit the model: {str(error).splitlines()[0]}") from error
@@ -211,7 +219,11 @@ def train(trainer: Trainer, path: Path, report: Report, stop_at: int | None = No
     with stop_requested() as stopping, report.progress(steps, trainer.step) as advance, few_collected():
         while trainer.step < last and not stopping():
             trainer.train_step()
-            advance(trainer)
+            try:
+                advance(trainer)
+            except BaseException:  # nobody can be told any more, but what was learned is not lost
+                trainer.save(path)
+                raise
             if trainer.step % SAVE_EVERY == 0 and trainer.step < last:
                 trainer.save(path)
         trainer.save(path)
@@ -227,7 +239,7 @@ def settings_for(args: argparse.Namespace, record: dict | None) -> Settings:
     try:
         settings = Settings(**{field.name: type(field.default)(record["settings"][field.name]) for field in dataclasses.fields(Settings)})
         task, config = record["task"], record["config"]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
         raise CheckpointError(f"the checkpoint does not say how it was made: {error}") from error
     if task != args.task:
         raise CheckpointError(f"the checkpoint is of the task {task!r}, not {args.task!r}")
@@ -308,6 +320,8 @@ def _run(args: argparse.Namespace, out: Path) -> int:
     settings = settings_for(args, record)
     device = prepare_backend(args.backend)
     task = TASKS[args.task](settings.seed)
+    if settings.batch_size > len(task.tokens):
+        raise TrainingError(f"argument --batch-size: expected at most all {len(task.tokens)} examples, got {settings.batch_size}")
     quick = "auto" if is_simulated(args.backend, device) else args.backend  # evaluation would take hours there
     with use_backend(args.backend, missing="auto"):
         served_by = serving(task.config, device) if args.model == "fast" else {}
@@ -328,7 +342,7 @@ def _run(args: argparse.Namespace, out: Path) -> int:
         report.samples("after", _samples(task, model))
         measured = task.evaluate(model)
     _write_model(out, task, model)
-    report.result(trainer, measured, write_loss_curve(out, trainer.losses), out)
+    report.result(trainer, measured, [*write_loss_curve(out, trainer.losses), out / WEIGHTS_FILE, path], out)
     return 0
 
 

@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastprimer import ops
 from fastprimer.backends import PREFERENCE, BackendError, Explanation, explain, interpreting, load_emulator
 from fastprimer.checkpoint import write_atomically
 from fastprimer.config import Config
+from fastprimer.terminal import Console
 
 SIMULATORS = {"triton": "Triton's interpreter", "cuda": "the emulator"}
 """What runs the kernels of a GPU where there is none."""
@@ -193,11 +193,7 @@ class Report:
             say(f"  {layer}: experts used {shares} in the last step (entropy {used['entropy']:.2f} of 1)", soft_wrap=True)
         if not any(path.suffix == ".png" for path in files):
             say("no loss curve was drawn: the package matplotlib is not installed (pip install fastprimer[report])", markup=False)
-        say(
-            f"written: {out} ({', '.join(path.name for path in files)}, model.safetensors, checkpoint.safetensors)",
-            soft_wrap=True,
-            markup=False,
-        )
+        say(f"written: {out} ({', '.join(path.name for path in files)})", soft_wrap=True, markup=False)
         say(f'try: fastprimer generate --model {shlex.quote(str(out))} "{trainer.task.samples()[0][0]}"', soft_wrap=True, markup=False)
 
 

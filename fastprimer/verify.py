@@ -21,13 +21,13 @@ from dataclasses import dataclass
 
 import torch
 from rich import box
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from fastprimer.backends import BACKENDS, declared, emulator_reason, load_emulator, native_reason, operations, unavailable
 from fastprimer.cases import PRODUCTS
 from fastprimer.generate import natural, thread_count
+from fastprimer.terminal import Console
 from fastprimer.testing import CASES, DTYPES, compare
 
 
@@ -249,3 +249,5 @@ if __name__ == "__main__":
         worker(sys.argv[1], sys.argv[2], int(sys.argv[3]), Part.parse(sys.argv[4]), sys.argv[5:])
     except KeyboardInterrupt:  # of which its parent speaks
         sys.exit(130)
+    except BrokenPipeError:  # its parent is gone
+        sys.stderr.close()

@@ -1,5 +1,6 @@
 """Bad input: a clear error that names the operation, the argument, what was expected and what came."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -52,6 +53,11 @@ BAD = [
     ),
     ("rms_norm", (x,), {"weight_offset": None}, TypeError, "rms_norm: weight_offset: expected a finite number, got None"),
     ("rms_norm", (x, None, "a"), {}, ValueError, "rms_norm: eps: expected a finite number >= 0, got 'a'"),
+    ("rms_norm", (x, t(8), x), {}, ValueError, r"rms_norm: eps: expected a finite number >= 0; a residual is passed by .*shape \(2, 8\)"),
+    ("route", (x, np.int64(2)), {}, ValueError, r"route: k: expected a number in 1..E = 8, got np.int64\(2\)"),
+    ("attention", (t(1, 4, 2, 8),) * 3, {"scale": torch.tensor(0.5)}, ValueError, r"attention: scale: .*, got a tensor of shape \(\)"),
+    ("attention", (t(1, 4, 2, 8),) * 3, {"window": (-2, 0)}, ValueError, r"attention: window: .*or None or -1 for no limit, got \(-2, 0\)"),
+    ("cross_entropy", (x, i(1, 2)), {"label_smoothing": np.float32(2)}, ValueError, r"label_smoothing: .*, got np.float32\(2.0\)"),
     ("rms_norm", (x, None, 10**400), {}, ValueError, "rms_norm: eps: expected a finite number >= 0"),
     ("rms_norm", (x,), {"weight_offset": float("nan")}, TypeError, "rms_norm: weight_offset: expected a finite number"),
     ("attention", (t(1, 4, 2, 8),) * 3, {"max_seqlen_q": 2.5}, ValueError, "attention: max_seqlen_q: expected None or a number >= 0"),

@@ -87,8 +87,8 @@ def wrong_window(*args, window=None, **options):
     return ops.attention(*args, window=(window[0] + 1, 0) if window else None, **options)
 
 
-def wrong_norm(x, weight, eps, residual=None):
-    return ops.rms_norm(x, weight, eps * 100, residual=residual)
+def wrong_norm(x, weight, eps, **options):
+    return ops.rms_norm(x, weight, eps * 100, **options)
 
 
 def wrong_route(logits, k, renormalize, **options):
@@ -210,3 +210,64 @@ def test_cached_attention_is_attention(name, chunks):
             torch.testing.assert_close(fast.self_attn(part, *tables, cache=cache), whole[:, start:stop])
         with pytest.raises(ValueError, match="at most 21 tokens, got 22"):
             fast.self_attn(x[:, :1], *rotary(torch.arange(1), x.dtype), cache=cache)
+
+
+def test_the_norm_has_what_torchs_has():
+    norm = layers.RMSNorm(8, 1e-5, weight_offset=1.0, dtype=torch.bfloat16, device="cpu")
+    assert norm.weight.dtype == torch.bfloat16 and not norm.weight.any()
+    x = torch.randn(3, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(norm.float()(x), F.rms_norm(x, (8,), torch.ones(8), 1e-5))
+        norm.weight.fill_(9)
+    norm.reset_parameters()
+    assert not norm.weight.any() and repr(norm) == "RMSNorm(8, eps=1e-05, weight_offset=1.0)"
+    assert layers.RMSNorm(8, device="meta").weight.is_meta
+
+
+@pytest.mark.parametrize(
+    ("layer", "said"),
+    [
+        (layers.SwiGLU(8, 16, "gpt_oss", limit=2.0), "activation='gpt_oss', limit=2.0"),
+        (layers.MoE.switch(8, 16, 4), "per_token=1, renormalize=False, score='softmax', scale=1.0, choice='tokens', capacity_factor=1.25"),
+        (layers.MoE(8, 16, 4, 2).experts, "Experts(experts=4, width=8, inner=16)"),
+        (layers.MoE(8, 16, 4, 2).gate, "Router(width=8, experts=4, selection_bias=False, wide=False)"),
+        (layers.RotaryEmbedding(16, 500000.0), "RotaryEmbedding(16, theta=500000, rope_type='default')"),
+        (layers.LinearCrossEntropy(z_loss=0.1), "LinearCrossEntropy(shift=True, return_accuracy=False, z_loss=0.1)"),
+    ],
+    ids=lambda case: type(case).__name__ if isinstance(case, torch.nn.Module) else "",
+)
+def test_a_printed_layer_says_what_it_is(layer, said):
+    assert said in repr(layer)
+
+
+def test_a_wide_router_is_wide_under_autocast():
+    """Of a model in float32, whose router's tokens are already rounded."""
+    torch.manual_seed(0)
+    wide, narrow = layers.MoE.deepseek(32, 16, 16, 4), layers.MoE.mixtral(32, 16)
+    x = torch.randn(64, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        wide(x.bfloat16()), narrow(x.bfloat16())
+    assert wide.routing.logits.dtype == torch.float32 and narrow.routing.logits.dtype == torch.bfloat16
+    torch.testing.assert_close(wide.routing.logits, F.linear(x.bfloat16().float(), wide.gate.weight))
+
+
+def test_a_routing_of_within_vmap_is_refused_by_name():
+    moe = layers.MoE.mixtral(8, 16)
+    params = {name: p.detach() for name, p in moe.named_parameters()}
+
+    def loss(params, x):
+        return torch.func.functional_call(moe, params, (x,)).sum() + layers.auxiliary_losses(moe)["z"]
+
+    x = torch.randn(3, 5, 8)
+    grads = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(params, x)
+    assert grads["gate.weight"].shape == (3, 8, 8)
+    for function in (layers.auxiliary_losses, layers.utilisation):
+        with pytest.raises(RuntimeError, match="within torch.func.vmap"):
+            function(moe)
+    moe(x)
+    assert set(layers.utilisation(moe)) == {""}
+
+
+def test_positions_of_several_rows_are_refused():
+    with pytest.raises(ValueError, match=r"RotaryEmbedding: positions: expected shape \(P,\), got \(1, 4\)"):
+        layers.RotaryEmbedding(8)(torch.arange(4)[None])

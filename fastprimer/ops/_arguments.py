@@ -22,7 +22,14 @@ def check(condition: bool, name: str, expected: str, got: object) -> None:
 
 def refuse(name: str, expected: str, got: object) -> None:
     """Raise ValueError("<op>: <argument>: expected ..., got ...")."""
-    raise ValueError(f"{name}: expected {expected}, got {got}")
+    raise ValueError(f"{name}: expected {expected}, got {shown(got)}")
+
+
+def shown(got: object) -> object:
+    """What came, for an error: numpy's numbers and tensors look like what was expected, unless their types are told."""
+    if isinstance(got, Tensor):
+        return f"a tensor of shape {tuple(got.shape)}"
+    return repr(got) if type(got).__module__ == "numpy" else got
 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple, letters: str) -> None:

@@ -109,7 +109,7 @@ def normalise_window(name: str, window: Optional[tuple], causal: bool) -> tuple[
         left = right = None
     else:
         fits = isinstance(window, (tuple, list)) and len(window) == 2 and all(map(_is_side, window))
-        arguments.check(fits, f"{name}: window", "(left, right), each a number >= 0 or None", window)
+        arguments.check(fits, f"{name}: window", "(left, right), each a number >= 0, or None or -1 for no limit", window)
         left, right = (None if w == -1 else w for w in window)
     if causal:
         right = 0 if right is None else min(right, 0)

@@ -239,7 +239,8 @@ def attention(
         q: (B, S, H, D), or packed (N, H, D) with cu_seqlens_q.
         k, v: (B, T, Hk, D), (B, T, Hk, Dv), or packed likewise; Hk divides H; dtype and device of q (autocast casts them).
         causal: query i sees keys j <= i + T - S (bottom-right aligned).
-        window: (left, right), inclusive: query i sees keys i + T - S - left .. i + T - S + right; None on a side: unlimited.
+        window: (left, right), inclusive: query i sees keys i + T - S - left .. i + T - S + right; None on a side, or
+            FlashAttention's -1: unlimited.
         scale: of the scores, by default D ** -0.5.
         softcap: c > 0 replaces scaled scores by c tanh(score / c), before masking.
         sinks: (H,), a learnable extra logit per head, neither scaled nor capped; it takes part in lse.

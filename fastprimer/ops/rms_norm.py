@@ -148,7 +148,8 @@ def rms_norm(
         arguments.check_shape("rms_norm: residual", residual, shape, "of x")
         arguments.check_like("rms_norm: residual", residual, x, "x")
     if not (is_number(eps) and eps >= 0):
-        raise ValueError(f"rms_norm: eps: expected a finite number >= 0, got {eps!r}")
+        hint = "; a residual is passed by its name" if isinstance(eps, Tensor) else ""
+        arguments.refuse("rms_norm: eps", f"a finite number >= 0{hint}", eps if isinstance(eps, Tensor) else repr(eps))
     if not is_number(weight_offset):
         raise TypeError(f"rms_norm: weight_offset: expected a finite number, got {weight_offset!r}")
     backend = choose("rms_norm", x, weight, eps, residual, weight_offset)

@@ -50,6 +50,13 @@ def constants(activation: str) -> tuple[float, float, Optional[float], float]:
     return (1.702, 0.0, 7.0, 1.0) if activation == "gpt_oss" else (1.0, 0.0, None, 0.0)
 
 
+def check_activation(name: str, activation: object, limit: object) -> None:
+    if not isinstance(activation, str) or activation not in ACTIVATIONS:
+        arguments.refuse(f"{name}: activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
+    number = isinstance(limit, (int, float)) and not isinstance(limit, bool) and limit > 0
+    arguments.check(limit is None or number, f"{name}: limit", "a number > 0 or None", limit)
+
+
 def halves(gate: Tensor, up: Optional[Tensor]) -> tuple[Tensor, Tensor]:
     """gate and up (..., F) as they are, or both out of a gate (..., 2F) that holds them side by side."""
     return gate.chunk(2, dim=-1) if up is None else (gate, up)
@@ -137,16 +144,12 @@ def swiglu(gate: Tensor, up: Optional[Tensor] = None, *, activation: str = "silu
         arguments.check_floating("swiglu: up", up)
         arguments.check_shape("swiglu: up", up, gate.shape, "of gate")
         arguments.check_like("swiglu: up", up, gate, "gate")
-    if not isinstance(activation, str) or activation not in ACTIVATIONS:
-        arguments.refuse("swiglu: activation", f"one of {', '.join(ACTIVATIONS)}", repr(activation))
+    check_activation("swiglu", activation, limit)
     alpha, beta, usual_limit, offset = constants(activation)
     if limit is None:
         limit = usual_limit
-    else:
-        number = isinstance(limit, (int, float)) and not isinstance(limit, bool) and limit > 0
-        arguments.check(number, "swiglu: limit", "a number > 0 or None", limit)
-        if limit > torch.finfo(arguments.wide(gate.dtype)).max:
-            limit = None
+    elif limit > torch.finfo(arguments.wide(gate.dtype)).max:
+        limit = None
     options = alpha, beta, limit, offset
     backend = choose("swiglu", gate, up, *options)
     if arguments.needs_gradient(gate, up):
