@@ -140,10 +140,18 @@ def test_verify_starts_no_more_processes_than_a_machine_bears(capsys):
     assert "argument --jobs: expected an integer from 1 to" in capsys.readouterr().err
 
 
+@pytest.fixture
+def heeded():
+    """Ctrl-C, which a shell has its jobs in the background ignore, and so would the processes that they start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals and processes of POSIX")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_workers_of_verify_end_with_it(number):
+def test_the_workers_of_verify_end_with_it(number, heeded):
     command = [sys.executable, "-m", "fastprimer.cli", "verify", "--op", "attention", "--backend", "reference", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert json.loads(process.stdout.readline())["ok"]  # a worker is at work

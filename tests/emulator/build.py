@@ -31,8 +31,11 @@ CHECKS = {
 KINDS = {
     "plain": ["-O1"],
     "address": ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
-    "thread": ["-O0", "-g1", "-fsanitize=thread"],
+    "thread": ["-O1", "-fno-builtin", "-g1", "-fsanitize=thread"],
 }
+"""Of the thread sanitizer optimised programs take longer to compile and a third of the time to run. It sees a memcpy that is a call, and
+not always one that the compiler has made an access of its own.
+"""
 FLAGS = ["-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-DFASTPRIMER_EMULATED", "-pthread"]
 
 
@@ -84,12 +87,13 @@ def standard_headers(flags: list[str], objects: Path) -> list[str]:
 
 
 def compile_program(program: Path, sources: list[Path], kind: str, tree: Path = ROOT, objects: Path | None = None) -> Path:
-    """Builds `sources` of a tree. A tree with a bug is built without optimisation: it runs once, and not for long.
+    """Builds `sources` of a tree. A tree with a bug is built without optimisation, but for the thread sanitizer: it runs once, and not for
+    long.
 
     With a folder `objects`, what was compiled there before, by the same command from the same text, is not compiled again: most
     of a program with a bug is that of the next. Other processes may use the folder at the same time.
     """
-    flags = [*FLAGS, *KINDS[kind], *([] if tree == ROOT else ["-O0"])]
+    flags = [*FLAGS, *KINDS[kind], *([] if tree == ROOT or kind == "thread" else ["-O0"])]
     if any(source.stem.endswith("_hopper") for source in sources):
         flags.append("-DFASTPRIMER_HOPPER")
     if objects and tree != ROOT:  # the project's own sources must include what they need
