@@ -1,8 +1,8 @@
 # Everything a newcomer or CI needs; each target does its own set-up.
 #   make demo      the main job: what is installed, proof, a benchmark, the calculator trained and asked
 #   make test      the whole test suite, with short forms of sanitize and gate
-#   make check     its fast part (< 2 minutes)
-#   make planted   every planted bug, one after the other
+#   make check     its fast part
+#   make planted   every planted bug, of which make test plants every eighth
 #   make lint      ruff and clang-format         make format    the same, mending
 #   make sanitize  the long form of the sanitizer and emulator-seed runs
 #   make bench     every benchmark of this machine's CPU, into benchmarks/results/ and README.md's table

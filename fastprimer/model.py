@@ -55,7 +55,6 @@ class Model(nn.Module):
         super().__init__()
         if not isinstance(config, Config):
             raise TypeError(f"Model: config: expected a Config, as Config.preset or Config.from_dict make, got {type(config).__name__}")
-
         self.config = config
         self.generation_config: dict | None = None
         self.model = Decoder(config)

@@ -72,7 +72,7 @@ class Settings:
     z: float = 0.001
 
     def __post_init__(self):
-        shares = {"decay": self.decay, "beta1": self.beta1, "beta2": self.beta2, "average": self.average}
+        shares = "decay", "beta1", "beta2", "average"
         for name, value in dataclasses.asdict(self).items():
             least, most = (1 if name in ("steps", "batch_size", "warm_up") else 0), (1 if name in shares else math.inf)
             if not least <= value <= most or value == math.inf or (name == "seed" and value >= 2**31):
@@ -221,7 +221,7 @@ def train(trainer: Trainer, path: Path, report: Report, stop_at: int | None = No
             trainer.train_step()
             try:
                 advance(trainer)
-            except BaseException:  # nobody can be told any more, but what was learned is not lost
+            except OSError:  # nobody can be told any more, but what was learned is not lost
                 trainer.save(path)
                 raise
             if trainer.step % SAVE_EVERY == 0 and trainer.step < last:

@@ -239,9 +239,9 @@ def linear_cross_entropy_backward(
     """
     (N, C), V, columns = x.shape, weight.shape[0], kept.shape[1]
     dbias = torch.zeros(0 if bias is None else V, dtype=x.dtype if bias is None else bias.dtype, device=x.device)
-    dweight = torch.zeros((V, C) if needs_dweight else 0, dtype=weight.dtype, device=x.device)
+    dweight = torch.empty((V, C) if needs_dweight else 0, dtype=weight.dtype, device=x.device)
     if N == 0:
-        return torch.empty((N, C) if needs_dx else 0, dtype=x.dtype, device=x.device), dweight, dbias
+        return torch.empty((N, C) if needs_dx else 0, dtype=x.dtype, device=x.device), dweight.zero_(), dbias
     dx = torch.empty((N, C) if needs_dx else 0, dtype=lse.dtype, device=x.device)
     shift = shift if kept.dtype == torch.int16 else None
     width = piece_columns(N, V, (4 if shift is None else 2) * kept.numel())

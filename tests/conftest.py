@@ -49,9 +49,12 @@ def pytest_collection_modifyitems(config, items):
     Of many planted bugs every FASTPRIMER_PLANTED-th is planted, if that is set.
     """
     share, numbers = int(os.environ.get("FASTPRIMER_PLANTED", 1)), defaultdict(itertools.count)
-    chosen = [item for item in items if not item.get_closest_marker("planted") or next(numbers[item.function]) % share == 0]
-    if len(chosen) < len(items):
-        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    chosen, others = [], []
+    for item in items:
+        wanted = item.get_closest_marker("planted") is None or next(numbers[item.function]) % share == 0
+        (chosen if wanted else others).append(item)
+    if others:
+        config.hook.pytest_deselected(items=others)
         items[:] = chosen
 
     def minutes(item) -> float:
