@@ -1,6 +1,6 @@
 # Everything a newcomer or CI needs; each target does its own set-up.
 #   make demo      the main job: what is installed, proof, a benchmark, the calculator trained and asked
-#   make test      the whole test suite, with short forms of sanitize and gate
+#   make test      the whole test suite, with short forms of sanitize, planted and gate
 #   make check     its fast part
 #   make planted   every planted bug, of which make test plants every eighth
 #   make lint      ruff and clang-format         make format    the same, mending
@@ -14,7 +14,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# Of the planted bugs every so manieth; a worker a core. Threads that wait must sleep: those of another worker need the core.
+# Of the planted bugs every PLANTED-th; a worker a core. Threads that wait must sleep: those of another worker need the core.
 PLANTED := 8
 PYTEST = FASTPRIMER_PLANTED=$(PLANTED) OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadscope -p no:benchmark
 SOURCES := $(wildcard setup.py pyproject.toml CMakeLists.txt constraints.txt csrc/*.* csrc/*/*.* tests/emulator/*.*)

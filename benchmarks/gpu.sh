@@ -1,6 +1,6 @@
 #!/bin/sh
 # `make gpu`: on a machine with a GPU and nvcc, with that machine's own python (torch >= 2.10, triton >= 3.6), no network.
-#   make gpu                                  everything (tune changes nothing, and models are a part of bench)
+#   make gpu                                  everything but tune, which only suggests, and models, a part of bench
 #   make gpu WHAT="test models"               some of probe test sanitize train models bench profile growth tune, in that order;
 #                                             nothing is built where the library is newer than its sources
 #   OP=attention                              only that operation (or OP=model); CASE=causal  only those cases;
@@ -93,7 +93,7 @@ if asked train; then
     done
   done
 fi
-if asked models; then # training steps against those peers that the issue's bars name, and tokens against the roof
+if asked models; then # training steps against the peers that matter, and tokens against the roof
   bench="$python -m fastprimer.cli bench --op model --dtype bfloat16 --rounds 7"
   part "a dense model's step" $bench --case llama-1b --pass training --peers hf-compiled,liger --out "$results/$device-llama-1b.json"
   part "a model of experts' step" $bench --case mixtral-8x160m --pass training --peers transformers --out "$results/$device-mixtral.json"

@@ -1,4 +1,4 @@
-"""Who computes an operation: what is available, what is preferred, and the reason for every refusal.
+"""Which backend computes an operation: what is available, what is preferred, and the reason for every refusal.
 
 A backend offers `<op>_forward` and `<op>_backward` with the signatures of the operation's own chapter:
 
@@ -345,7 +345,11 @@ def _without_gpu(op: str, backend: str) -> str:
 
 
 def explain(op, *args, **kwargs) -> Explanation:
-    """Which backend this very call of `op` (its name or the function) would use, and why not the others."""
+    """Which backend this very call of `op` (its name or the function) would use, and why not the others.
+
+    Raises:
+        ValueError: no such operation. Whatever the call itself would raise for its arguments.
+    """
     name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
     if name not in _chapters:
         raise ValueError(f"explain: op: expected one of {', '.join(_chapters)}, got {name!r}")

@@ -1,8 +1,9 @@
 """The shape of a decoder, under the field names of a Hugging Face config.json.
 
-Every field is honoured by both models. A config.json that asks for something else (another activation, biases, another scaling
-of the rotary embedding ...) is refused by name: a model that silently ignores a setting computes something else than its author
-meant. What a config.json leaves out, or has that its model_type knows nothing of, is what transformers makes of it: see MODEL_TYPES.
+Every field that shapes the computation is honoured by both models. A config.json that asks for something else (another activation,
+biases, another scaling of the rotary embedding ...) is refused by name: a model that silently ignores a setting computes something else
+than its author meant. What a config.json leaves out, or has that its model_type knows nothing of, is what transformers makes of it: see
+MODEL_TYPES.
 """
 
 from __future__ import annotations
@@ -114,6 +115,10 @@ def _rope_settings(kind: str, given: dict, max_position_embeddings: int) -> dict
 
 @dataclass(frozen=True)
 class Config:
+    """A decoder: Config.preset(name), from_dict, from_json, or its fields. Raises ConfigError (a ValueError), which names the field.
+
+    No model acts by bos_, eos_ and pad_token_id; max_position_embeddings limits fastprimer.Model's cache and `generate`."""
+
     vocab_size: int
     hidden_size: int
     intermediate_size: int

@@ -22,7 +22,7 @@ class LayerCache:
     """The keys and values that one attention layer has seen: (B, T, Hk, D) each, the first `length` of T filled."""
 
     def __init__(self, k: Tensor, v: Tensor, lengths: Tensor | None = None):
-        """lengths: int32 (B,), where somebody else keeps the length on the device for as long as it is what `length` says."""
+        """lengths: int32 (B,), a copy of `length` on the device, which its owner keeps equal to it."""
         self.k, self.v, self.lengths = k, v, lengths
         self.length = 0
 
@@ -105,9 +105,9 @@ class Cache:
 class NextToken:
     """Reads one token of each sequence: tokens (B, 1) -> logits (B, V), and the cache is longer by one.
 
-    On a GPU it is captured as a CUDA graph at once, for a token's kernels are shorter than their launches; `reason` says why it could not
-    be, or is empty. The logits of a graph are good until the next call. To be used under torch.no_grad(), while the model's weights stay
-    where they are.
+    On a GPU it is captured as a CUDA graph at once, because a token's kernels take less time than their launches; `reason` says why it
+    could not be, or is empty. The logits of a graph are good until the next call. To be used under torch.no_grad(), while the model's
+    weights stay where they are.
     """
 
     def __init__(self, model: Callable, cache: Cache):

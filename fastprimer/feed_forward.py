@@ -39,7 +39,14 @@ from fastprimer.projections import Projecting
 
 
 class SwiGLU(Projecting):
-    """The dense feed-forward layer: down(silu(gate(x)) * up(x)), or with another activation or limit of fp.swiglu."""
+    """The dense feed-forward layer: down(silu(gate(x)) * up(x)).
+
+    Args:
+        width, inner: C and F.
+        activation, limit: of `fp.swiglu`.
+
+    Shapes: x (..., C) -> (..., C).
+    """
 
     def __init__(self, width: int, inner: int, activation: str = "silu", limit: float | None = None):
         super().__init__()
@@ -82,8 +89,8 @@ class Router(nn.Module):
     """Logits of E experts, weight (E, C), and where asked for DeepSeek-V3's bias of the choice, (E,) in float32, no parameter.
 
     Args:
-        wide: computes the logits of a half-precision model in float32, under autocast too. As in transformers (which autocast overrules),
-            where DeepSeek's router does, whose sigmoids are compared with a bias, and Mixtral's does not.
+        wide: computes the logits in float32 even for a half-precision model, under autocast too. transformers does so for DeepSeek's
+            router, whose sigmoids are compared with a bias, but not for Mixtral's (and there autocast overrules it).
     """
 
     def __init__(self, width: int, experts: int, selection_bias: bool, wide: bool):
@@ -155,7 +162,7 @@ class MoE(nn.Module):
         capacity_factor: an expert takes at most capacity_factor N K / E choices, rounded up: first choices before second ones, and
             earlier tokens before later ones. What is beyond contributes nothing (Switch, section 2.2). None: no limit.
         choice: "tokens" choose experts, or "experts" choose the tokens that they give the highest softmax probability, capacity_factor
-            (default 1) N K / E each, rounded up (Zhou et al., 2022, section 3.2). That looks ahead: no layer for a causal model.
+            (default 1) N K / E each, rounded up (Zhou et al., 2022, section 3.2). It depends on later tokens: not for causal models.
 
     Shapes: x (..., C) -> (..., C). `routing` is what the last forward pass did. Names of parameters as in transformers: gate.weight,
     gate.e_score_correction_bias, experts.gate_up_proj, experts.down_proj, shared_experts.{gate,up,down}_proj.weight.
@@ -259,8 +266,12 @@ class MoE(nn.Module):
         """Make experts that were chosen less than the mean more attractive by `rate`, others less (DeepSeek-V3, section 2.1.2).
 
         Args:
+            rate: the step by which each expert's bias moves.
             counts: (E,), how often each expert was chosen since the last update; by default in the last forward pass. With several
                 processes, or gradients that are accumulated, their sum.
+
+        Raises:
+            TypeError, ValueError: the layer has no selection bias, there is nothing to count yet, or an argument does not fit.
         """
         bias, name = self.gate.e_score_correction_bias, "MoE: update_selection_bias"
         if bias is None:
@@ -308,7 +319,8 @@ def _routed(model: nn.Module) -> dict[str, MoE]:
 
 
 def auxiliary_losses(model: nn.Module) -> dict[str, Tensor]:
-    """The routers' losses of a model's last forward pass, each summed over its MoE layers, in float32; empty for a dense model.
+    """The routers' losses of a model's last forward pass, each summed over its MoE layers, in float32 (float64 for
+    float64); empty for a dense model.
 
     transformers pools the tokens of all layers where this sums the layers' losses: divided by the number of MoE layers, "balance" is
     on the scale of its `router_aux_loss_coef` (which it applies to all tokens, while a model that is given labels leaves out the last).

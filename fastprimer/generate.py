@@ -31,7 +31,7 @@ class PromptError(ValueError):
 
 
 class LogitsError(ArithmeticError):
-    """A model that computes no numbers."""
+    """The logits of a model are NaN."""
 
 
 class Vocabulary:
@@ -80,7 +80,7 @@ def generate(
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> tuple[list[list[int]], list[float]]:
-    """Continue every row of tokens (B, S) until `end`, or one of several such tokens, or max_new_tokens.
+    """Continue every row of tokens, int (B, S), until `end`, or one of several such tokens, or max_new_tokens.
 
     A temperature of 0 takes the most probable token, else tokens are drawn from softmax(logits / temperature). A model that
     offers new_cache(B, T), as fastprimer.Model does, reads each token once, on a GPU from GRAPH_FROM new tokens on by a CUDA graph;
@@ -91,8 +91,9 @@ def generate(
         per row, the new tokens up to the first `end`, and the probability that the model gave to them (and to `end`, if it came).
 
     Raises:
-        ValueError: tokens are not (B, S) with S >= 1, max_new_tokens is no integer >= 0, temperature no finite number >= 0, end no
-        token, or S + max_new_tokens is more than the model's max_position_embeddings.
+        TypeError: tokens is not a tensor.
+        ValueError: tokens is not of shape (B, S) with S >= 1; max_new_tokens is not an integer >= 0; temperature is not a finite number
+            >= 0; end is not a token; S + max_new_tokens is more than the model's max_position_embeddings.
         LogitsError: the logits of a row that has not ended are NaN, as those of a model whose training has diverged.
     """
     if not isinstance(tokens, Tensor):

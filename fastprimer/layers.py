@@ -23,8 +23,11 @@ class RMSNorm(nn.Module):
     """fp.rms_norm with a learned weight. With a residual: (norm(x + residual), x + residual).
 
     Args:
+        width: C. eps: added to the mean square.
         weight_offset: what is added to the weight (1.0 for Gemma's, whose weights begin at 0).
         device, dtype: of the weight.
+
+    Shapes: x (..., C), residual likewise or None -> (..., C), or two of them.
     """
 
     def __init__(self, width: int, eps: float = 1e-6, *, weight_offset: float = 0.0, device=None, dtype: torch.dtype | None = None):
@@ -48,7 +51,11 @@ class RMSNorm(nn.Module):
 
 
 class Attention(Projecting):
-    """Causal self-attention in which H/Hk query heads share one key/value head."""
+    """Causal self-attention in which H/Hk query heads share one key/value head: projections, RoPE, fp.attention, projection.
+
+    Args:
+        config: its sizes, qk_norm and sliding_window.
+    """
 
     def __init__(self, config: Config):
         super().__init__()
@@ -80,7 +87,11 @@ class Attention(Projecting):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and feed-forward, each after a norm and around a residual; the sum is formed by the norm that follows it."""
+    """Attention and feed-forward, each after a norm and around a residual; the sum is formed by the norm that follows it.
+
+    Args:
+        config: its sizes, and whether the feed-forward layer is SwiGLU or a mixture of experts.
+    """
 
     def __init__(self, config: Config):
         super().__init__()

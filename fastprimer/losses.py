@@ -1,4 +1,4 @@
-"""The loss of a language model as a layer: hidden states in, one number out, and no logits in between."""
+"""The loss of a language model as a layer: hidden states in, one number out, and never all logits in between."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class LinearCrossEntropy(nn.Module):
         options: ignore_index, label_smoothing, z_loss, softcap, memory_budget, as in `linear_cross_entropy`.
 
     Raises:
-        TypeError: another option; the reduction is forward's business, and lse is not returned.
+        TypeError: an unknown option; forward decides the reduction, and lse is not returned.
     """
 
     def __init__(self, *, shift: bool = True, return_accuracy: bool = False, **options):

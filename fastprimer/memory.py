@@ -24,8 +24,9 @@ MMAP_THRESHOLD_MAX = 32 << 20  # where glibc's own threshold ends after the firs
 def keep_freed_memory() -> bool:
     """From now on, for the whole process, freed memory stays with the process for the next allocation.
 
-    A training loop, which allocates the same sizes in every step, wins; a process that needs its peak only once keeps it.
-    `fastprimer train` and `fastprimer bench` do this; `import fastprimer` never does.
+    A training loop, which allocates the same sizes in every step, benefits; a process that needs its peak only once goes on
+    holding it.
+    `fastprimer train`, `bench` and `scaling` do this; `import fastprimer` never does.
 
     Returns:
         Whether the C library agreed: True with glibc, False with any other (macOS, musl), where nothing changes.

@@ -1,7 +1,7 @@
 """Which backend is asked for: by FASTPRIMER_BACKEND, or within a block by `use_backend`.
 
-What is in force stands in one list of this module, for globals are the one kind of state that torch.compile guards on: a compiled
-function recompiles when the backend changes. It therefore holds for the whole process, not for one thread.
+What is in force stands in one list of this module, for torch.compile guards on a module's globals (and on no thread's own state): a
+compiled function recompiles when the backend changes. It therefore holds for the whole process, not for one thread.
 """
 
 from __future__ import annotations
@@ -60,6 +60,9 @@ def use_backend(name: str, *, missing: str = "raise") -> contextlib.AbstractCont
         missing: what an operation does that has no such kernel at all: "raise", or "auto" to choose automatically.
 
     The choice holds for the whole process (see the head of this file); blocks nest.
+
+    Raises:
+        ValueError: another name, or another `missing`.
     """
     _valid(name, "use_backend: name")
     if missing not in ("raise", "auto"):

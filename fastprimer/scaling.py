@@ -92,7 +92,8 @@ class Text:
 
 
 def shape(width: int) -> Config:
-    """A LLaMA of this width (a multiple of 16): heads of 16 features, two to a key/value head, a layer for every 24 features."""
+    """A LLaMA of this width (a multiple of 16): a layer for every 24 features, heads of 16, two to a key/value
+    head where their number is even."""
     heads = width // 16
     return Config(
         vocab_size=256, hidden_size=width, intermediate_size=max(16, round(width * 8 / 3 / 16) * 16), num_hidden_layers=max(1, width // 24),

@@ -1,8 +1,8 @@
-"""The training loop: next-token prediction with AdamW, and a state that is saved whole and resumed bit by bit.
+"""The training loop: next-token prediction with AdamW, and a state that is saved whole and resumed bit for bit.
 
-A task offers a name, a config, a vocabulary, samples() to show, batch(step, size) -> tokens, labels, and evaluate(model) (see
-fastprimer/calculator.py). A batch is a function of the seed and the step alone, and the model draws nothing at random, so that
-the weights, their average, the optimizer's state and the number of the step are all there is to save.
+A task offers a name, a config, a vocabulary, its tokens, samples() to show, batch(step, size) -> tokens, labels, evaluate(model) and
+describe(what that measured) (see fastprimer/calculator.py). A batch is a function of the seed and the step alone, and the model draws
+nothing at random, so that the weights, their average, the optimizer's state and the number of the step are all there is to save.
 
 The schedule is warm-up, stable, decay: the learning rate rises over the first steps, stays, and falls to zero over the last 40%.
 What is evaluated and kept is the exponential average of the weights.
@@ -68,7 +68,7 @@ class Settings:
     beta2: float = 0.98
     clip: float = 1.0
     average: float = 0.99
-    balance: float = 0.01  # of the routers' losses, where there are experts: Switch, section 2.2, and ST-MoE, section 5
+    balance: float = 0.01  # of the routers' losses, where there are experts: Switch, section 2.2, and ST-MoE, equation 5
     z: float = 0.001
 
     def __post_init__(self):
@@ -270,7 +270,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backend",
         choices=CHOICES,
         default=os.environ.get(VARIABLE) or "auto",
-        help="who computes each operation that has such a kernel (default: auto)",
+        help=f"which one computes every operation that has such a kernel (default: {VARIABLE}, else auto)",
     )
     parser.add_argument("--model", choices=sorted(MODELS), default="fast", help="fast: on fastprimer's layers; reference: plain torch")
     parser.add_argument("--threads", type=thread_count, metavar="N", help=f"CPU threads (default: {THREADS})")

@@ -192,7 +192,7 @@ def linear_cross_entropy_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """x (N, C), weight (V, C), target (N,), bias (V,) or None -> loss, lse, κ, argmax (N,), kept (N, kept_columns), shift (N, blocks)."""
     N, V, in_16_bits = x.shape[0], weight.shape[0], keeps_16_bits(x, bias, softcap)
-    columns = kept_columns(N, V, memory_budget, in_16_bits)
+    columns = kept_columns(N, V, memory_budget, 2 if in_16_bits else max(4, x.element_size()))
     width = piece_columns(N, V, memory_budget // 4 if in_16_bits else memory_budget)  # logits beside kept, or within it
     parts = pieces(V, columns, width)
     one_piece = len(parts) == 1 and not (columns and in_16_bits)

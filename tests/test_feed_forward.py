@@ -248,7 +248,7 @@ def test_the_bias_may_be_updated_from_counts_of_several_batches():
         (lambda: layers.MoE(C, INNER, 4, 2, scale=None), "MoE: scale: expected a number, got None"),
         (lambda: layers.MoE(C, INNER, 4, 2, score="bogus"), "MoE: score: expected one of softmax, softmax_topk, sigmoid, got 'bogus'"),
         (lambda: layers.MoE(C, INNER, 4, 2, groups=3, top_groups=1), "MoE: groups: expected a divisor of experts = 4, got 3"),
-        (lambda: layers.MoE(C, INNER, 4, 2, groups=2), "MoE: top_groups: expected both groups and top_groups, or neither, got None"),
+        (lambda: layers.MoE(C, INNER, 4, 2, groups=2), "MoE: top_groups: expected a number with groups = 2, or both None, got None"),
         (lambda: layers.MoE(C, INNER, 4, 2, groups=2, top_groups=3), "MoE: top_groups: expected a number in 1..groups = 2, got 3"),
         (lambda: layers.MoE(C, INNER, 4, 3, groups=2, top_groups=1), "MoE: per_token: expected at most 2, the experts in"),
         (lambda: layers.MoE.deepseek(16, 8, 4, 2), "MoE: groups: expected a divisor of experts = 4, got 8"),

@@ -71,9 +71,9 @@ def test_widths():
         width = kernels.piece_columns(N, V, budget)
         assert width == V or width % 256 == 0
         assert width in (V, 256) or 4 * N * width <= max(budget, kernels.PIECE)
-        for in_16_bits in (False, True):
-            kept = reference.kept_columns(N, V, budget, in_16_bits)
-            size = (lambda n: 2 * n + 4 * -(-n // 128)) if in_16_bits else (lambda n: 4 * n)
+        for each in (2, 4, 8):
+            kept = reference.kept_columns(N, V, budget, each)
+            size = lambda n, each=each: each * n + (4 * -(-n // 128) if each == 2 else 0)  # noqa: E731
             assert kept == V or (kept % 256 == 0 and size(kept) * N <= budget < size(kept + 256) * max(N, 1))
             assert (kept == V) == (size(V) * max(N, 1) <= budget) and kept <= V
             parts = kernels.pieces(V, kept, width)

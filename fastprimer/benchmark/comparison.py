@@ -8,8 +8,8 @@ slows most measurements down, rarely all of them, and a slower kernel has no fas
 Where two revisions were measured by turns, the ratio has to be beyond the margin in every single turn as well.
 
 The margin is the larger of --threshold and the noise between the two runs, which the bootstrap cannot see. The noise is what the
-peers tell: torch is the same in both runs, so what eager torch seems to have gained or lost (its own ratio, the 95% quantile of its
-deviations over all rows) is no change. With another version of torch, or without peers in common, the noise is unknown and
+peers tell: torch is the same in both runs, so what the peers common to both seem to have gained or lost (their own ratios, the 95% quantile
+of their deviations over all rows) is no change. With another version of torch, or without peers in common, the noise is unknown and
 the margin is the threshold.
 """
 

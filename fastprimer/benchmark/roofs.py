@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 COPY_BYTES = 1 << 28
-"""Of the array that is copied: well beyond any last-level cache."""
+"""Of the array that is copied: well beyond usual last-level caches."""
 LARGEST_PRODUCT = {"cpu": 2048, "cuda": 8192}
 SMALLEST_PRODUCT = 1024
 """Half types begin with 128 on a CPU, where some have no instructions for them and need seconds otherwise."""

@@ -14,8 +14,8 @@ INTEGERS = (torch.int32, torch.int64)
 
 
 def check(condition: bool, name: str, expected: str, got: object) -> None:
-    """Refuse the argument unless the condition holds. An `if` around `refuse` spares writing the texts: where a call's cost counts, and
-    where they hold a size, which torch.compile would take for a constant and compile anew for every other one."""
+    """Refuse the argument unless the condition holds. `if ...: refuse(...)` instead where calls are to be cheap, for building a message
+    takes time, and where it contains a size, which torch.compile would specialise on and recompile for."""
     if not condition:
         refuse(name, expected, got)
 
@@ -74,7 +74,7 @@ SOFTCAPS = 2.0**-126, 2.0**126
 
 def check_softcap(name: str, softcap: object) -> None:
     fits = softcap is None or (is_number(softcap) and SOFTCAPS[0] <= softcap <= SOFTCAPS[1])
-    check(fits, f"{name}: softcap", "None or a finite number > 0", softcap)
+    check(fits, f"{name}: softcap", "None or a finite number > 0 (2^-126..2^126)", softcap)
 
 
 def traced(tensor: Tensor) -> bool:
@@ -91,7 +91,7 @@ def check_numbers(name: str, tensor: Tensor, n: int) -> None:
     """Integers must be in 0..n-1, where they can be looked at."""
     if tensor.numel() and inspectable(tensor):
         low, high = int(tensor.min()), int(tensor.max())
-        check(0 <= low and high < n, name, f"numbers in 0..{n - 1}", (low, high))
+        check(0 <= low and high < n, name, f"numbers in 0..{n - 1}", f"{low}..{high}")
 
 
 def check_like(name: str, tensor: Tensor, like: Tensor, like_name: str) -> None:

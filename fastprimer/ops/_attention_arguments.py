@@ -95,7 +95,7 @@ def check_longest(label: str, longest: object, cu_seqlens: Tensor, N: int) -> No
         arguments.check(longest >= true, label, f"at least the longest sequence's {true} tokens", longest)
     elif not torch.compiler.is_compiling():
         sequences = cu_seqlens.shape[0] - 1
-        arguments.check(longest * sequences >= N, label, f"the longest of {sequences} sequences of {N} tokens together", longest)
+        arguments.check(longest * sequences >= N, label, f"at least the mean of {sequences} sequences of {N} tokens together", longest)
 
 
 def _is_side(w: object) -> bool:
@@ -109,7 +109,7 @@ def normalise_window(name: str, window: Optional[tuple], causal: bool) -> tuple[
         left = right = None
     else:
         fits = isinstance(window, (tuple, list)) and len(window) == 2 and all(map(_is_side, window))
-        arguments.check(fits, f"{name}: window", "(left, right), each a number >= 0, or None or -1 for no limit", window)
+        arguments.check(fits, f"{name}: window", "(left, right), each an integer >= 0, or None or -1 for no limit", window)
         left, right = (None if w == -1 else w for w in window)
     if causal:
         right = 0 if right is None else min(right, 0)

@@ -17,7 +17,7 @@ def options(name, ignore_index, reduction, label_smoothing, z_loss, softcap, ret
     check_integer(f"{name}: ignore_index", ignore_index, "an integer of 64 bits", -(2**63))
     smooth = is_number(label_smoothing) and 0 <= label_smoothing <= 1
     arguments.check(smooth, f"{name}: label_smoothing", "a number in 0..1", label_smoothing)
-    arguments.check(is_number(z_loss) and abs(z_loss) < 2**126, f"{name}: z_loss", "a finite number", z_loss)
+    arguments.check(is_number(z_loss) and abs(z_loss) < 2**126, f"{name}: z_loss", "a finite number (below 2^126)", z_loss)
     arguments.check_softcap(name, softcap)
     arguments.check_flag(f"{name}: return_lse", return_lse)
     arguments.check_flag(f"{name}: return_argmax", return_argmax)

@@ -1,8 +1,9 @@
 r"""Attention with grouped queries: every query averages the values, weighted by the softmax of its scores with the keys.
 
-Sources: Vaswani et al. (2017), section 3.2.1; grouped queries, Ainslie et al. (2023), section 2.2; log-sum-exp and backward
-by recomputation, Dao et al. ("FlashAttention", 2022), appendix B; sliding window, Beltagy et al. (2020), section 3.1;
-softcap, Gemma 2 (2024), section 2; sinks, Xiao et al. (2023) in the learnable form of gpt-oss.
+Sources: Vaswani et al. ("Attention Is All You Need", 2017), section 3.2.1; grouped queries, Ainslie et al. ("GQA", 2023), section
+2.2; log-sum-exp and backward by recomputation, Dao et al. ("FlashAttention", 2022), appendix B; sliding window, Beltagy et al.
+("Longformer", 2020), section 3.1; softcap, Gemma Team ("Gemma 2", 2024), section 2; sinks, Xiao et al. ("Efficient Streaming
+Language Models with Attention Sinks", 2023) in the learnable form of gpt-oss.
 
 **Forward.** For one query head h and its key/value head h // (H / Hk), query i of S, key j of T:
 
@@ -20,13 +21,13 @@ no key (and no sink) has o_i = 0 and lse_i = −∞.
 
     dv_j  = Σ_i p_ij do_i
     dp_ij = do_i · v_j
-    dz_ij = p_ij (dp_ij − Σ_j' p_ij' dp_ij' + dlse_i) = p_ij (dp_ij − delta_i + dlse_i)
+    dz_ij = p_ij (dp_ij − Σ_j' p_ij' dp_ij' + dlse_i) = p_ij (dp_ij − delta_i)
 
 for ∂p_ij'/∂z_ij = p_ij ([j = j'] − p_ij') and ∂lse_i/∂z_ij = p_ij. The inner sum needs no pass over the keys:
 
-    delta_i = Σ_j p_ij (do_i · v_j) = do_i · o_i
+    delta_i = Σ_j p_ij (do_i · v_j) − dlse_i = do_i · o_i − dlse_i
 
-The sink is one more logit with the value 0, so dsink = Σ_i exp(sink − lse_i) (dlse_i − delta_i). Then
+The sink is one more logit, whose value vector is 0, so dsink = −Σ_i exp(sink − lse_i) delta_i, over all sequences. Then
 
     ds_ij = dz_ij (1 − (z_ij / c)²)                (softcap only)
     dq_i  = scale Σ_j ds_ij k_j
@@ -236,27 +237,28 @@ def attention(
     """Grouped-query attention, dense or over packed sequences.
 
     Args:
-        q: (B, S, H, D), or packed (N, H, D) with cu_seqlens_q.
+        q: (B, S, H, D), or packed (N, H, D) with cu_seqlens_q; float32, bfloat16, float16, or float64 (by the reference alone).
         k, v: (B, T, Hk, D), (B, T, Hk, Dv), or packed likewise; Hk divides H; dtype and device of q (autocast casts them).
         causal: query i sees keys j <= i + T - S (bottom-right aligned).
         window: (left, right), inclusive: query i sees keys i + T - S - left .. i + T - S + right; None on a side, or
             FlashAttention's -1: unlimited.
         scale: of the scores, by default D ** -0.5.
         softcap: c > 0 replaces scaled scores by c tanh(score / c), before masking.
-        sinks: (H,), a learnable extra logit per head, neither scaled nor capped; it takes part in lse.
-        cu_seqlens_q, cu_seqlens_k: int32 (B + 1,), cumulative lengths of the packed sequences, from 0 to N; empty
-            sequences are allowed; cu_seqlens_k defaults to cu_seqlens_q. On a GPU nobody looks at their values, which would wait for the
-            device: rows beyond the last of them are left undefined.
-        max_seqlen_q, max_seqlen_k: the longest packed sequence or more, where it is known on the host (spares a kernel empty work);
-            less is an error, which on a GPU is noticed only where it is less than the mean.
+        sinks: (H,), floating point: a learnable extra logit per head, neither scaled nor capped; it takes part in lse.
+        cu_seqlens_q, cu_seqlens_k: int32 or int64 (B + 1,), cumulative lengths of the packed sequences, from 0 to N; empty
+            sequences are allowed; cu_seqlens_k defaults to cu_seqlens_q. On a GPU their values are not inspected, which would wait for the
+            device: rows beyond the last of them are undefined.
+        max_seqlen_q, max_seqlen_k: an upper bound of the sequences' lengths, where one is known on the host; it saves a kernel empty
+            work. One that is too small is an error, detected on a GPU only if it is below the mean length.
         return_lse: return (o, lse).
 
     Returns:
         o (B, S, H, Dv) in q's dtype, or (N, H, Dv); lse (B, H, S) or (H, N), float32 (float64 for float64), differentiable.
-        A row that sees no key: o 0, lse -inf (with sinks: the sink), zero gradients.
+        A row that sees no key: o 0, lse -inf and zero gradients (with sinks: lse is the sink, which has lse's gradient).
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
+        fastprimer.BackendError: the backend asked for by name cannot serve this call.
 
     Sources: at the head of fastprimer/ops/attention.py.
     """

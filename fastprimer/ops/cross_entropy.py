@@ -1,8 +1,9 @@
 r"""Cross-entropy, plain and fused with the projection onto the vocabulary.
 
-The surprise −log p of the right token. Sources: label smoothing, Szegedy et al. (2016), section 7; z-loss, Chowdhery et al.
-("PaLM", 2022), section 5; soft-capped logits, Gemma 2 (2024), section 2; a running maximum and sum, Milakov and Gimelshein
-("Online normalizer calculation for softmax", 2018); logits tile by tile, Wijmans et al. ("Cut Your Losses", 2024).
+The surprise −log p of the right token. Sources: label smoothing, Szegedy et al. ("Rethinking the Inception Architecture", 2016),
+section 7; z-loss, Chowdhery et al. ("PaLM", 2022), section 5; soft-capped logits, Gemma Team ("Gemma 2", 2024), section 2; a running
+maximum and sum, Milakov and Gimelshein ("Online normalizer calculation for softmax", 2018); logits tile by tile, Wijmans et al. ("Cut
+Your Losses", 2024).
 
 **Forward.** For one token with logits l_v (v = 1..V) and target t; z_v = l_v, or c · tanh(l_v / c) with a softcap c:
 
@@ -31,16 +32,18 @@ and 0 for ignored tokens. With logits L = X Wᵀ + bias (N x V) and dL as above,
 lse and z_t are almost the same number. So the loss is log Σ exp(z_v − m) + (m − z_t), and backward is handed two numbers, lse as it was
 rounded and κ = exp(lse − exact lse): p_v = κ exp(z_v − lse) has an error of a few units in the last place whatever lse is.
 
-**Memory.** lse and κ are all that backward needs besides the inputs: it recomputes any part of L, which makes four products of N V C
-multiplications out of three. Within `memory_budget` bytes the forward also hands on `kept`, z of the first columns of the
-vocabulary (`kept_columns` says how many), and only the rest is computed twice: in float32, or in 16 bits where x and bias have no more.
+**Memory.** lse and κ are all that backward needs besides the inputs: it recomputes any part of L, so that training takes four
+products of N V C multiplications and additions instead of three. Within `memory_budget` bytes the forward also hands on `kept`, z of
+the first columns of the vocabulary (`kept_columns` says how many), and only the rest is computed twice: in float32, or in 16 bits where
+x and bias have no more.
 Those are numbers of fixed point, and every BLOCK columns of a token have a shift, 31 below m, the largest z so far,
 
     z_v ≈ shift + kept_v / STEPS,    kept_v = round((z_v − shift) STEPS) in −2^15 .. 2^15 − 1,    shift = m − 31,
 
 so that z is wrong by at most 2^−11 and p by as much of itself, which is what rounding it to float16 does; below m − 63 it counts as −∞,
-p < e^−63 as 0. (The slope of a softcap, 1 − (z/c)², is small where z nears c, and would be lost: there z stays float32.) About 2 N V
-bytes keep all of them, or 4 N V in float32, none a budget of 0. Every gradient is summed in float32 in a fixed order.
+p < e^−63 as 0. (The slope of a softcap, 1 − (z/c)², is small where z nears c, and would be lost: there z stays float32.) Keeping all
+of z takes about 2 N V bytes (4 N V in float32, 8 N V in float64); a budget of 0 keeps nothing. Every gradient is summed in float32 in
+a fixed order.
 
 Each token's loss is a separate output of the operation, so `reduction` is plain torch outside it and per-token gradients are right
 by construction. This reference holds N x V numbers; a backend of linear_cross_entropy never does, beyond the budget.
@@ -106,7 +109,7 @@ def linear_cross_entropy_forward(
     """
     z = _capped(_logits(x, weight, bias), softcap)
     in_16_bits = keeps_16_bits(x, bias, softcap)
-    columns = kept_columns(x.shape[0], weight.shape[0], memory_budget, in_16_bits)
+    columns = kept_columns(x.shape[0], weight.shape[0], memory_budget, 2 if in_16_bits else max(4, x.element_size()))
     valid = (target != ignore_index).unsqueeze(-1)
     kept, shift = torch.where(valid, z[:, :columns], 0.0), z.new_empty(x.shape[0], 0)
     if in_16_bits:
@@ -147,13 +150,13 @@ def linear_cross_entropy_backward(
 
 
 def keeps_16_bits(x: Tensor, bias: Optional[Tensor], softcap: Optional[float]) -> bool:
-    """Whether z is kept in 16 bits: where no gradient that comes of it is wanted in more, and none hangs on more."""
+    """Whether z is kept in 16 bits: where no gradient that comes of it is wanted in more, and none depends on more."""
     return x.element_size() == 2 and (bias is None or bias.element_size() == 2) and softcap is None
 
 
-def kept_columns(N: int, V: int, memory_budget: int, in_16_bits: bool) -> int:
-    """Of how many columns of the vocabulary the budget has room for z, shifts included: all, or a multiple of 256."""
-    size, shift = (2, 4) if in_16_bits else (4, 0)
+def kept_columns(N: int, V: int, memory_budget: int, size: int) -> int:
+    """Of how many columns of the vocabulary the budget has room for z of `size` bytes, shifts included: all, or a multiple of 256."""
+    shift = 4 if size == 2 else 0
     room, all_columns = memory_budget // torch.sym_max(N, 1), size * V + (V + BLOCK - 1) // BLOCK * shift
     columns = room // (256 * size + 2 * shift) * 256
     return torch.sym_min(V, torch.sym_max(columns, torch.sym_min(room, all_columns) // all_columns * V))
@@ -168,7 +171,7 @@ def _losses(z: Tensor, target: Tensor, ignore_index: int, label_smoothing: float
     lse = m + log_sum
     near_target = near.gather(-1, torch.where(valid, target, 0).long().unsqueeze(-1)).squeeze(-1)
     loss = log_sum - (1 - label_smoothing) * near_target
-    loss = loss + z_loss * lse * lse  # in this order: a square may be infinite, and 0 of it is no number
+    loss = loss + z_loss * lse * lse  # in this order: a square may be infinite, and 0 of it is NaN
     if label_smoothing != 0:
         loss = loss - label_smoothing * near.mean(-1)
     correction = _correction(m, log_sum.detach(), lse.detach())
@@ -298,8 +301,10 @@ def cross_entropy(
         (loss, lse), (loss, argmax) or (loss, lse, argmax).
 
     Raises:
-        TypeError, ValueError: an argument does not fit; the message names it. Targets out of range raise ValueError on
-        the CPU; on a GPU they are not checked, for that would wait for the device: there such a token's loss is NaN.
+        TypeError, ValueError: an argument does not fit; the message names it. A target out of range raises ValueError on
+            the CPU (RuntimeError in compiled code and under torch.func's transforms); on a GPU it is not checked, for that would wait
+            for the device: the kernels make such a token's loss NaN, the reference fails within torch.
+        fastprimer.BackendError: the backend asked for by name cannot serve this call.
 
     Sources: at the head of fastprimer/ops/cross_entropy.py.
     """
@@ -332,13 +337,14 @@ def linear_cross_entropy(
     return_argmax: bool = False,
     memory_budget: Optional[int] = None,
 ) -> Tensor | tuple[Tensor, ...]:
-    """cross_entropy(x @ weight.T + bias, target) without ever forming the logits (on a backend other than reference).
+    """cross_entropy(x @ weight.T + bias, target) without ever holding all logits (on a backend other than reference).
 
     Args:
-        x: (..., C), the last hidden state.
-        weight: (V, C), the output projection, like x; bias: (V,) or None. Under autocast they are cast as by a linear layer.
+        x: (..., C), the last hidden state; float32, bfloat16, float16 or float64.
+        weight: (V, C), the output projection, like x; bias: (V,), floating point, or None. Under autocast they are cast as by a linear
+            layer.
         memory_budget: bytes of logits that may be kept for backward, which recomputes the rest: 4 N V keeps all and is fastest, and
-            2.04 N V do for bfloat16 and float16 without a softcap; 0 needs least memory. Default: 8 times the bytes of x.
+            about 2.04 N V suffice for bfloat16 and float16 without a softcap; 0 needs least memory. Default: 8 times the bytes of x.
         target and the others: as for `cross_entropy`.
 
     Returns:
@@ -346,6 +352,9 @@ def linear_cross_entropy(
 
     Raises:
         TypeError, ValueError: as `cross_entropy`; also for an empty weight (one sharded by ZeRO-3 must be gathered first).
+        fastprimer.BackendError: the backend asked for by name cannot serve this call.
+
+    Sources: at the head of fastprimer/ops/cross_entropy.py.
     """
     name = "linear_cross_entropy"
     for label, tensor in (("x", x), ("weight", weight)) + ((("bias", bias),) if bias is not None else ()):

@@ -111,7 +111,8 @@ def attention_with_kv_cache(
     """Attention of S new queries per sequence to its cached keys and values; appends k and v to the cache in place first.
 
     Args:
-        q: (B, S, H, D), 1 <= S <= 16: the queries of each sequence's last S tokens; in the caches' dtype (autocast casts q, k, v to it).
+        q: (B, S, H, D), 1 <= S <= 16: the queries of each sequence's last S tokens; in the caches' dtype (autocast casts q, k, v to it),
+            float32, bfloat16 or float16 (float64 by the reference alone).
         k_cache, v_cache: (B, T, Hk, D), (B, T, Hk, Dv), or pages (pages, page_size, Hk, D) with block_table.
         cache_seqlens: int (B,), how many tokens each sequence has in the cache, before k and v are appended.
         k, v: (B, S, Hk, D), (B, S, Hk, Dv), the new tokens' keys and values, both or neither.
@@ -123,8 +124,12 @@ def attention_with_kv_cache(
         o (B, S, H, Dv), and lse (B, H, S) with return_lse.
 
     Raises:
-        TypeError, ValueError: an argument does not fit (a cache too short included, on the CPU); nothing is written then.
+        TypeError, ValueError: an argument does not fit (a cache too short included, on the CPU); nothing is written then. On a GPU
+            tokens beyond a cache's room are not written.
         RuntimeError: a gradient was asked for.
+        fastprimer.BackendError: the backend asked for by name cannot serve this call.
+
+    Source: Kwon et al. (2023), section 4.1.
     """
     name = "attention_with_kv_cache"
     for label, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache), ("k", k), ("v", v)):
@@ -174,7 +179,9 @@ def check_cached(name, q, k_cache, v_cache, cache_seqlens, k, v, block_table) ->
         tensors += [("k", k), ("v", v)]
         for label, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
             one_place_each = all(size == 1 or stride for size, stride in zip(cache.shape, cache.stride(), strict=True))
-            arguments.check(one_place_each, f"{name}: {label}", "memory for each token, not an expanded tensor", cache.stride())
+            arguments.check(
+                one_place_each, f"{name}: {label}", "memory for each token, not an expanded tensor", f"strides {cache.stride()}"
+            )
         same = k_cache is v_cache
         if not arguments.traced(k_cache):  # nothing, and a meta tensor, lies at 0
             same = k_cache.data_ptr() == v_cache.data_ptr() != 0

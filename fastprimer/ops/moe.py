@@ -1,7 +1,7 @@
 r"""Top-k mixture of experts: a router picks K of E feed-forward networks for every token and weighs their outputs.
 
-The chapter on routing is fastprimer/ops/routing.py. Source: Shazeer et al. (2017), section 2; Jiang et al. ("Mixtral",
-2024), section 2.1.
+The chapter on routing is fastprimer/ops/routing.py. Sources: Shazeer et al. ("Outrageously Large Neural Networks: The
+Sparsely-Gated Mixture-of-Experts Layer", 2017), section 2; Jiang et al. ("Mixtral of Experts", 2024), section 2.1.
 
 **Forward.** Token n goes to experts e = experts[n, k] with weights w = weights[n, k]:
 
@@ -11,7 +11,7 @@ The chapter on routing is fastprimer/ops/routing.py. Source: Shazeer et al. (201
 
 No token is dropped, an expert may be empty.
 
-**Backward.** With dy_n and, for every pair (n, k), the gradient d = down[e]ᵀ dy_n of the unweighted u:
+**Backward.** With dy_n and, for every pair (n, k), d = down[e]ᵀ dy_n, the gradient of w u (that of u itself is du = w d):
 
     dweights[n, k] = dy_n · (down[e] u) = d · u            (so y need not be stored per expert)
     ddown[e]       = Σ_(n, k): experts = e  dy_n (w u)ᵀ
@@ -155,7 +155,7 @@ def moe(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tens
     """The weighted sum of K experts' SwiGLU networks for every token; no token is dropped.
 
     Args:
-        x: (N, C).
+        x: (N, C), float32, bfloat16, float16 or float64.
         gate_up: (E, 2F, C), each expert's two input projections, gate first; down: (E, C, F); both like x (autocast casts).
         weights: (N, K), floating point (float32 from `route`); experts: int (N, K), in 0..E-1, distinct within a row.
 
@@ -163,7 +163,9 @@ def moe(x: Tensor, gate_up: Tensor, down: Tensor, weights: Tensor, experts: Tens
         (N, C) in x's dtype.
 
     Raises:
-        TypeError, ValueError: an argument does not fit; the message names it. Expert numbers are checked on the CPU only.
+        TypeError, ValueError: an argument does not fit; the message names it. Expert numbers are checked on the CPU only: on a GPU
+            one outside 0..E-1 contributes nothing.
+        fastprimer.BackendError: the backend asked for by name cannot serve this call.
 
     Source: Jiang et al. (2024), section 2.1.
     """

@@ -79,8 +79,8 @@ LIMITS = {
 
 
 LARGE = 2**25
-"""Numbers from which on Triton's kernels are as fast or faster, and their longer calls do not show: 95% to 100% of a copy's bandwidth on
-an H100 forward and 85% to 88% backward, the CUDA kernels' 86% to 98% and 75% to 90%."""
+"""Numbers from which on Triton's kernels are on the whole as fast or faster, and their longer calls do not show: 95% to 100% of a copy's
+bandwidth on an H100 forward and 85% to 88% backward, the CUDA kernels' 86% to 98% and 75% to 90%."""
 
 
 def _faster(x: Tensor, *_) -> str:
@@ -121,7 +121,7 @@ def rms_norm(
 
     Args:
         x: (..., C), float32, bfloat16, float16 or float64; any strides, any number of rows, C >= 1.
-        weight: (C,) in x's dtype or float32, or None for no weight.
+        weight: (C,) in x's dtype or float32 (another one is served by the reference alone), or None for no weight.
         eps: added to the mean square, > 0 or 0.
         residual: (..., C) like x, added to x first.
         weight_offset: added to the weight (1.0 for Gemma's "w + 1"); without a weight it has no effect.

@@ -129,9 +129,10 @@ def rope(
     """Rotate queries and keys by their positions; returns new tensors (q, k).
 
     Args:
-        q: (B, S, H, D), or packed (N, H, D).
+        q: (B, S, H, D), or packed (N, H, D); float32, bfloat16, float16 or float64.
         k: likewise with Hk heads, or None (then None is returned for it).
-        cos, sin: (P, R/2), R <= D: cosine and sine of the angle of each pair at positions 0..P-1; constants.
+        cos, sin: (P, R/2), R <= D, in q's dtype or float32 (others by the reference alone): cosine and sine of the angle of each pair at
+            positions 0..P-1; constants.
         positions: int (B, S), or packed (N,): each token's row of cos and sin; by default 0..S-1 (packed: 0..N-1).
         interleaved: pair features (2i, 2i + 1) as in the paper, instead of (i, i + R/2) as in LLaMA.
 
@@ -139,7 +140,7 @@ def rope(
         TypeError, ValueError: an argument's dtype, shape or device does not fit; the message names it.
         IndexError: a position outside 0..P-1. Checked on the CPU only: elsewhere, and in compiled code, such a token becomes NaN.
 
-    Source: Su et al. (2021), section 3.2.2.
+    Source: Su et al. ("RoFormer", 2021), section 3.2.2.
     """
     arguments.check_floating("rope: q", q)
     shape = q.shape
@@ -172,7 +173,7 @@ def rope(
         if positions.numel() and arguments.inspectable(positions):
             low, high = int(positions.min()), int(positions.max())
             if low < 0 or high >= rows[0]:
-                raise IndexError(f"rope: positions: expected numbers in 0..{rows[0] - 1}, the rows of cos, got {(low, high)}")
+                raise IndexError(f"rope: positions: expected numbers in 0..{rows[0] - 1}, the rows of cos, got {low}..{high}")
     arguments.check_flag("rope: interleaved", interleaved)
     backend = choose("rope", q, k, cos, sin, positions, interleaved)
     if arguments.needs_gradient(q, k):

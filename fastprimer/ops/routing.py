@@ -1,8 +1,9 @@
 r"""Routing: which experts a token goes to, with what weights, and the losses that keep the choice balanced.
 
-Sources: softmax then top-k, Shazeer et al. (2017), section 2.1; K = 1, Fedus et al. ("Switch", 2021), section 2; top-k then
-softmax, Jiang et al. ("Mixtral", 2024), section 2.1; sigmoid with a selection bias and groups, DeepSeek-V3 (2024), section
-2.1.2; group-limited choice, DeepSeek-V2 (2024), section 2.1.2.
+Sources: top-k then softmax, Shazeer et al. ("Outrageously Large Neural Networks", 2017), section 2.1, and Jiang et al. ("Mixtral
+of Experts", 2024), section 2.1; softmax then top-k, Lepikhin et al. ("GShard", 2020), algorithm 1; K = 1, Fedus et al. ("Switch
+Transformers", 2021), section 2; sigmoid with a selection bias and groups, DeepSeek-AI ("DeepSeek-V3 Technical Report", 2024),
+section 2.1.2; group-limited choice, DeepSeek-AI ("DeepSeek-V2", 2024), section 2.2.2.
 
 **Forward.** For one token with logits l_e, e = 1..E:
 
@@ -167,7 +168,7 @@ def check_choice(
     if score not in SCORES:
         arguments.refuse(f"{op}: score", f"one of {', '.join(SCORES)}", repr(score))
     if (groups is None) != (top_groups is None):
-        arguments.refuse(f"{op}: top_groups", "both groups and top_groups, or neither", top_groups)
+        arguments.refuse(f"{op}: top_groups", f"a number with groups = {groups}, or both None", top_groups)
     if groups is None:
         return
     if not is_count(groups, 1) or E % groups:
@@ -197,7 +198,7 @@ def route(
         k: experts per token, 1 <= k <= E; 1 with renormalize=False is Switch.
         score: "softmax" over all experts, then top-k; "softmax_topk": top-k, then softmax; "sigmoid".
         renormalize: divide the chosen scores by their sum ("softmax_topk" always sums to 1).
-        bias: (E,), added for the choice only; it has no gradient (DeepSeek-V3 adjusts it by counting).
+        bias: (E,), floating point, added for the choice only; it has no gradient (DeepSeek-V3 adjusts it by counting).
         groups, top_groups: choose only among the experts of the top_groups best of `groups` equal groups; both or neither.
         scale: multiplies the weights.
 
@@ -207,6 +208,7 @@ def route(
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
+        fastprimer.BackendError: the backend asked for by name cannot serve this call.
 
     Sources: at the head of fastprimer/ops/routing.py.
     """
@@ -254,13 +256,15 @@ def load_balancing_loss(logits: Tensor, experts: Tensor) -> Tensor:
     """Switch's balance loss of a router: E Σ_e f_e P_e (see the head of this file).
 
     Args:
-        logits: (N, E); experts: int (N, K), the choice that `route` made.
+        logits: (N, E), floating point; experts: int (N, K), the choice that `route` made.
 
     Returns:
         A scalar, float32 (float64 for float64); K for a perfectly even router; 0 for no token.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
+
+    Source: Fedus et al. (2021), section 2.2, equation 4.
     """
     arguments.check_floating("load_balancing_loss: logits", logits)
     arguments.check(logits.dim() == 2, "load_balancing_loss: logits", "shape (N, E)", tuple(logits.shape))
@@ -286,6 +290,8 @@ def router_z_loss(logits: Tensor) -> Tensor:
 
     Raises:
         TypeError, ValueError: logits are not that; the message says what came.
+
+    Source: Zoph et al. (2022), equation 5.
     """
     arguments.check_floating("router_z_loss: logits", logits)
     arguments.check(logits.dim() == 2, "router_z_loss: logits", "shape (N, E)", tuple(logits.shape))

@@ -48,7 +48,7 @@ def linear_cases(
     x, weight, b = meta(dtype, N, C), meta(dtype, V, C), meta(dtype, V) if bias else None
     dloss, target, lse = vectors(N, dtype)
     in_16_bits = keeps_16_bits(x, b, options[-1])
-    columns = kept_columns(N, V, budget, in_16_bits)
+    columns = kept_columns(N, V, budget, 2 if in_16_bits else lse.element_size())
     kept, shift = meta(torch.int16 if in_16_bits else lse.dtype, N, columns), meta(lse.dtype, N, -(-columns // BLOCK) if in_16_bits else 0)
     dlse = dloss if options == EVERY else None
     words = {f"kept={kept.shape[1]}": kept.shape[1], "bias": bias, "every option": options == EVERY}

@@ -1,0 +1,200 @@
+"""fp.attention behind transformers' attention interface, under the name "fastprimer".
+
+What is causal, or causal within a sliding window, needs no mask, and padding none either: the tokens that are kept are packed, and every
+sequence's padding behind it as two more sequences, of queries without keys and of keys without queries. So nothing waits for the device
+in a layer, and no shape depends on the lengths. Masks of any other kind (and dropout, biases, heads of more than 256 features) are served
+by torch, as transformers would.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from fastprimer import ops
+
+NAME = "fastprimer"
+
+
+def register() -> str:
+    """Make `attn_implementation="fastprimer"` known to transformers; returns that name. Again: no effect."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, mask)
+    return NAME
+
+
+class Banded(BlockMask):
+    """A mask that is not made: causal or not, within a window of so many keys (None: all), of the keys where padding (B, T) is true
+    (None: all). If causal, the S queries are the last S tokens of the same sequences.
+
+    It is a BlockMask by name alone: transformers hands on what is one, or a tensor, of four dimensions, and takes all else for padding.
+    """
+
+    def __init__(self, shape: tuple[int, int, int, int], causal: bool, window: Optional[int] = None, padding: Optional[Tensor] = None):
+        self.sizes, self.causal, self.window, self.padding = shape, causal, window, padding
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.sizes
+
+    def to(self, *args, **kwargs) -> Banded:
+        return Banded(self.sizes, self.causal, self.window, None if self.padding is None else self.padding.to(*args, **kwargs))
+
+    def __repr__(self) -> str:
+        return f"Banded({self.sizes}, causal={self.causal}, window={self.window}, padding={'none' if self.padding is None else 'some'})"
+
+
+def mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset=0,
+    kv_offset=0,
+    *,
+    attention_mask: Optional[Tensor] = None,
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    local_size: Optional[int] = None,
+    config=None,
+    **options,
+):
+    """What `attention` is handed as its mask: None, a Banded, or the mask itself, (B, 1, S, T), true where a query sees a key.
+
+    transformers says by `allow_is_causal_skip` (`allow_is_bidirectional_skip`) that nothing but causality (nothing at all), a local size
+    and padding is masked. The local size is a sliding window's or a chunk's, which the configuration tells apart.
+    """
+    from transformers.masking_utils import sdpa_mask
+
+    static = isinstance(q_offset, Tensor) or isinstance(kv_offset, Tensor)  # a cache with room that is not filled yet
+    sliding = local_size is None or (getattr(config, "sliding_window", None) == local_size and not hasattr(config, "attention_chunk_size"))
+    causal = allow_is_causal_skip and sliding and not static and q_offset + q_length == kv_offset + kv_length
+    full = allow_is_bidirectional_skip and local_size is None and not static
+    padding = None if attention_mask is None or static else attention_mask[:, kv_offset : kv_offset + kv_length]
+    packs = padding is None or (padding.shape[1] == kv_length and (local_size is None or _at_one_end(padding)))
+    if (causal or full) and packs:
+        padding = None if padding is None or _is_all(padding) else padding
+        shape = (batch_size, 1, q_length, kv_length)
+        return None if padding is None and local_size is None else Banded(shape, causal, local_size, padding)
+    return sdpa_mask(
+        batch_size,
+        q_length,
+        kv_length,
+        q_offset,
+        kv_offset,
+        attention_mask=attention_mask,
+        allow_is_causal_skip=False,
+        local_size=local_size,
+        **options,
+    )
+
+
+def _is_all(padding: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and bool(padding.all())
+
+
+def _at_one_end(padding: Tensor) -> bool:
+    """So that a window of what is kept is that of all tokens."""
+    return not torch.compiler.is_compiling() and bool((padding.diff(dim=1).sum(1) <= 1).all())
+
+
+def attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask,
+    dropout: float = 0.0,
+    scaling: Optional[float] = None,
+    is_causal: Optional[bool] = None,
+    sliding_window: Optional[int] = None,
+    softcap: Optional[float] = None,
+    s_aux: Optional[Tensor] = None,
+    position_bias: Optional[Tensor] = None,
+    cu_seq_lens_q: Optional[Tensor] = None,
+    cu_seq_lens_k: Optional[Tensor] = None,
+    max_length_q: Optional[int] = None,
+    max_length_k: Optional[int] = None,
+    **_,
+) -> tuple[Tensor, None]:
+    """query (B, H, S, D), key (B, Hk, T, D), value (B, Hk, T, Dv) -> o (B, S, H, Dv), and None in place of the probabilities.
+
+    attention_mask is what `mask` made, or any mask (B, 1 or H, S, T), boolean or added to the scores. s_aux (H,) are sinks. Sequences
+    that are packed into a batch of one are told by cu_seq_lens_q and the like, as transformers' collators do.
+    """
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    scores = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    band = attention_mask if isinstance(attention_mask, Banded) else Banded((q.shape[0], 1, q.shape[1], k.shape[1]), causal, sliding_window)
+    packed = cu_seq_lens_q is not None and cu_seq_lens_k is not None and q.shape[0] == 1
+    served = not dropout and position_bias is None and max(q.shape[-1], v.shape[-1]) <= 256
+    if not served or (isinstance(attention_mask, Tensor) and not packed):
+        return by_torch(q, k, v, band, attention_mask, dropout, position_bias, **scores), None
+    window = None if band.window is None else (band.window - 1, 0 if band.causal else band.window - 1)
+    options = {"causal": band.causal, "window": window, **scores}
+    if packed:
+        lengths = {"cu_seqlens_q": cu_seq_lens_q, "cu_seqlens_k": cu_seq_lens_k}
+        longest = {"max_seqlen_q": None if max_length_q is None else int(max_length_q)}
+        longest["max_seqlen_k"] = None if max_length_k is None else int(max_length_k)
+        return ops.attention(q[0], k[0], v[0], **lengths, **longest, **options).unsqueeze(0), None
+    if band.padding is not None:
+        return without_padding(q, k, v, band.padding.to(q.device), **options), None
+    return ops.attention(q, k, v, **options), None
+
+
+def without_padding(q: Tensor, k: Tensor, v: Tensor, padding: Tensor, **options) -> Tensor:
+    """Attention to the keys where padding (B, T) is true; if causal, of the queries that are such tokens, and 0 for the others."""
+    (B, S), T = q.shape[:2], k.shape[1]
+    kept_k = padding.bool()
+    kept_q = kept_k[:, T - S :] if options["causal"] else kept_k.new_ones(B, S)
+    n_k, n_q = kept_k.sum(1), kept_q.sum(1)
+    none = torch.zeros_like(n_q)
+    ends = [  # of each sequence's tokens, its other queries, and its other keys
+        F.pad(torch.stack(lengths, 1).flatten().cumsum(0, dtype=torch.int32), (1, 0))
+        for lengths in ((n_q, S - n_q, none), (n_k, none, T - n_k))
+    ]
+    order_q, order_k = (torch.argsort(kept, dim=1, descending=True, stable=True) for kept in (kept_q, kept_k))
+    rows_q, rows_k = _rows(order_q), _rows(order_k)
+    q, k, v = q.flatten(0, 1).index_select(0, rows_q), k.flatten(0, 1).index_select(0, rows_k), v.flatten(0, 1).index_select(0, rows_k)
+    packed = {"cu_seqlens_q": ends[0], "cu_seqlens_k": ends[1], "max_seqlen_q": S, "max_seqlen_k": T}
+    o = ops.attention(q, k, v, **packed, **options)
+    return o.index_select(0, _rows(order_q.argsort(1))).unflatten(0, (B, S))
+
+
+def _rows(order: Tensor) -> Tensor:
+    """The rows of (B N, ...) in the order (B, N) of each sequence's own."""
+    B, N = order.shape
+    return (order + N * torch.arange(B, device=order.device).unsqueeze(1)).flatten()
+
+
+def by_torch(q, k, v, band: Banded, mask, dropout: float, position_bias, scale, softcap, sinks) -> Tensor:
+    """The same with any mask, bias and dropout: (B, S, H, Dv)."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    S, T = q.shape[2], k.shape[2]
+    if not isinstance(mask, Tensor):
+        distance = torch.arange(T - S, T, device=q.device).unsqueeze(1) - torch.arange(T, device=q.device)
+        seen = distance >= 0 if band.causal else torch.ones_like(distance, dtype=torch.bool)
+        if band.window is not None:
+            seen = seen & (distance.abs() < band.window)
+        mask = seen if band.padding is None else seen & band.padding.to(q.device).bool()[:, None, None, :]
+    if position_bias is None and softcap is None and sinks is None:
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale, enable_gqa=True)
+        return o.transpose(1, 2)
+    bias = torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask.to(q.dtype)
+    bias = bias if position_bias is None else bias + position_bias
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    s = (q @ k.transpose(2, 3)).float() * (q.shape[-1] ** -0.5 if scale is None else scale)
+    s = (s if softcap is None else softcap * torch.tanh(s / softcap)) + bias
+    if sinks is not None:
+        s = torch.cat((s, sinks.float()[:, None, None].expand(*s.shape[:-1], 1)), -1)
+    p = s.softmax(-1).nan_to_num(0.0)[..., :T]
+    return (F.dropout(p, dropout).to(v.dtype) @ v).transpose(1, 2)
+
+
+__all__ = ["NAME", "attention", "mask", "register"]

@@ -1,0 +1,139 @@
+"""Hugging Face models on fastprimer's kernels: one call, one model, and back.
+
+    from fastprimer.integrations.transformers import patch
+
+    patched = patch(model)   # before it is wrapped, hooked or compiled; then train or generate as ever, Trainer included
+    print(patched)           # what is replaced, and what is left alone and why
+    patched.undo()           # or: with patch(model): ...
+
+Nothing is replaced by the name of a model or the version of transformers. A layer that looks as if it were a certain operation is run, with
+small random weights in float32 on the CPU, beside that operation (hf_probes.py); only where both agree is its class exchanged, for a
+subclass whose forward calls fastprimer. Parameters, state_dict, hooks, adapters and other models stay what they are. A call that is of
+another kind than what was tried (weights of another dtype than x, ...) goes to the original.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+
+from torch import nn
+
+from fastprimer.integrations import hf_attention, hf_layers
+from fastprimer.integrations.hf_probes import Unlike
+
+OPERATIONS = (*hf_layers.BUILDERS, "attention", "linear_cross_entropy")
+
+
+class Patch:
+    """What `patch` has done to a model; as a context manager it undoes it at the end.
+
+    Attributes:
+        model: the model itself.
+        replaced: how many layers of each "LlamaRMSNorm: rms_norm".
+        left: why, for each such pair that was looked at and left alone.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.replaced: Counter[str] = Counter()
+        self.left: dict[str, str] = {}
+        self._exchanged: list[tuple[nn.Module, type, type]] = []
+        self._attention: str | dict | None = None
+
+    def undo(self) -> nn.Module:
+        """Give every layer its own class back, and the model its attention; returns the model. Again: no effect.
+
+        Raises:
+            RuntimeError: something has wrapped a layer since (fully_shard, parametrize, ...); nothing is undone then.
+        """
+        for module, _, ours in self._exchanged:
+            if type(module) is not ours:
+                raise RuntimeError(
+                    f"patch: undo: expected every layer as it was left, got a {type(module).__name__}, which was wrapped since"
+                )
+        for module, original, _ in reversed(self._exchanged):
+            module.__class__ = original
+        if self._attention is not None:
+            self.model.set_attn_implementation(self._attention)
+        self._exchanged, self._attention = [], None
+        return self.model
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.undo()
+
+    def __str__(self) -> str:
+        replaced = [f"{count:4} x {what}" for what, count in self.replaced.items()]
+        return "\n".join([*replaced, *(f"left alone: {what}: {reason}" for what, reason in self.left.items())])
+
+    def _exchange(self, operation: str, module: nn.Module) -> None:
+        """Give the module a class that computes by the operation, if it can be shown to be that; else say why not."""
+        what = f"{type(module).__name__}: {operation}"
+        try:
+            if "forward" in vars(module):
+                raise Unlike("it has a forward of its own (a hook of accelerate?)")
+            exchanges = hf_layers.exchanges(operation, module)
+        except Unlike as reason:
+            self.left[what] = str(reason)
+            return
+        for part, ours in exchanges:
+            self._exchanged.append((part, type(part), ours))
+            part.__class__ = ours
+        self.replaced[what] += 1
+
+    def _attend(self, model) -> None:
+        what, config = f"{type(model).__name__}: attention", model.config
+        before = {"": config._attn_implementation}
+        for name in config.sub_configs:
+            if getattr(config, name, None) is not None:
+                before[name] = getattr(config, name)._attn_implementation
+        model.set_attn_implementation(hf_attention.register())
+        if config._attn_implementation == hf_attention.NAME:
+            self._attention = before if len(before) > 1 else before[""]
+            self.replaced[what] += 1
+        else:
+            self.left[what] = "it does not choose its attention by transformers' AttentionInterface"
+
+
+def patch(model: nn.Module, *, only: Collection[str] = OPERATIONS) -> Patch:
+    """Let a transformers model compute by fastprimer, in place.
+
+    Args:
+        model: a transformers.PreTrainedModel, or any module of such layers; before fully_shard, torch.compile or accelerate's hooks.
+        only: some of "rms_norm", "swiglu", "rope", "moe", "attention", "linear_cross_entropy"; default: all.
+
+    With "linear_cross_entropy" a model in training mode that is given labels returns its loss without ever holding the logits, and None in
+    their place; in eval mode it returns them as ever. "attention" returns no probabilities (output_attentions), as SDPA does.
+
+    Returns:
+        A Patch: what was replaced, what was left alone and why, and the way back.
+
+    Raises:
+        ImportError: transformers is not installed.
+        TypeError, ValueError: model is no module, or is patched already; an unknown operation.
+    """
+    from transformers import PreTrainedModel
+
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"patch: model: expected a module, got {type(model).__name__}")
+    if isinstance(only, str) or not set(only) <= set(OPERATIONS):
+        raise ValueError(f"patch: only: expected some of {', '.join(OPERATIONS)}, got {only!r}")
+    if any(hf_layers.is_ours(module) for module in model.modules()):
+        raise ValueError("patch: model: expected one that is not patched, got one that is: undo that first")
+    done = Patch(model)
+    for module in list(model.modules()):
+        for operation in hf_layers.looks_like(module):
+            if operation in only:
+                done._exchange(operation, module)
+    if isinstance(model, PreTrainedModel):
+        if "attention" in only:
+            done._attend(model)
+        if "linear_cross_entropy" in only and model.get_output_embeddings() is not None:
+            done._exchange("linear_cross_entropy", model)
+    return done
+
+
+__all__ = ["OPERATIONS", "Patch", "patch"]
