@@ -36,13 +36,22 @@ void choose(const A* values, int64_t n, int64_t k, int64_t* numbers, A* best) {
   }
 }
 
-// e^x for x <= 0 as long as it is a number above 0: near the smallest normal number the choice is still among different scores.
+// Rows of scores have room for as many numbers more as a register has, so that their ends need no other instructions.
+template <class A>
+struct Row : Buffer<A> {
+  explicit Row(int64_t n) : Buffer<A>(n + VecOf<A>::size) {}
+};
+
+// e^x for x <= 0 as long as it is a number above 0: near the smallest normal number the choice is still among different scores. The values
+// are a Row's, and what lies behind them is spoiled.
 template <class A>
 void exponentials(A* values, int64_t n) {
   A least = 0;
   for (int64_t i = 0; i < n; i++) least = values[i] < least ? values[i] : least;
-  if (least > -87) {
-    for_columns<A>(0, n, [&](int64_t c, auto count, int) { store(values + c, exp_of_negative(load(values + c, count)), count); });
+  if (least > (sizeof(A) == sizeof(double) ? -708 : -87)) {
+    constexpr int64_t size = VecOf<A>::size;
+    for (int64_t i = n; i % size != 0; i++) values[i] = 0;
+    for (int64_t c = 0; c < n; c += size) store(values + c, exp_of_negative(load(values + c)));
   } else {
     for (int64_t i = 0; i < n; i++) values[i] = A(__builtin_exp(double(values[i])));
   }
@@ -59,16 +68,6 @@ void softmax(A* values, int64_t n) {
   for (int64_t i = 0; i < n; i++) values[i] /= total;
 }
 
-struct Logistic {
-  double value, slope;  // sigma(l), and the slope of log sigma(l), sigma(-l)
-
-  explicit Logistic(double l) {
-    const double e = __builtin_exp(-__builtin_fabs(l)), large = 1 / (1 + e), small = e * large;
-    value = l >= 0 ? large : small;
-    slope = l >= 0 ? small : large;
-  }
-};
-
 // Sums of sigmoids from here on divide them exactly; below, some may have lost digits, or all be 0.
 constexpr double LEAST_TOTAL = 1e-280;
 
@@ -80,12 +79,14 @@ template <class A>
 void shares(const Weighting& weighting, const A* chosen, const A* scores, const int64_t* experts, int64_t K, double* r, double* slopes) {
   const bool sigmoids = weighting.score == Score::sigmoid;
   double total = 0;
-  for (int64_t k = 0; k < K; k++) {
-    slopes[k] = 1;
-    if (!sigmoids) continue;
-    const Logistic sigma(chosen[k]);
-    total += r[k] = sigma.value;
-    slopes[k] = sigma.slope;
+  for (int64_t k = 0; k < K; k++) slopes[k] = sigmoids ? -__builtin_fabs(chosen[k]) : 1;
+  if (sigmoids) {
+    exponentials(slopes, K);
+    for (int64_t k = 0; k < K; k++) {
+      const double large = 1 / (1 + slopes[k]), small = slopes[k] * large;  // sigma of |l| and of -|l|
+      total += r[k] = chosen[k] >= 0 ? large : small;
+      slopes[k] = chosen[k] >= 0 ? small : large;
+    }
   }
   if (!weighting.renormalize && weighting.score != Score::softmax_topk) {
     for (int64_t k = 0; !sigmoids && k < K; k++) r[k] = scores[experts[k]];
@@ -97,8 +98,10 @@ void shares(const Weighting& weighting, const A* chosen, const A* scores, const 
       r[k] = sigmoids ? log_sigmoid(chosen[k]) : chosen[k];
       most = before(r[k], most) ? r[k] : most;
     }
+    for (int64_t k = 0; k < K; k++) r[k] -= most;
+    exponentials(r, K);
     total = 0;
-    for (int64_t k = 0; k < K; k++) total += r[k] = __builtin_exp(r[k] - most);
+    for (int64_t k = 0; k < K; k++) total += r[k];
   }
   for (int64_t k = 0; k < K; k++) r[k] /= total;
 }
@@ -117,8 +120,8 @@ class Route {
 
   explicit Route(const RouteForward& args)
       : a_(args),
-        l_(args.E),
         scores_(args.E),
+        l_(args.E),
         choice_(args.E),
         best_(args.E),
         worth_(args.groups),
@@ -175,9 +178,10 @@ class Route {
   }
 
   const RouteForward& a_;
-  Buffer<A> l_, scores_, choice_, best_, worth_;
+  Row<A> scores_;
+  Buffer<A> l_, choice_, best_, worth_;
   Buffer<int64_t> numbers_;
-  Buffer<double> r_, slopes_;
+  Row<double> r_, slopes_;
 };
 
 template <class T>
@@ -231,8 +235,10 @@ class RouteGradient {
   const RouteBackward& a_;
   const bool past_cache_;
   const Buffer<T> row_;
-  Buffer<A> scores_, chosen_;
-  Buffer<double> r_, slopes_, dr_;
+  Row<A> scores_;
+  Buffer<A> chosen_;
+  Row<double> r_, slopes_;
+  Buffer<double> dr_;
 };
 
 }  // namespace

@@ -39,6 +39,7 @@ constexpr int LANES = VecOf<float>::size;
 typedef uint16_t Half __attribute__((vector_size(REGISTER_BYTES / 2)));  // LANES numbers of 16 bits
 typedef uint16_t UnalignedHalf __attribute__((vector_size(REGISTER_BYTES / 2), aligned(1), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(REGISTER_BYTES)));
+typedef uint64_t WideBits __attribute__((vector_size(REGISTER_BYTES)));
 
 inline Vec<float> load(const float* p) { return *reinterpret_cast<const Unaligned<float>::type*>(p); }
 inline Vec<double> load(const double* p) { return *reinterpret_cast<const Unaligned<double>::type*>(p); }
