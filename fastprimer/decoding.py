@@ -147,22 +147,23 @@ def captured(
     """
     if device.type != "cuda":
         return call, f"a CUDA graph is for a GPU, not for {device.type}"
-    try:
-        with torch.cuda.device(device):  # streams and graphs are the current device's
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.device(device):  # streams and graphs are the current device's
+        current, side, graph = torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        try:
+            side.wait_stream(current)
             with torch.cuda.stream(side):
                 for _ in range(WARM_UP):
                     call()
                     undo()
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            current.wait_stream(side)
+            # By itself it would capture on a stream that torch made once, on whichever device was current then.
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 result = call()
-    except RuntimeError as error:
-        return call, f"failed: {str(error).splitlines()[0]}"
-    finally:
-        undo()
+        except RuntimeError as error:
+            torch.cuda.set_stream(current)  # a capture that fails at its end leaves its own in force
+            return call, f"failed: {str(error).splitlines()[0]}"
+        finally:
+            undo()
 
     def replayed() -> Result:
         with torch.cuda.device(device):

@@ -168,8 +168,8 @@ def cross_entropy_backward(
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a b, summed in float32 (float64 for float64). On the CPU torch does not do that for half types."""
-    if a.device.type == "cpu":
+    """out = a b, summed in float32 (float64 for float64). On the CPU and on ROCm torch does not do that for half types."""
+    if a.device.type == "cpu" or (torch.version.hip is not None and a.dtype != out.dtype):
         dtype = torch.promote_types(a.dtype, torch.float32)
         out.copy_(a.to(dtype) @ b.to(dtype))
     elif a.dtype == out.dtype:

@@ -1,6 +1,7 @@
 """Cross-entropy against torch's own over every option, what it returns besides the loss, and the layer."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 import fastprimer as fp
 from conftest import device_or_skip
 from fastprimer.backends import use_backend
+from fastprimer.ops.cross_entropy import _by_tensor_cores
 
 N, C, V = 24, 12, 150
 
@@ -153,3 +155,13 @@ def test_targets_of_32_bits_are_compared_as_64(backend):
 def test_the_square_of_a_large_lse_is_not_taken_without_z_loss():
     with use_backend("reference"):
         assert fp.cross_entropy(torch.tensor([[1e20, 0.0]]), torch.tensor([0])) == 0
+
+
+def test_a_product_without_a_derivative_is_not_differentiated():
+    """On a GPU; torch has no formula for a product of half types with a float32 result."""
+    x = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    transformed = []
+    with torch.no_grad():
+        assert _by_tensor_cores(x, x)
+        torch.func.vmap(lambda t: transformed.append(_by_tensor_cores(x, x)) or t)(torch.zeros(2))
+    assert transformed == [False] and not _by_tensor_cores(x, x)

@@ -206,6 +206,22 @@ def test_which_gpus_a_build_serves():
     assert runs_on("90a", (9, 0)) and not runs_on("90a", (10, 0)) and runs_on("100a", (10, 0)) and not runs_on("100a", (12, 0))
 
 
+def test_what_older_gpus_and_drivers_cannot_run(monkeypatch):
+    module = sys.modules["fastprimer.backends"]
+    monkeypatch.setattr(module, "_oldest_gpu", lambda: (7, 5))
+    reason = "its tiles need the shared memory of sm_80 and later, a GPU here is sm_75 (CUDA_VISIBLE_DEVICES hides it)"
+    assert module._look("attention", "triton", "cuda") == module._look("attention_with_kv_cache", "triton", "cuda") == reason
+    assert module._no_room((8, 0)) == module._no_room((12, 0)) == ""
+    monkeypatch.setattr(module, "native_reason", lambda: "")
+    monkeypatch.setattr(module, "build_info", lambda: {"cuda_architectures": ["80"], "cuda_compiler": "13.0.48"})
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12080, raising=False)
+    assert module._no_cuda("cuda") == "its kernels were built by nvcc 13.0.48, the driver is of CUDA 12"
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
+    assert module._no_cuda("cuda") == ""
+    monkeypatch.setattr(module, "build_info", lambda: {"cuda_architectures": [], "cuda_compiler": "11.5.119"})
+    assert module._no_cuda("cuda") == "the native library was built without its CUDA kernels, for nvcc 11.5.119 is too old"
+
+
 def test_blocks_of_two_threads_may_end_in_any_order():
     entered, leave = threading.Event(), threading.Event()
 

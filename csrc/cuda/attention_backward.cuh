@@ -10,8 +10,9 @@ template <class T, int WIDTH>
 struct BackwardShape {
   static constexpr bool SHORT = sizeof(T) == 2;
   static constexpr int THREADS = SHORT || WIDTH <= 128 ? 128 : 64, OWN = THREADS / 2;
-  static constexpr int OTHER = SHORT ? 4096 / WIDTH : WIDTH <= 128 ? 32 : 8;
+  static constexpr int OTHER = SHORT ? 4096 / WIDTH : WIDTH <= 64 ? 32 : WIDTH <= 128 ? 16 : 8;
   static constexpr size_t TILES = (2 * OWN + 4 * OTHER) * WIDTH * sizeof(T);
+  static_assert(TILES + 2 * OTHER * sizeof(QueryRow) <= SHARED_EVERYWHERE);
   static constexpr bool SEPARATE = WIDTH > 128;  // dk and dv do not fit in registers together
 };
 

@@ -11,8 +11,9 @@ struct ForwardShape {
   static constexpr bool SHORT = sizeof(T) == 2;
   static constexpr int MT = SHORT && WIDTH == 64 ? 2 : 1;
   static constexpr int KEYS = SHORT ? (WIDTH <= 128 ? 64 : 32) : (WIDTH <= 128 ? 32 : 16);
-  static constexpr int THREADS = SHORT && WIDTH == 128 ? 256 : 128, QUERIES = THREADS / 32 * 16 * MT;
+  static constexpr int THREADS = SHORT && WIDTH == 128 ? 256 : SHORT || WIDTH <= 128 ? 128 : 64, QUERIES = THREADS / 32 * 16 * MT;
   static constexpr size_t SHARED = (QUERIES + 4 * KEYS) * WIDTH * sizeof(T);
+  static_assert(SHARED <= SHARED_EVERYWHERE);
 };
 
 // One block for each tile of queries of each key/value head and sequence. Moves q once in and o once out, 2 B S H D elements, and lse;

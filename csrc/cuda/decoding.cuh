@@ -96,6 +96,7 @@ struct DecodingShape {
   static constexpr int WARPS = DECODING_THREADS / 32, ROWS = 16 * ROW_WARPS, KEY_WARPS = WARPS / ROW_WARPS;
   static constexpr int KEYS = DECODING_STEP<T> / (WIDTH == 256 ? 2 : 1), WARP_KEYS = KEYS / KEY_WARPS;
   static constexpr size_t SHARED = (ROWS + 4 * KEYS) * WIDTH * sizeof(T);
+  static_assert(SHARED + 2 * KEY_WARPS * ROWS * sizeof(float) <= SHARED_EVERYWHERE);
   static constexpr int BLOCKS = WIDTH == 64 ? 1 : 0;  // at once, for ptxas: it aims at more than fit, and spills; 0: as it likes
   static constexpr int LD_SUMS = WIDTH + 8;           // eight more: the rows that a warp writes together lie in different banks
   static_assert(KEY_WARPS * ROWS * LD_SUMS * sizeof(float) <= SHARED, "the sums take the place of queries, keys and values");

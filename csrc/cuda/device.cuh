@@ -29,6 +29,9 @@ struct float16 {
   uint16_t bits;
 };
 
+// The shared memory, static and dynamic, that a block may have on every GPU since Ampere; sm_80 and Hopper have more.
+constexpr size_t SHARED_EVERYWHERE = 99 << 10;
+
 // V adjacent elements that move together, in accesses of 16 bytes where there are as many.
 template <class T, int V>
 struct alignas(V * sizeof(T) < 16 ? V * sizeof(T) : 16) Vector {
@@ -43,6 +46,9 @@ struct alignas(V * sizeof(T) < 16 ? V * sizeof(T) : 16) Vector {
 #include <cuda_runtime.h>
 
 #include <atomic>
+#include <map>
+#include <mutex>
+#include <utility>
 
 namespace fastprimer {
 
@@ -59,11 +65,25 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 
+// Lets launches of a kernel on the current device ask for so much. 48 KiB need no consent, but those the kernel's own arrays share with
+// what the launch asks for. What was allowed is never taken back: another thread may be about to launch the kernel with more.
+inline cudaError_t allow_shared(const void* kernel, size_t bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, size_t> allowed;
+  int device = 0;
+  cudaGetDevice(&device);
+  const std::lock_guard lock(mutex);
+  size_t& most = allowed[{kernel, device}];
+  if (bytes <= most) return cudaSuccess;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (error == cudaSuccess) most = bytes;
+  return error;
+}
+
 template <class... Parameters, class... Arguments>
 Error launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Cuda device, Arguments... arguments) {
-  // 48 KiB need no consent, but those the kernel's own arrays share with what the launch asks for.
   if (shared_bytes > 0) {
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    const cudaError_t error = allow_shared(reinterpret_cast<const void*>(kernel), shared_bytes);
     if (error != cudaSuccess) return cudaGetErrorString(error);
   }
   cudaLaunchConfig_t config = {};

@@ -29,7 +29,7 @@ struct GemmShape {
   static constexpr int WARPS_ACROSS = COLUMNS / (8 * NT), PANEL = ROWS * DEPTH;
   static constexpr size_t STAGED = ROWS * COLUMNS * sizeof(float), PANELS = 2 * STAGES * PANEL * sizeof(T);
   static constexpr size_t SHARED = STAGED > PANELS ? STAGED : PANELS;
-  static_assert(SHARED <= 99 << 10, "more than a block has on every GPU since Ampere");
+  static_assert(SHARED <= SHARED_EVERYWHERE);
 };
 
 // Copies the first `count` of a chunk's elements, the rest are zeros; asynchronously where 16-byte accesses are allowed (wide).

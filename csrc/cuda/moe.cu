@@ -217,8 +217,9 @@ Error moe_backward(Cuda device, const MoeBackward& args) {
     if (Error error = dispatch(device, problem, at, nullptr)) return error;
     if (Error error = launch_tiles(moe_dhidden<T, LARGE>, at.tiles * across, args, at, scratch)) return error;
     if (args.dgate_up) {
-      if (Error error = launch_tiles(moe_dweight<T, LARGE>, problem.E * divided(2 * F, Shape::ROWS) * across_C, at, dgate_up)) return error;
-      if (Error error = launch_tiles(moe_dweight<T, LARGE>, problem.E * across_C * across, at, ddown)) return error;
+      if (Error error = launch_tiles(moe_dexperts<T, LARGE>, problem.E * divided(2 * F, Shape::ROWS) * across_C, at, dgate_up))
+        return error;
+      if (Error error = launch_tiles(moe_dexperts<T, LARGE>, problem.E * across_C * across, at, ddown)) return error;
     }
     if (Error error = launch_blocks(moe_dweights, device, divided(at.pairs, COMBINE_THREADS), COMBINE_THREADS, 0, at,
                                     static_cast<const float*>(scratch.dots), static_cast<int>(across), args.dweights)) {

@@ -100,7 +100,7 @@ struct MoeOuter {
 // gradient out.
 template <class T, bool LARGE>
 __global__ void __launch_bounds__(GemmShape<T, LARGE>::THREADS, GemmShape<T, LARGE>::BLOCKS)
-    moe_dweight(const MoeDispatch at, const MoeOuter outer) {
+    moe_dexperts(const MoeDispatch at, const MoeOuter outer) {
   using Shape = GemmShape<T, LARGE>;
   const int across = (outer.columns + Shape::COLUMNS - 1) / Shape::COLUMNS, down = (outer.rows + Shape::ROWS - 1) / Shape::ROWS;
   const int first_column = blockIdx.x % across * Shape::COLUMNS, first_row = blockIdx.x / across % down * Shape::ROWS;

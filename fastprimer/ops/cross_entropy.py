@@ -56,7 +56,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from fastprimer.backends import choose, implementation, outside_autocast
+from fastprimer.backends import choose, implementation, outside_autocast, transforming
 from fastprimer.ops import _arguments as arguments
 from fastprimer.ops import _loss_arguments as loss_arguments
 
@@ -194,11 +194,18 @@ def _capped(logits: Tensor, softcap: Optional[float]) -> Tensor:
 
 def _logits(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
     dtype = arguments.wide(x.dtype)
-    if x.device.type == "cuda" and x.dtype == weight.dtype != dtype:
-        logits = torch.mm(x, weight.t(), out_dtype=dtype)  # as tensor cores round, whoever uses them
+    if _by_tensor_cores(x, weight):
+        logits = torch.mm(x, weight.t(), out_dtype=dtype)  # as they round, whoever uses them
     else:
         logits = x.to(dtype) @ weight.to(dtype).t()
     return logits if bias is None else logits + bias.to(dtype)
+
+
+def _by_tensor_cores(x: Tensor, weight: Tensor) -> bool:
+    """Whether torch multiplies these with a float32 result: on NVIDIA's GPUs, and not where that is to be differentiated."""
+    differentiated = torch.is_grad_enabled() or transforming()
+    half = x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
+    return x.device.type == "cuda" and torch.version.hip is None and half and not differentiated
 
 
 def _dlogits(dloss, dlse, logits, target, lse, correction, ignore_index, label_smoothing, z_loss, softcap):

@@ -57,7 +57,7 @@ void check_alignment() {
 
 void check_limits() {
   expect_report("1 to 1024 threads", 1025, 0, [] {});
-  expect_report("227 KiB", 1, (227 << 10) + 1, [] {});
+  expect_report("99 KiB", 1, (99 << 10) + 1, [] {});
   expect_report("48 KiB of static", 1, 0, [] {
     FASTPRIMER_SHARED(large, float[13000]);
     large[0] = 0;

@@ -21,13 +21,7 @@ constexpr unsigned MOST_THREADS = 1024;
 
 inline std::atomic<uint64_t> bank_conflicts{0};  // of ldmatrix, since it was last set to 0
 
-inline uint64_t number(const char* variable, uint64_t otherwise) {
-  const char* text = std::getenv(variable);
-  return text == nullptr ? otherwise : std::strtoull(text, nullptr, 10);
-}
-
 inline uint64_t seed() { return number("FASTPRIMER_EMULATOR_SEED", 0); }
-inline int compute_capability() { return static_cast<int>(number("FASTPRIMER_EMULATOR_CAPABILITY", 8)); }
 
 inline void check_limits(dim3 grid, dim3 block) {
   const uint64_t threads = static_cast<uint64_t>(block.x) * block.y * block.z;

@@ -14,7 +14,6 @@
 namespace emulator {
 
 constexpr int POISON = 0xFF;
-constexpr size_t SHARED_BYTES = 227 << 10;        // of a block on sm_90 and sm_100, static and dynamic
 constexpr size_t STATIC_SHARED_BYTES = 48 << 10;  // of it static
 constexpr size_t SHARED_ALIGNMENT = 1024;
 
@@ -26,6 +25,16 @@ struct Error : std::runtime_error {
 inline void check_aligned(const void* p, size_t bytes) {
   if (reinterpret_cast<uintptr_t>(p) % bytes != 0) throw Error("an access of " + std::to_string(bytes) + " bytes is not aligned to them");
 }
+
+inline uint64_t number(const char* variable, uint64_t otherwise) {
+  const char* text = std::getenv(variable);
+  return text == nullptr ? otherwise : std::strtoull(text, nullptr, 10);
+}
+
+inline int compute_capability() { return static_cast<int>(number("FASTPRIMER_EMULATOR_CAPABILITY", 8)); }
+
+// Of a block, static and dynamic: what sm_86, sm_89 and sm_120 have too, or Hopper.
+inline size_t most_shared_bytes() { return compute_capability() == 9 ? 227 << 10 : 99 << 10; }
 
 class SharedMemory {
  public:
@@ -71,7 +80,7 @@ class SharedMemory {
 
   unsigned char* add(const void* key, size_t bytes) {
     total_ += bytes;
-    if (total_ > SHARED_BYTES) throw Error("more than 227 KiB of shared memory");
+    if (total_ > most_shared_bytes()) throw Error("more than " + std::to_string(most_shared_bytes() >> 10) + " KiB of shared memory");
     void* memory = nullptr;
     if (posix_memalign(&memory, SHARED_ALIGNMENT, bytes + GUARD_BYTES) != 0) throw std::bad_alloc();
     std::memset(memory, POISON, bytes + GUARD_BYTES);
