@@ -3,6 +3,7 @@
 import copy
 import inspect
 import re
+import unittest.mock
 from types import SimpleNamespace
 
 import pytest
@@ -139,12 +140,21 @@ def test_what_is_plainly_masked_needs_no_mask(monkeypatch, tokens):
     mask[0, :4] = 0
     model(tokens), model(tokens, attention_mask=mask), model.generate(tokens, attention_mask=mask, max_new_tokens=3)
     assert not served
+
+
+def mask_of(S, T, **options):
+    known = inspect.signature(transformers.masking_utils.sdpa_mask).parameters
+    queries = {"cache_position": torch.arange(S)} if "cache_position" in known else {"q_length": S}
+    return hf_attention.mask(batch_size=1, kv_length=T, **queries, **options)
+
+
+def test_what_else_is_masked_needs_one():
     config = SimpleNamespace(sliding_window=4)
-    assert hf_attention.mask(1, 9, 9, local_size=4, config=config).window == 4
+    assert mask_of(9, 9, local_size=4, config=config).window == 4
     config.attention_chunk_size = 4  # then the local size may be that of chunks
-    assert isinstance(hf_attention.mask(1, 9, 9, local_size=4, config=config), torch.Tensor)
-    assert hf_attention.mask(1, 4, 6).shape == (1, 1, 4, 6)  # queries that are not the last tokens
-    assert hf_attention.mask(1, 4, 4, mask_function=lambda b, h, q, k: q != k, allow_is_causal_skip=False).shape == (1, 1, 4, 4)
+    assert isinstance(mask_of(9, 9, local_size=4, config=config), torch.Tensor)
+    assert mask_of(4, 6).shape == (1, 1, 4, 6)  # queries that are not the last tokens
+    assert mask_of(4, 4, mask_function=lambda b, h, q, k: q != k, allow_is_causal_skip=False).shape == (1, 1, 4, 4)
 
 
 def test_attention_with_dropout_or_wide_heads_is_torchs(tokens):
@@ -193,6 +203,17 @@ def test_options_of_the_loss(inputs, tokens):
     model, plain, _ = pair("llama")
     labels = tokens.masked_fill(tokens % 2 == 0, 3)
     close([model.train()(tokens, labels=labels, **inputs)[0]], [plain.train()(tokens, labels=labels, **inputs)[0]])
+
+
+def test_the_memory_budget_is_that_of_the_loss(tokens):
+    model, plain = tiny("llama"), tiny("llama")
+    patch(model, memory_budget=12345)
+    close(gradients(model.train(), input_ids=tokens, labels=tokens), gradients(plain.train(), input_ids=tokens, labels=tokens))
+    with unittest.mock.patch("fastprimer.ops.linear_cross_entropy", return_value=torch.zeros(())) as called:
+        model(tokens, labels=tokens)
+    assert called.call_args.kwargs["memory_budget"] == 12345
+    with pytest.raises(ValueError, match="patch: memory_budget: expected None or a number of bytes >= 0, got -1"):
+        patch(plain, memory_budget=-1)
 
 
 def test_logits_are_there_but_for_training(tokens):

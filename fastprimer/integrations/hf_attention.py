@@ -51,12 +51,13 @@ class Banded(BlockMask):
 
 
 def mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset=0,
-    kv_offset=0,
     *,
+    batch_size: int,
+    kv_length: int,
+    kv_offset=0,
+    q_length: Optional[int] = None,
+    q_offset=0,
+    cache_position: Optional[Tensor] = None,
     attention_mask: Optional[Tensor] = None,
     allow_is_causal_skip: bool = True,
     allow_is_bidirectional_skip: bool = False,
@@ -67,10 +68,17 @@ def mask(
     """What `attention` is handed as its mask: None, a Banded, or the mask itself, (B, 1, S, T), true where a query sees a key.
 
     transformers says by `allow_is_causal_skip` (`allow_is_bidirectional_skip`) that nothing but causality (nothing at all), a local size
-    and padding is masked. The local size is a sliding window's or a chunk's, which the configuration tells apart.
+    and padding is masked. The local size is a sliding window's or a chunk's, which the configuration tells apart. The queries' positions
+    are q_offset and q_length, in older versions (5.0) all of them, cache_position (S,).
     """
     from transformers.masking_utils import sdpa_mask
 
+    queries = {"q_length": q_length, "q_offset": q_offset}
+    if cache_position is not None:
+        queries = {"cache_position": cache_position}
+        q_length = cache_position.shape[0]
+        unseen = q_length == kv_length and not kv_offset  # else the first position is on the device
+        q_offset = 0 if unseen else cache_position[0] if torch.compiler.is_compiling() else int(cache_position[0])
     static = isinstance(q_offset, Tensor) or isinstance(kv_offset, Tensor)  # a cache with room that is not filled yet
     sliding = local_size is None or (getattr(config, "sliding_window", None) == local_size and not hasattr(config, "attention_chunk_size"))
     causal = allow_is_causal_skip and sliding and not static and q_offset + q_length == kv_offset + kv_length
@@ -81,17 +89,8 @@ def mask(
         padding = None if padding is None or _is_all(padding) else padding
         shape = (batch_size, 1, q_length, kv_length)
         return None if padding is None and local_size is None else Banded(shape, causal, local_size, padding)
-    return sdpa_mask(
-        batch_size,
-        q_length,
-        kv_length,
-        q_offset,
-        kv_offset,
-        attention_mask=attention_mask,
-        allow_is_causal_skip=False,
-        local_size=local_size,
-        **options,
-    )
+    known = {"batch_size": batch_size, "kv_length": kv_length, "kv_offset": kv_offset, "attention_mask": attention_mask}
+    return sdpa_mask(**known, **queries, allow_is_causal_skip=False, local_size=local_size, **options)
 
 
 def _is_all(padding: Tensor) -> bool:

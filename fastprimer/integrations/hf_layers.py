@@ -35,10 +35,10 @@ def is_ours(module: nn.Module) -> bool:
     return hasattr(type(module), "_fastprimer")
 
 
-def exchanges(operation: str, module: nn.Module) -> list[tuple[nn.Module, type]]:
+def exchanges(operation: str, module: nn.Module, **given) -> list[tuple[nn.Module, type]]:
     """The module, and where needed a part of it, with the class that each is to have. Raises Unlike."""
     if operation == "linear_cross_entropy":
-        options = hf_probes.loss(module)
+        options = hf_probes.loss(module) | given
         return [(module, _with_loss(type(module), **options)), (module.get_output_embeddings(), Head)]
     options = BUILDERS[operation].probe(module)
     return [(module, BUILDERS[operation].build(type(module), **options))]
@@ -158,10 +158,10 @@ class Head(nn.Linear):
 
 
 @functools.cache
-def _with_loss(cls: type, factor: float, softcap: Optional[float]) -> type:
+def _with_loss(cls: type, factor: float, softcap: Optional[float], memory_budget: Optional[int]) -> type:
     from transformers.loss.loss_utils import LOSS_MAPPING
 
-    criteria = {shift: LinearCrossEntropy(shift=shift, softcap=softcap) for shift in (True, False)}
+    criteria = {shift: LinearCrossEntropy(shift=shift, softcap=softcap, memory_budget=memory_budget) for shift in (True, False)}
     original = cls.loss_function
 
     def forward(self, *args, **kwargs):

@@ -19,6 +19,7 @@ from collections.abc import Collection
 
 from torch import nn
 
+from fastprimer.config import is_count
 from fastprimer.integrations import hf_attention, hf_layers
 from fastprimer.integrations.hf_probes import Unlike
 
@@ -69,13 +70,13 @@ class Patch:
         replaced = [f"{count:4} x {what}" for what, count in self.replaced.items()]
         return "\n".join([*replaced, *(f"left alone: {what}: {reason}" for what, reason in self.left.items())])
 
-    def _exchange(self, operation: str, module: nn.Module) -> None:
+    def _exchange(self, operation: str, module: nn.Module, **options) -> None:
         """Give the module a class that computes by the operation, if it can be shown to be that; else say why not."""
         what = f"{type(module).__name__}: {operation}"
         try:
             if "forward" in vars(module):
                 raise Unlike("it has a forward of its own (a hook of accelerate?)")
-            exchanges = hf_layers.exchanges(operation, module)
+            exchanges = hf_layers.exchanges(operation, module, **options)
         except Unlike as reason:
             self.left[what] = str(reason)
             return
@@ -98,12 +99,13 @@ class Patch:
             self.left[what] = "it does not choose its attention by transformers' AttentionInterface"
 
 
-def patch(model: nn.Module, *, only: Collection[str] = OPERATIONS) -> Patch:
+def patch(model: nn.Module, *, only: Collection[str] = OPERATIONS, memory_budget: int | None = None) -> Patch:
     """Let a transformers model compute by fastprimer, in place.
 
     Args:
         model: a transformers.PreTrainedModel, or any module of such layers; before fully_shard, torch.compile or accelerate's hooks.
         only: some of "rms_norm", "swiglu", "rope", "moe", "attention", "linear_cross_entropy"; default: all.
+        memory_budget: of `fp.linear_cross_entropy`: bytes of logits that may be kept for backward, which computes the rest once more.
 
     With "linear_cross_entropy" a model in training mode that is given labels returns its loss without ever holding the logits, and None in
     their place; in eval mode it returns them as ever. "attention" returns no probabilities (output_attentions), as SDPA does.
@@ -113,7 +115,7 @@ def patch(model: nn.Module, *, only: Collection[str] = OPERATIONS) -> Patch:
 
     Raises:
         ImportError: transformers is not installed.
-        TypeError, ValueError: model is no module, or is patched already; an unknown operation.
+        TypeError, ValueError: model is no module, or is patched already; an unknown operation; no such budget.
     """
     from transformers import PreTrainedModel
 
@@ -121,6 +123,8 @@ def patch(model: nn.Module, *, only: Collection[str] = OPERATIONS) -> Patch:
         raise TypeError(f"patch: model: expected a module, got {type(model).__name__}")
     if isinstance(only, str) or not set(only) <= set(OPERATIONS):
         raise ValueError(f"patch: only: expected some of {', '.join(OPERATIONS)}, got {only!r}")
+    if memory_budget is not None and not is_count(memory_budget, 0):
+        raise ValueError(f"patch: memory_budget: expected None or a number of bytes >= 0, got {memory_budget!r}")
     if any(hf_layers.is_ours(module) for module in model.modules()):
         raise ValueError("patch: model: expected one that is not patched, got one that is: undo that first")
     done = Patch(model)
@@ -132,7 +136,7 @@ def patch(model: nn.Module, *, only: Collection[str] = OPERATIONS) -> Patch:
         if "attention" in only:
             done._attend(model)
         if "linear_cross_entropy" in only and model.get_output_embeddings() is not None:
-            done._exchange("linear_cross_entropy", model)
+            done._exchange("linear_cross_entropy", model, memory_budget=memory_budget)
     return done
 
 
