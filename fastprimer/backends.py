@@ -18,7 +18,6 @@ import importlib
 import importlib.util
 import inspect
 import json
-import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from types import SimpleNamespace
 
 import torch
 
+from fastprimer import gpus
 from fastprimer.requested import BACKENDS, requested
 from fastprimer.requested import VARIABLE as VARIABLE
 from fastprimer.requested import use_backend as use_backend
@@ -186,8 +186,8 @@ def _look(op: str, backend: str, device: str) -> str:
     if device not in ("cpu", "cuda"):
         return f"there are no kernels for {device} tensors"
     reason = {"cpu": _no_cpu, "triton": _no_triton, "cuda": _no_cuda}[backend](device)
-    if not reason and backend == "triton" and device == "cuda" and op in LARGE_TILES:
-        reason = _no_room(_oldest_gpu())
+    if not reason and backend == "triton" and device == "cuda":
+        reason = gpus.no_room(op)
     if not reason:
         for served in _chapters:
             if backend in _chapters[served].LIMITS[served] and (served, backend) not in _functions:
@@ -207,51 +207,10 @@ def _no_triton(device: str) -> str:
     return ""
 
 
-LARGE_TILES = ("attention", "attention_with_kv_cache")
-"""Operations whose Triton tiles need the 99 KiB of shared memory that a block has since Ampere."""
-
-
-def _oldest_gpu() -> tuple[int, int]:
-    return min(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())), default=(8, 0))
-
-
-def _no_room(capability: tuple[int, int]) -> str:
-    if torch.version.hip is not None or capability >= (8, 0):
-        return ""
-    return f"its tiles need the shared memory of sm_80 and later, a GPU here is {_named(capability)}"
-
-
-def _named(capability: tuple[int, int]) -> str:
-    return "sm_{}{} (CUDA_VISIBLE_DEVICES hides it)".format(*capability)
-
-
-def _cuda_of_the_driver() -> int:
-    """The newest major version of CUDA that the driver serves."""
-    version = getattr(torch._C, "_cuda_getDriverVersion", None)  # which a torch without CUDA lacks
-    return sys.maxsize if version is None else version() // 1000
-
-
 def _no_cuda(device: str) -> str:
     if device == "cpu":
         return "" if _emulated else "CUDA kernels run on CPU tensors only in the emulator, which is not loaded"
-    if native_reason():
-        return native_reason()
-    built, nvcc = build_info().get("cuda_architectures", []), build_info().get("cuda_compiler", "")
-    if not built:
-        return "the native library was built without its CUDA kernels" + (f", for nvcc {nvcc} is too old" if nvcc else "")
-    driver = _cuda_of_the_driver()
-    if int(nvcc.split(".")[0]) > driver:
-        return f"its kernels were built by nvcc {nvcc}, the driver is of CUDA {driver}"
-    for capability in map(torch.cuda.get_device_capability, range(torch.cuda.device_count())):
-        if not any(runs_on(architecture, capability) for architecture in built):
-            return f"its kernels were built for sm_{', sm_'.join(built)}, a GPU here is {_named(capability)}"
-    return ""
-
-
-def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
-    """Whether what CMake built for "80" (machine code, and PTX for every later GPU) or "90a" (that one alone) runs on a GPU."""
-    built = divmod(int(architecture.rstrip("a")), 10)
-    return capability == built if architecture.endswith("a") else capability >= built
+    return native_reason() or gpus.not_served(build_info().get("cuda_architectures", []), build_info().get("cuda_compiler", ""))
 
 
 def interpreting() -> bool:

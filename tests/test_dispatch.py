@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import fastprimer as fp
-from fastprimer.backends import BACKENDS, runs_on, unavailable
+from fastprimer import gpus
+from fastprimer.backends import BACKENDS, unavailable
+from fastprimer.gpus import runs_on
 from fastprimer.requested import requested
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -207,19 +209,18 @@ def test_which_gpus_a_build_serves():
 
 
 def test_what_older_gpus_and_drivers_cannot_run(monkeypatch):
-    module = sys.modules["fastprimer.backends"]
-    monkeypatch.setattr(module, "_oldest_gpu", lambda: (7, 5))
+    monkeypatch.setattr(gpus, "capabilities", lambda: [(9, 0), (7, 5)])
     reason = "its tiles need the shared memory of sm_80 and later, a GPU here is sm_75 (CUDA_VISIBLE_DEVICES hides it)"
-    assert module._look("attention", "triton", "cuda") == module._look("attention_with_kv_cache", "triton", "cuda") == reason
-    assert module._no_room((8, 0)) == module._no_room((12, 0)) == ""
-    monkeypatch.setattr(module, "native_reason", lambda: "")
-    monkeypatch.setattr(module, "build_info", lambda: {"cuda_architectures": ["80"], "cuda_compiler": "13.0.48"})
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12080, raising=False)
-    assert module._no_cuda("cuda") == "its kernels were built by nvcc 13.0.48, the driver is of CUDA 12"
-    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 13000, raising=False)
-    assert module._no_cuda("cuda") == ""
-    monkeypatch.setattr(module, "build_info", lambda: {"cuda_architectures": [], "cuda_compiler": "11.5.119"})
-    assert module._no_cuda("cuda") == "the native library was built without its CUDA kernels, for nvcc 11.5.119 is too old"
+    look = sys.modules["fastprimer.backends"]._look
+    assert look("attention", "triton", "cuda") == look("attention_with_kv_cache", "triton", "cuda") == reason
+    assert gpus.no_room("rms_norm") == ""
+    assert gpus.not_served(["80"], "12.0.1") == "its kernels were built for sm_80, a GPU here is sm_75 (CUDA_VISIBLE_DEVICES hides it)"
+    monkeypatch.setattr(gpus, "capabilities", lambda: [(9, 0), (8, 0)])
+    assert gpus.no_room("attention") == gpus.not_served(["80"], "12.0.1") == ""
+    assert gpus.not_served([], "11.5.119") == "the native library was built without its CUDA kernels, for nvcc 11.5.119 is too old"
+    for driver, expected in (12080, "its kernels were built by nvcc 13.0.48, the driver is of CUDA 12"), (13000, ""):
+        monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda driver=driver: driver, raising=False)
+        assert gpus.not_served(["80"], "13.0.48") == expected
 
 
 def test_blocks_of_two_threads_may_end_in_any_order():
