@@ -52,8 +52,8 @@ sanitize: $(READY)
 	PYTHONPATH=tests $(BIN)/python -m emulator.sanitize --seeds 20
 
 bench: $(READY)
-	$(BIN)/fastprimer bench --out benchmarks/results/cpu.json
-	$(BIN)/fastprimer bench --growth --out benchmarks/results/growth-cpu.json
+	CUDA_VISIBLE_DEVICES= $(BIN)/fastprimer bench --out benchmarks/results/cpu.json
+	CUDA_VISIBLE_DEVICES= $(BIN)/fastprimer bench --growth --out benchmarks/results/growth-cpu.json
 	$(BIN)/fastprimer report --results benchmarks/results/cpu.json $(wildcard benchmarks/results/nvidia-*.json) --readme README.md
 
 report: $(READY)

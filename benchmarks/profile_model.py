@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from fastprimer.backends import BACKENDS, use_backend
 from fastprimer.benchmark import models
 from fastprimer.benchmark.contest import Settings
-from fastprimer.generate import positive
+from fastprimer.options import positive
 
 CASES = {case.name: case for case in models.MODEL_CASES["cuda"]}
 

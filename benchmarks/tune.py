@@ -27,7 +27,7 @@ from fastprimer.benchmark.measure import shared_arguments
 from fastprimer.benchmark.rows import machine
 from fastprimer.benchmark.timing import BOTH, FORWARD, Timing, interleaved, prepared
 from fastprimer.cases import benchmarks
-from fastprimer.generate import positive
+from fastprimer.options import positive
 
 CHOOSERS = {
     "rms_norm": ("rms_norm", ("tile",)),

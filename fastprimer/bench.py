@@ -25,8 +25,8 @@ from fastprimer.benchmark.contest import Settings
 from fastprimer.benchmark.jobs import OPS, Choice, jobs
 from fastprimer.benchmark.models import MODEL_PEERS
 from fastprimer.benchmark.rows import ALL_PASSES, DTYPES, Results, ResultsError, Row, check_writable, machine
-from fastprimer.generate import natural, positive, thread_count
 from fastprimer.memory import keep_freed_memory
+from fastprimer.options import natural, positive, thread_count
 from fastprimer.peers import PEERS
 from fastprimer.terminal import Console
 

@@ -6,7 +6,6 @@ import argparse
 import itertools
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from fastprimer.backends import BackendError
 from fastprimer.checkpoint import CheckpointError, write_atomically
 from fastprimer.config import Config, ConfigError, is_count, is_number
 from fastprimer.decoding import NextToken
+from fastprimer.options import natural, positive, temperature
 
 VOCABULARY_FILE = "vocabulary.json"
 GRAPH_FROM = 16
@@ -169,42 +169,6 @@ def answer(model: nn.Module, vocabulary: Vocabulary, prompt: str, max_new_tokens
     device = next(model.parameters()).device
     rows, probabilities = generate(model, torch.tensor([encoded], device=device), max_new_tokens, end=vocabulary.end, **options)
     return vocabulary.decode(rows[0]), probabilities[0]
-
-
-def positive(text: str) -> int:
-    """An argument: an integer >= 1."""
-    return _integer(text, 1)
-
-
-def natural(text: str) -> int:
-    """An argument: an integer >= 0."""
-    return _integer(text, 0)
-
-
-def thread_count(text: str) -> int:
-    """An argument: a number of CPU threads; with a hundred thousand OpenMP would end the process."""
-    return _integer(text, 1, 16 * (os.cpu_count() or 1))
-
-
-def _integer(text: str, least: int, most: int = 2**31 - 1) -> int:
-    if not text.isascii() or not text.isdigit() or not least <= int(text) <= most:
-        raise argparse.ArgumentTypeError(f"expected an integer from {least} to {most}, got {text}")
-    return int(text)
-
-
-def amount(text: str) -> float:
-    """An argument: a finite number > 0."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number > 0, got {text}")
-    return value
-
-
-def temperature(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number >= 0, got {text}")
-    return value
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 from fastprimer.backends import BackendError
 from fastprimer.checkpoint import write_atomically
 from fastprimer.config import Config, is_count, is_number
-from fastprimer.generate import amount, natural, positive, thread_count
 from fastprimer.memory import few_collected, keep_freed_memory
 from fastprimer.model import Model
+from fastprimer.options import amount, natural, positive, thread_count
 from fastprimer.scaling_law import PUBLISHED, FitError, Law, Powers
 from fastprimer.scaling_report import recommendations, recommended, show
 from fastprimer.terminal import Console

@@ -34,9 +34,10 @@ from fastprimer.calculator import Calculator, MixtureCalculator
 from fastprimer.checkpoint import WEIGHTS_FILE, CheckpointError, Tensors, load_checkpoint, save_checkpoint
 from fastprimer.config import ConfigError
 from fastprimer.feed_forward import auxiliary_losses, utilisation
-from fastprimer.generate import LogitsError, amount, answer, natural, positive, thread_count
+from fastprimer.generate import LogitsError, answer
 from fastprimer.memory import few_collected, keep_freed_memory
 from fastprimer.model import Model
+from fastprimer.options import amount, natural, positive, thread_count
 from fastprimer.train_report import Report, is_simulated, prepare_backend, serving, write_loss_curve
 
 TASKS = {task.name: task for task in (Calculator, MixtureCalculator)}

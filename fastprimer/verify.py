@@ -26,7 +26,7 @@ from rich.table import Table
 
 from fastprimer.backends import BACKENDS, declared, emulator_reason, load_emulator, native_reason, operations, unavailable
 from fastprimer.cases import PRODUCTS
-from fastprimer.generate import natural, thread_count
+from fastprimer.options import natural, thread_count
 from fastprimer.terminal import Console
 from fastprimer.testing import CASES, DTYPES, compare
 

@@ -22,9 +22,9 @@ from fastprimer.ops.decoding import MAX_QUERIES, as_the_cache, check_cached
 UNLIMITED = (-1, -1)
 
 
-def _refuse(function: str, **arguments) -> None:
+def _refuse(function: str, **given) -> None:
     """Each argument as (its value, the value that asks for nothing)."""
-    for name, (value, nothing) in arguments.items():
+    for name, (value, nothing) in given.items():
         if value is not nothing and value != nothing:
             raise NotImplementedError(f"{function}: {name}: expected {nothing!r}, the only value that is supported, got {value!r}")
 
