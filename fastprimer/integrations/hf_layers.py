@@ -22,11 +22,12 @@ ROTARY = "apply_rotary_pos_emb"
 def looks_like(module: nn.Module) -> list[str]:
     """Which operations are worth a try."""
     name, parts = type(module).__name__, dir(module)
+    code = getattr(inspect.unwrap(getattr(type(module), "forward", None)), "__code__", None)  # a scripted module has none
     looks = {
         "rms_norm": name.endswith("RMSNorm"),
         "swiglu": isinstance(getattr(module, "down_proj", None), nn.Module) and ("gate_proj" in parts or "gate_up_proj" in parts),
         "moe": isinstance(getattr(module, "down_proj", None), Tensor) and "gate_up_proj" in parts,
-        "rope": ROTARY in inspect.unwrap(type(module).forward).__code__.co_names,
+        "rope": code is not None and ROTARY in code.co_names,
     }
     return [operation for operation, it_does in looks.items() if it_does]
 
