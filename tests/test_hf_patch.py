@@ -165,6 +165,11 @@ def test_a_part_of_the_operations():
     model = tiny("llama")
     assert [what for what in patch(model, only=("rms_norm",)).replaced] == ["LlamaRMSNorm: rms_norm"]
     assert patch(tiny("llama", num_hidden_layers=1).model.layers[0]).replaced.total() == 4  # any part of a model
+    adapted = nn.Sequential(tiny("llama"))
+    patched = patch(adapted)
+    assert {what.split(": ")[1] for what in patched.replaced} == EVERYTHING
+    patched.undo()
+    assert adapted[0].config._attn_implementation == "sdpa" and not any(map(hf_layers.is_ours, adapted.modules()))
 
 
 def test_what_computes_something_else_is_left_alone():

@@ -40,7 +40,7 @@ class Patch:
         self.replaced: Counter[str] = Counter()
         self.left: dict[str, str] = {}
         self._exchanged: list[tuple[nn.Module, type, type]] = []
-        self._attention: str | dict | None = None
+        self._attention: tuple[nn.Module, str | dict] | None = None
 
     def undo(self) -> nn.Module:
         """Give every layer its own class back, and the model its attention; returns the model. Again: no effect.
@@ -56,7 +56,8 @@ class Patch:
         for module, original, _ in reversed(self._exchanged):
             module.__class__ = original
         if self._attention is not None:
-            self.model.set_attn_implementation(self._attention)
+            model, implementation = self._attention
+            model.set_attn_implementation(implementation)
         self._exchanged, self._attention = [], None
         return self.model
 
@@ -93,7 +94,7 @@ class Patch:
                 before[name] = getattr(config, name)._attn_implementation
         model.set_attn_implementation(hf_attention.register())
         if config._attn_implementation == hf_attention.NAME:
-            self._attention = before if len(before) > 1 else before[""]
+            self._attention = model, before if len(before) > 1 else before[""]
             self.replaced[what] += 1
         else:
             self.left[what] = "it does not choose its attention by transformers' AttentionInterface"
@@ -103,7 +104,8 @@ def patch(model: nn.Module, *, only: Collection[str] = OPERATIONS, memory_budget
     """Let a transformers model compute by fastprimer, in place.
 
     Args:
-        model: a transformers.PreTrainedModel, or any module of such layers; before fully_shard, torch.compile or accelerate's hooks.
+        model: a transformers.PreTrainedModel, a module around one (peft's), or any module of such layers; before fully_shard, torch.compile
+            or accelerate's hooks.
         only: some of "rms_norm", "swiglu", "rope", "moe", "attention", "linear_cross_entropy"; default: all.
         memory_budget: of `fp.linear_cross_entropy`: bytes of logits that may be kept for backward, which computes the rest once more.
 
@@ -132,11 +134,11 @@ def patch(model: nn.Module, *, only: Collection[str] = OPERATIONS, memory_budget
         for operation in hf_layers.looks_like(module):
             if operation in only:
                 done._exchange(operation, module)
-    if isinstance(model, PreTrainedModel):
-        if "attention" in only:
-            done._attend(model)
-        if "linear_cross_entropy" in only and model.get_output_embeddings() is not None:
-            done._exchange("linear_cross_entropy", model, memory_budget=memory_budget)
+    whole = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)  # within adapters, say
+    if whole is not None and "attention" in only:
+        done._attend(whole)
+    if whole is not None and "linear_cross_entropy" in only and whole.get_output_embeddings() is not None:
+        done._exchange("linear_cross_entropy", whole, memory_budget=memory_budget)
     return done
 
 
