@@ -10,6 +10,7 @@ from conftest import device_or_skip
 from fastprimer import testing
 from fastprimer.backends import declared, operations, use_backend
 from fastprimer.cases import CASES, Inputs
+from fastprimer.decoding import captured
 
 KERNELS = [(op, backend) for op in operations() for backend in ("triton", "cuda") if backend in declared(op)]
 ROW = 4096
@@ -112,3 +113,37 @@ def test_the_layer_of_experts_is_captured_in_a_cuda_graph(make, backend):
 def test_second_gpu(op, backend):
     case = next(c for c in CASES if c.op == op and not c.bench)
     assert all(row.ok for row in testing.compare(case, torch.bfloat16, backend, device="cuda:1"))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_graph_is_captured_on_its_own_gpu():
+    """Torch's own stream for captures stays on the GPU of the first one."""
+    x = [torch.ones(8, device=f"cuda:{index}") for index in (0, 1)]
+    for t in x:
+        replay, reason = captured(lambda t=t: t * 2, t.device)
+        t += 1
+        assert reason == "" and torch.equal(replay(), t * 2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "mixtral", "deepseek_v3"])
+def test_a_patched_model_of_transformers(name):
+    checks = pytest.importorskip("hf_checks")
+    model, plain, _ = checks.pair(name)
+    model, plain, tokens = model.cuda().train(), plain.cuda().train(), torch.arange(1, 19, device="cuda").view(2, 9)
+    mask = torch.ones_like(tokens)
+    mask[0, 6:] = 0
+    inputs = {"input_ids": tokens, "attention_mask": mask, "labels": tokens.masked_fill(mask == 0, -100)}
+    expected = checks.gradients(plain, **inputs)
+    checks.close(checks.gradients(model, **inputs), expected, 1e-4)
+    got, theirs = (each.bfloat16()(**inputs).loss.item() for each in (model, plain))
+    assert abs(got - expected[0].item()) <= 2 * abs(theirs - expected[0].item()) + 0.01
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_half_types_are_differentiated_twice():
+    x, weight = (torch.randn(n, 16, dtype=torch.bfloat16, device="cuda", requires_grad=True) for n in (4, 7))
+    loss = fp.linear_cross_entropy(x, weight, torch.arange(4, device="cuda"))
+    (dx,) = torch.autograd.grad(loss, x, create_graph=True)
+    dx.float().square().sum().backward()
+    assert x.grad.isfinite().all() and weight.grad.isfinite().all() and x.grad.any()
