@@ -12,7 +12,7 @@ import fastprimer as fp
 
 transformers = pytest.importorskip("transformers")
 
-from hf_checks import close, pair  # noqa: E402
+from hf_checks import close, gradients, pair, tiny  # noqa: E402
 
 from fastprimer.integrations import hf_attention  # noqa: E402
 from fastprimer.integrations.transformers import patch  # noqa: E402
@@ -91,9 +91,9 @@ def test_attention_with_dropout_or_wide_heads_is_torchs(tokens):
     q, k = q[..., :16], k[..., :16]
     sinks = torch.randn(4)
     served = fp.attention(*(t.transpose(1, 2) for t in (q, k, v)), causal=True, window=(2, 0), softcap=3.0, sinks=sinks)
-    options = {"sliding_window": 3, "softcap": 3.0, "s_aux": sinks}
-    close([hf_attention.attention(Module(), q, k, v, None, dropout=1e-12, **options)[0]], [served])
-    thinned = hf_attention.attention(Module(), q, k, v, None, dropout=0.5, **options)[0]
+    band, options = hf_attention.Banded((2, 1, 5, 7), True, 3), {"softcap": 3.0, "s_aux": sinks}
+    close([hf_attention.attention(Module(), q, k, v, band, dropout=1e-12, **options)[0]], [served])
+    thinned = hf_attention.attention(Module(), q, k, v, band, dropout=0.5, **options)[0]
     assert (thinned - served).abs().max() > 0.01
 
 
@@ -108,3 +108,24 @@ def test_encoders_and_cross_attention(length, tokens):
     mask[0, :4] = 0
     inputs = {"input_ids": tokens, "attention_mask": mask, "decoder_input_ids": tokens.flip(1)[:, :length]}
     close([model(**inputs).logits], [plain(**inputs).logits])
+
+
+def test_a_query_that_sees_nothing_has_no_gradient(tokens):
+    model, _, _ = pair("gemma2", attention_dropout=0.1)  # dropout is torch's business
+    mask = torch.ones_like(tokens)
+    mask[0, :4] = 0
+    assert all(t is None or t.isfinite().all() for t in gradients(model.train(), input_ids=tokens, attention_mask=mask, labels=tokens))
+
+
+def test_a_window_is_what_the_mask_says(tokens):
+    """olmoe hands a window to its attention that its mask does not have."""
+    model, plain, _ = pair("olmoe", sliding_window=4)
+    close([model.eval()(tokens).logits], [plain.eval()(tokens).logits])
+
+
+def test_sparse_attention_is_left_alone():
+    model = tiny("deepseek_v32")
+    patched = patch(model)
+    assert "asks whether its attention is called sdpa" in patched.left["DeepseekV32ForCausalLM: attention"]
+    with pytest.raises(NotImplementedError, match="indices: expected None: sparse attention is not supported"):
+        hf_attention.attention(nn.Module(), *(torch.randn(1, 2, 3, 16) for _ in "qkv"), None, indices=torch.zeros(1, 3, 2))

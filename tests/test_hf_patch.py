@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import pickle
 import re
 import unittest.mock
 
@@ -106,6 +107,46 @@ def test_other_dtypes(dtype, tokens):
     assert got.dtype == theirs.dtype and abs(float(got) - exact) <= 2 * abs(float(theirs) - exact) + 0.01
 
 
+def test_a_loss_of_a_models_own_making(tokens):
+    class Masking(transformers.LlamaForCausalLM):
+        def forward(self, input_ids, labels=None, **kwargs):
+            hidden = self.model(input_ids).last_hidden_state
+            logits = self.lm_head(hidden)
+            own = labels.masked_fill(labels % 2 == 0, -100)
+            loss = self.loss_function(logits=logits, labels=own, vocab_size=97)
+            return transformers.modeling_outputs.CausalLMOutputWithPast(loss=loss, logits=logits)
+
+    class Adding(Masking):
+        def forward(self, input_ids, labels=None, **kwargs):
+            output = super().forward(input_ids, labels)
+            output.loss = output.loss + 1e-3 * output.logits.logsumexp(-1).square().mean()
+            return output
+
+    for cls, fused in ((Masking, True), (Adding, False)):
+        model = cls(tiny("llama").config)
+        plain = copy.deepcopy(model)
+        assert (f"{cls.__name__}: linear_cross_entropy" in patch(model).replaced) == fused
+        inputs = {"input_ids": tokens, "labels": tokens}
+        close(gradients(model.train(), **inputs), gradients(plain.train(), **inputs))
+
+
+def test_hooks_of_the_head_see_logits(tokens):
+    model, plain, _ = pair("llama")
+    for each in (model.train(), plain.train()):
+        each.lm_head.register_forward_hook(lambda module, args, logits: 3 * logits)
+    inputs = {"input_ids": tokens, "labels": tokens}
+    close(gradients(model, **inputs), gradients(plain, **inputs))
+    assert model(**inputs).logits.shape == (2, 9, 97)
+
+
+def test_a_patched_model_is_pickled(tokens):
+    model, plain, _ = pair("mixtral")
+    twin = pickle.loads(pickle.dumps(model))
+    assert type(twin.model.norm) is type(model.model.norm)
+    inputs = {"input_ids": tokens, "labels": tokens}
+    close(gradients(twin.train(), **inputs), gradients(plain.train(), **inputs))
+
+
 def test_checkpointing_copies_and_saving(tmp_path, tokens):
     model, plain, _ = pair("mixtral")
     for each in (model.train(), plain.train()):
@@ -155,6 +196,16 @@ def test_undo_gives_everything_back():
     assert patched.undo() is model
 
 
+def test_undo_finds_copies_within_the_model_and_models_beside_each_other():
+    both = nn.ModuleDict({"a": tiny("llama"), "b": tiny("gemma2")})
+    patched = patch(both)
+    assert patched.replaced["LlamaForCausalLM: attention"] == patched.replaced["Gemma2ForCausalLM: linear_cross_entropy"] == 1
+    both["c"] = copy.deepcopy(both["a"].model.norm)  # as peft's modules_to_save
+    patched.undo()
+    assert not any(map(hf_layers.is_ours, both.modules()))
+    assert both["a"].config._attn_implementation == "sdpa" and both["b"].config._attn_implementation == "eager"
+
+
 def test_other_models_are_not_touched(tokens):
     plain = tiny("llama").train()
     pair("llama")
@@ -200,16 +251,33 @@ def test_what_computes_something_else_is_left_alone():
         def forward(self, x, experts, weights):
             return x
 
+    class ClampedMLP(ReLUMLP):
+        def forward(self, x):
+            return self.down_proj(nn.functional.silu(self.gate_proj(x).clamp(max=16)) * self.up_proj(x).clamp(-16, 16))
+
+    class DroppingMLP(ReLUMLP):
+        def forward(self, x):
+            down = self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+            return nn.functional.dropout(down, 0.1, self.training)
+
+    class MoreExperts(Experts):
+        def __init__(self):
+            super().__init__()
+            self.gate_up_proj = nn.Parameter(torch.ones(3, 8, 4))
+
     hooked = HookedRMSNorm(8)
     hooked.forward = hooked.forward
-    model = nn.Sequential(OtherRMSNorm(), hooked, ReLUMLP(), Experts())
+    model = nn.Sequential(OtherRMSNorm(), hooked, ReLUMLP(), ClampedMLP(), DroppingMLP(), Experts(), MoreExperts())
     patched = patch(model)
     assert not patched.replaced and not any(map(hf_layers.is_ours, model))
     assert {what: reason.split(" ")[1] for what, reason in patched.left.items()} == {
         "OtherRMSNorm: rms_norm": "computes",
         "HookedRMSNorm: rms_norm": "has",
         "ReLUMLP: swiglu": "activation",
+        "ClampedMLP: swiglu": "activation",
+        "DroppingMLP: swiglu": "activation",
         "Experts: moe": "is",
+        "MoreExperts: moe": "parameters",
     }
     assert "left alone: ReLUMLP: swiglu: its activation is neither" in str(patched)
 

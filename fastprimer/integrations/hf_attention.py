@@ -8,6 +8,9 @@ by torch, as transformers would.
 
 from __future__ import annotations
 
+import inspect
+import re
+import sys
 from typing import Optional
 
 import torch
@@ -29,6 +32,37 @@ def register() -> str:
     return NAME
 
 
+def configs(model) -> list:
+    """Every configuration of a model and its parts, once."""
+    found, open_ = {}, [module.config for module in model.modules() if hasattr(getattr(module, "config", None), "sub_configs")]
+    while open_:
+        config = open_.pop()
+        if id(config) not in found:
+            found[id(config)] = config
+            open_ += [part for name in config.sub_configs if (part := getattr(config, name, None)) is not None]
+    return list(found.values())
+
+
+def why_not(model) -> str:
+    """Why a model must keep its attention, or "": one that does something else for implementations that it knows by name, sparse attention
+    for instance, would do it for these alone."""
+    from transformers import PreTrainedModel
+
+    if model.config._attn_implementation == NAME:
+        return "it is fastprimer's already"
+    for file in {type(module).__module__ for module in model.modules() if isinstance(module, PreTrainedModel)}:
+        try:
+            source = inspect.getsource(sys.modules[file])
+        except (KeyError, OSError, TypeError):
+            continue
+        if BY_NAME.search(source):
+            return f"{file.rpartition('.')[2]} asks whether its attention is called sdpa"
+    return ""
+
+
+BY_NAME = re.compile(r"""_attn_implementation\b[^\n]*["'](sdpa|flex_attention)["']""")
+
+
 class Banded(BlockMask):
     """A mask that is not made: causal or not, within a window of so many keys (None: all), of the keys where padding (B, T) is true
     (None: all). If causal, the S queries are the last S tokens of the same sequences.
@@ -38,6 +72,8 @@ class Banded(BlockMask):
 
     def __init__(self, shape: tuple[int, int, int, int], causal: bool, window: Optional[int] = None, padding: Optional[Tensor] = None):
         self.sizes, self.causal, self.window, self.padding = shape, causal, window, padding
+
+    ndim = 4
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -84,7 +120,7 @@ def mask(
     causal = allow_is_causal_skip and sliding and not static and q_offset + q_length == kv_offset + kv_length
     full = allow_is_bidirectional_skip and local_size is None and not static
     padding = None if attention_mask is None or static else attention_mask[:, kv_offset : kv_offset + kv_length]
-    packs = padding is None or (padding.shape[1] == kv_length and (local_size is None or _at_one_end(padding)))
+    packs = padding is None or (padding.shape[1] == kv_length and _at_one_end(padding, local_size))
     if (causal or full) and packs:
         padding = None if padding is None or _is_all(padding) else padding
         shape = (batch_size, 1, q_length, kv_length)
@@ -97,9 +133,12 @@ def _is_all(padding: Tensor) -> bool:
     return not torch.compiler.is_compiling() and bool(padding.all())
 
 
-def _at_one_end(padding: Tensor) -> bool:
-    """So that a window of what is kept is that of all tokens."""
-    return not torch.compiler.is_compiling() and bool((padding.diff(dim=1).sum(1) <= 1).all())
+def _at_one_end(padding: Tensor, local_size: Optional[int]) -> bool:
+    """So that a window of what is kept is that of all tokens, and no query that is padding sees what is kept before it. Compiled
+    code cannot look: without a window it takes that for granted."""
+    if torch.compiler.is_compiling():
+        return local_size is None
+    return bool((padding.diff(dim=1).sum(1) <= 1).all())
 
 
 def attention(
@@ -111,7 +150,6 @@ def attention(
     dropout: float = 0.0,
     scaling: Optional[float] = None,
     is_causal: Optional[bool] = None,
-    sliding_window: Optional[int] = None,
     softcap: Optional[float] = None,
     s_aux: Optional[Tensor] = None,
     position_bias: Optional[Tensor] = None,
@@ -119,18 +157,24 @@ def attention(
     cu_seq_lens_k: Optional[Tensor] = None,
     max_length_q: Optional[int] = None,
     max_length_k: Optional[int] = None,
+    indices: Optional[Tensor] = None,
+    block_indices: Optional[Tensor] = None,
     **_,
 ) -> tuple[Tensor, None]:
     """query (B, H, S, D), key (B, Hk, T, D), value (B, Hk, T, Dv) -> o (B, S, H, Dv), and None in place of the probabilities.
 
-    attention_mask is what `mask` made, or any mask (B, 1 or H, S, T), boolean or added to the scores. s_aux (H,) are sinks. Sequences
-    that are packed into a batch of one are told by cu_seq_lens_q and the like, as transformers' collators do.
+    attention_mask is what `mask` made, or any mask (B, 1 or H, S, T), boolean or added to the scores; what it says of windows counts, as
+    with SDPA. s_aux (H,) are sinks. Sequences that are packed into a batch of one are told by cu_seq_lens_q and the like, as transformers'
+    collators do; a mask that says more than these is heeded.
     """
+    if indices is not None or block_indices is not None:
+        raise NotImplementedError("fastprimer's attention for transformers: indices: expected None: sparse attention is not supported")
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     scores = {"scale": scaling, "softcap": softcap, "sinks": s_aux}
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    band = attention_mask if isinstance(attention_mask, Banded) else Banded((q.shape[0], 1, q.shape[1], k.shape[1]), causal, sliding_window)
+    band = attention_mask if isinstance(attention_mask, Banded) else Banded((q.shape[0], 1, q.shape[1], k.shape[1]), causal)
     packed = cu_seq_lens_q is not None and cu_seq_lens_k is not None and q.shape[0] == 1
+    packed = packed and (not isinstance(attention_mask, Tensor) or _is_packing(attention_mask, cu_seq_lens_q, cu_seq_lens_k))
     served = not dropout and position_bias is None and max(q.shape[-1], v.shape[-1]) <= 256
     if not served or (isinstance(attention_mask, Tensor) and not packed):
         return by_torch(q, k, v, band, attention_mask, dropout, position_bias, **scores), None
@@ -144,6 +188,17 @@ def attention(
     if band.padding is not None:
         return without_padding(q, k, v, band.padding.to(q.device), **options), None
     return ops.attention(q, k, v, **options), None
+
+
+def _is_packing(mask: Tensor, cu_seq_lens_q: Tensor, cu_seq_lens_k: Tensor) -> bool:
+    """Whether a mask (1, 1, S, T) is that of causal sequences of these lengths, and nothing else; each mask is looked at once."""
+    if torch.compiler.is_compiling() or mask.dtype != torch.bool or mask.shape[:2] != (1, 1) or mask.shape[2] != mask.shape[3]:
+        return False
+    if not hasattr(mask, "_is_packing"):
+        N = torch.arange(mask.shape[2], device=mask.device)
+        of_query, of_key = (torch.bucketize(N, ends.to(mask.device), right=True) for ends in (cu_seq_lens_q, cu_seq_lens_k))
+        mask._is_packing = torch.equal(mask[0, 0], (of_query.unsqueeze(1) == of_key) & (N.unsqueeze(1) >= N))
+    return mask._is_packing
 
 
 def without_padding(q: Tensor, k: Tensor, v: Tensor, padding: Tensor, **options) -> Tensor:
@@ -160,7 +215,9 @@ def without_padding(q: Tensor, k: Tensor, v: Tensor, padding: Tensor, **options)
     order_q, order_k = (torch.argsort(kept, dim=1, descending=True, stable=True) for kept in (kept_q, kept_k))
     rows_q, rows_k = _rows(order_q), _rows(order_k)
     q, k, v = q.flatten(0, 1).index_select(0, rows_q), k.flatten(0, 1).index_select(0, rows_k), v.flatten(0, 1).index_select(0, rows_k)
-    packed = {"cu_seqlens_q": ends[0], "cu_seqlens_k": ends[1], "max_seqlen_q": S, "max_seqlen_k": T}
+    packed = {"cu_seqlens_q": ends[0], "cu_seqlens_k": ends[1]}
+    if isinstance(S, int) and isinstance(T, int):  # not symbols of torch.export
+        packed |= {"max_seqlen_q": S, "max_seqlen_k": T}
     o = ops.attention(q, k, v, **packed, **options)
     return o.index_select(0, _rows(order_q.argsort(1))).unflatten(0, (B, S))
 
@@ -192,7 +249,8 @@ def by_torch(q, k, v, band: Banded, mask, dropout: float, position_bias, scale, 
     s = (s if softcap is None else softcap * torch.tanh(s / softcap)) + bias
     if sinks is not None:
         s = torch.cat((s, sinks.float()[:, None, None].expand(*s.shape[:-1], 1)), -1)
-    p = s.softmax(-1).nan_to_num(0.0)[..., :T]
+    unseeing = (s == -torch.inf).all(-1, keepdim=True)  # whose softmax, and its gradient, would be NaN
+    p = s.masked_fill(unseeing, 0.0).softmax(-1).masked_fill(unseeing, 0.0)[..., :T]
     return (F.dropout(p, dropout).to(v.dtype) @ v).transpose(1, 2)
 
 

@@ -36,19 +36,34 @@ def is_ours(module: nn.Module) -> bool:
     return hasattr(type(module), "_fastprimer")
 
 
+def original(module: nn.Module) -> Optional[type]:
+    """The class that ours took the place of; None for a module of any other class, also of one made of ours since."""
+    return vars(type(module)).get("_fastprimer")
+
+
 def exchanges(operation: str, module: nn.Module, **given) -> list[tuple[nn.Module, type]]:
     """The module, and where needed a part of it, with the class that each is to have. Raises Unlike."""
     if operation == "linear_cross_entropy":
         options = hf_probes.loss(module) | given
-        return [(module, _with_loss(type(module), **options)), (module.get_output_embeddings(), Head)]
+        return [(module, with_loss(type(module), *options.values())), (module.get_output_embeddings(), Head)]
     options = BUILDERS[operation].probe(module)
-    return [(module, BUILDERS[operation].build(type(module), **options))]
+    return [(module, BUILDERS[operation].build(type(module), *options.values()))]
 
 
-def _subclass(cls: type, **members) -> type:
+def _subclass(cls: type, build: Callable[..., type], options: tuple, **members) -> type:
     """Of the same name, for those who go by names (FSDP's wrapping policies, initialisation, save_pretrained)."""
-    named = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, "_fastprimer": True}
-    return type(cls.__name__, (cls,), named | members)
+
+    def __reduce_ex__(self, protocol):  # to pickle it: the class has no place of its own
+        _, _, *rest = object.__reduce_ex__(self, protocol)
+        return _made, (build, cls, options), *rest
+
+    named = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+    return type(cls.__name__, (cls,), named | {"_fastprimer": cls, "__reduce_ex__": __reduce_ex__} | members)
+
+
+def _made(build: Callable[..., type], cls: type, options: tuple) -> nn.Module:
+    made = build(cls, *options)
+    return made.__new__(made)
 
 
 @functools.cache
@@ -60,7 +75,7 @@ def rms_norm(cls: type, eps: float, weight_offset: float, weighted: bool) -> typ
             return cls.forward(self, x)
         return ops.rms_norm(x, weight, eps, weight_offset=weight_offset)
 
-    return _subclass(cls, forward=functools.wraps(cls.forward)(forward))
+    return _subclass(cls, rms_norm, (eps, weight_offset, weighted), forward=functools.wraps(cls.forward)(forward))
 
 
 @functools.cache
@@ -70,7 +85,7 @@ def swiglu(cls: type, activation: str, packed: bool) -> type:
         projected = (self.gate_up_proj(x),) if packed else (self.gate_proj(x), self.up_proj(x))
         return self.down_proj(ops.swiglu(*projected, activation=activation))
 
-    return _subclass(cls, forward=functools.wraps(cls.forward)(forward))
+    return _subclass(cls, swiglu, (activation, packed), forward=functools.wraps(cls.forward)(forward))
 
 
 @functools.cache
@@ -82,7 +97,7 @@ def moe(cls: type) -> type:
             return cls.forward(self, hidden_states, top_k_index, top_k_weights)
         return ops.moe(x, gate_up, self.down_proj, top_k_weights, top_k_index)
 
-    return _subclass(cls, forward=functools.wraps(cls.forward)(forward))
+    return _subclass(cls, moe, (), forward=functools.wraps(cls.forward)(forward))
 
 
 @functools.cache
@@ -97,7 +112,7 @@ def rope(cls: type, tables: str, interleaved: bool) -> type:
             return original(q, k, cos, sin, *args, **kwargs)
         return hf_probes.rotate(q, k, cos, sin, tables, interleaved)
 
-    return _subclass(cls, forward=_rebound(cls.forward, rotary))
+    return _subclass(cls, rope, (tables, interleaved), forward=_rebound(cls.forward, rotary))
 
 
 def _rotary(cls: type) -> Callable:
@@ -129,67 +144,74 @@ def _rebound(function: Callable, rotary: Callable) -> Callable:
 
 
 class Question:
-    """What a model's head is asked for in place of the logits: their loss with these labels."""
+    """A loss that a model is to find without the logits: its head hands on x in their place, and its loss function asks the head."""
 
-    def __init__(self, criterion: LinearCrossEntropy, factor: float, labels: Tensor, items):
-        self.criterion, self.factor, self.labels, self.items = criterion, factor, labels, items
-        self.loss: Optional[Tensor] = None
+    def __init__(self, options: dict, factor: float):
+        self.options, self.factor = options, factor
+        self.x: Optional[Tensor] = None
 
-    def answer(self, x: Tensor, head: nn.Linear) -> None:
-        items = self.items.to(x.device) if isinstance(self.items, Tensor) else self.items
-        x = x if self.factor == 1.0 else x * self.factor
+    def loss(self, head: nn.Linear, labels, vocab_size=None, num_items_in_batch=None, ignore_index=-100, shift_labels=None) -> Tensor:
+        """With the arguments of transformers' ForCausalLMLoss, but for the logits."""
+        x = self.x if self.factor == 1.0 else self.x * self.factor
         bias = None if head.bias is None else head.bias * self.factor
-        self.loss = self.criterion(x, head.weight, self.labels.to(x.device), bias=bias, num_items_in_batch=items)
-
-    def in_place_of_the_loss(self, *_, **__) -> Tensor:
-        return self.loss
+        items = num_items_in_batch.to(x.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
+        criterion = LinearCrossEntropy(shift=shift_labels is None, ignore_index=ignore_index, **self.options)
+        labels = labels if shift_labels is None else shift_labels
+        return criterion(x, head.weight, labels.to(x.device), bias=bias, num_items_in_batch=items)
 
 
 class Head(nn.Linear):
-    """An output embedding that can be asked for the loss at once; it hands on x then, in place of the logits."""
+    """An output embedding that hands on x where it was asked to."""
 
     asked: Optional[Question] = None
-    _fastprimer = True
+    _fastprimer = nn.Linear
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.asked is None or type(self.weight) not in (nn.Parameter, Tensor):  # nor a shard of it
+        hooked = self._forward_hooks or self._forward_pre_hooks  # which expect logits, or bring weights for this moment alone
+        if self.asked is None or hooked or type(self.weight) not in (nn.Parameter, Tensor):  # nor a shard of it
             return super().forward(x)
-        self.asked.answer(x, self)
+        self.asked.x = x
         return x
 
 
 @functools.cache
-def _with_loss(cls: type, factor: float, softcap: Optional[float], memory_budget: Optional[int]) -> type:
+def with_loss(cls: type, factor: float, softcap: Optional[float], memory_budget: Optional[int]) -> type:
     from transformers.loss.loss_utils import LOSS_MAPPING
 
-    criteria = {shift: LinearCrossEntropy(shift=shift, softcap=softcap, memory_budget=memory_budget) for shift in (True, False)}
-    original = cls.loss_function
+    options, original = {"softcap": softcap, "memory_budget": memory_budget}, cls.loss_function
 
     def forward(self, *args, **kwargs):
-        head, labels, shifted = self.get_output_embeddings(), kwargs.get("labels"), kwargs.get("shift_labels")
-        said = kwargs.get("return_dict")
+        head, said = self.get_output_embeddings(), kwargs.get("return_dict")
         as_dict = self.config.return_dict if said is None else said
-        usual = labels is not None and kwargs.get("ignore_index", -100) == -100 and original.fget(self) is LOSS_MAPPING["ForCausalLM"]
-        if not (usual and as_dict and self.training and isinstance(head, Head)):
+        usual = kwargs.get("labels") is not None and as_dict and original.fget(self) is LOSS_MAPPING["ForCausalLM"]
+        if not (usual and self.training and isinstance(head, Head)):
             return cls.forward(self, *args, **kwargs)
-        asked = Question(criteria[shifted is None], factor, labels if shifted is None else shifted, kwargs.get("num_items_in_batch"))
-        head.asked = asked
+        head.asked = asked = Question(options, factor)
         try:
             output = cls.forward(self, *args, **kwargs)
         finally:
             head.asked = None
-        return output if asked.loss is None else type(output)(**{name: part for name, part in output.items() if name != "logits"})
+        return output if asked.x is None else type(output)(**{name: part for name, part in output.items() if name != "logits"})
 
     def loss_function(self):
-        asked = getattr(self.get_output_embeddings(), "asked", None)
-        return original.fget(self) if asked is None or asked.loss is None else asked.in_place_of_the_loss
+        head = self.get_output_embeddings()
+        asked = getattr(head, "asked", None)
+        if asked is None or asked.x is None:
+            return original.fget(self)
+        return lambda logits, labels, *args, **kwargs: asked.loss(head, labels, *args, **_known(kwargs))
 
     members = {"forward": functools.wraps(cls.forward)(forward), "loss_function": property(loss_function, original.fset)}
-    return _subclass(cls, **members)
+    return _subclass(cls, with_loss, (factor, softcap, memory_budget), **members)
+
+
+def _known(kwargs: dict) -> dict:
+    """Of what a model hands to its loss function, what that heeds."""
+    return {name: value for name, value in kwargs.items() if name in ("vocab_size", "num_items_in_batch", "ignore_index", "shift_labels")}
 
 
 class Builder(NamedTuple):
     probe: Callable[[nn.Module], dict]
+    """What `build` is to be given besides the class, in that order."""
     build: Callable[..., type]
 
 

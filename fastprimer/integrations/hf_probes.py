@@ -46,7 +46,8 @@ def trying():
 
 
 def stub(module: nn.Module, **parts) -> nn.Module:
-    """A layer of this class with the same plain attributes, and these parts in place of its parameters and layers."""
+    """A layer of this class with the same plain attributes, and these parts in place of its parameters and layers; in training mode, so
+    that a dropout shows."""
     like = type(module).__new__(type(module))
     nn.Module.__init__(like)
     for name, value in vars(module).items():
@@ -54,7 +55,7 @@ def stub(module: nn.Module, **parts) -> nn.Module:
             setattr(like, name, value)
     for name, part in parts.items():
         setattr(like, name, part)
-    return like.eval()
+    return like.train()
 
 
 def random(*shape: int) -> Tensor:
@@ -67,7 +68,13 @@ def linear(inner: int, outer: int) -> nn.Linear:
 
 def same(got, expected) -> bool:
     """Equal but for rounding: other formulas differ by far more."""
-    return isinstance(expected, Tensor) and got.shape == expected.shape and torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
+    if not isinstance(expected, Tensor) or got.shape != expected.shape:
+        return False
+    return torch.allclose(got, expected, rtol=1e-4, atol=1e-5 * max(1.0, float(expected.abs().max())))
+
+
+SCALES = (1.0, 30.0, 1e4)
+"""Of the numbers that a gated layer is tried with: a clamp shows only beyond it."""
 
 
 def takes(module: nn.Module, arguments: int) -> None:
@@ -106,10 +113,12 @@ def swiglu(module: nn.Module) -> dict:
     with trying():
         down = linear(F, C)
         first = {"gate_up_proj": linear(C, 2 * F)} if packed else {"gate_proj": linear(C, F), "up_proj": linear(C, F)}
-        x = 3 * random(B, S, C)
-        expected = stub(module, down_proj=down, **first, **activations)(x)
+        like = stub(module, down_proj=down, **first, **activations)
+        tried = [scale * random(B, S, C) for scale in SCALES]
+        expected = [like(x) for x in tried]
         for activation in ("silu", "gelu_tanh"):
-            if same(down(ops.swiglu(*(layer(x) for layer in first.values()), activation=activation)), expected):
+            ours = [down(ops.swiglu(*(layer(x) for layer in first.values()), activation=activation)) for x in tried]
+            if all(map(same, ours, expected)) and same(like.eval()(tried[0]), expected[0]):
                 return {"activation": activation, "packed": packed}
     raise Unlike("its activation is neither SiLU nor GELU's tanh form of the gate, times up")
 
@@ -153,6 +162,9 @@ def experts(module: nn.Module) -> dict:
     weights = dict(module.named_parameters())
     if set(weights) != {"gate_up_proj", "down_proj"} or any(w.dim() != 3 or not w.is_floating_point() for w in weights.values()):
         raise Unlike(f"its parameters are not gate_up_proj (E, 2F, C) and down_proj (E, C, F), but {', '.join(weights)}")
+    sizes = module.gate_up_proj.shape, module.down_proj.shape
+    if sizes[0] != (sizes[1][0], 2 * sizes[1][2], sizes[1][1]):
+        raise Unlike(f"its parameters are not (E, 2F, C) and (E, C, F), but {tuple(sizes[0])} and {tuple(sizes[1])}")
     with trying():
         gate_up, down = random(E, 2 * F, C), random(E, C, F)
         config = copy.copy(getattr(module, "config", SimpleNamespace()))
@@ -160,8 +172,9 @@ def experts(module: nn.Module) -> dict:
         parts = {"gate_up_proj": nn.Parameter(gate_up), "down_proj": nn.Parameter(down), "config": config}
         parts |= {name: child for name, child in module.named_children()}
         like = stub(module, num_experts=E, **parts)
-        x, (w, chosen) = random(B * S, C), random(B * S, E).softmax(-1).topk(K)
-        if same(ops.moe(x, gate_up, down, w, chosen), like(x, chosen, w)):
+        w, chosen = random(B * S, E).softmax(-1).topk(K)
+        tried = [scale * random(B * S, C) for scale in SCALES]
+        if all(same(ops.moe(x, gate_up, down, w, chosen), like(x, chosen, w)) for x in tried):
             return {}
     raise Unlike("it is not the sum of its experts' SwiGLU networks, each times its weight")
 
@@ -197,9 +210,12 @@ def loss(model: nn.Module) -> dict:
     with trying():
         x, logits = random(B, S, C), 10 * random(B, S, V)
         like = stub(model, config=model.config, **{body: _Said(_Output(last_hidden_state=x)), name: _Said(logits)}).train()
-        like.loss_function = lambda *args, **kwargs: seen.append(kwargs["logits"] if "logits" in kwargs else args[0]) or logits.sum()
+        said = logits.sum()
+        like.loss_function = lambda *args, **kwargs: seen.append(kwargs["logits"] if "logits" in kwargs else args[0]) or said
         tokens = torch.zeros(B, S, dtype=torch.long)
         output = like(input_ids=tokens, labels=tokens)
+        if output.loss is not said:
+            raise Unlike("its loss is not what its loss function says")
         if len(seen) == 1 and output.logits is seen[0]:
             factor = float(seen[0].flatten()[0] / logits.flatten()[0])
             if seen[0] is logits or same(seen[0], factor * logits):

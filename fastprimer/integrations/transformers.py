@@ -39,8 +39,8 @@ class Patch:
         self.model = model
         self.replaced: Counter[str] = Counter()
         self.left: dict[str, str] = {}
-        self._exchanged: list[tuple[nn.Module, type, type]] = []
-        self._attention: tuple[nn.Module, str | dict] | None = None
+        self._exchanged: list[nn.Module] = []
+        self._implementations: list[tuple[object, str | None]] = []
 
     def undo(self) -> nn.Module:
         """Give every layer its own class back, and the model its attention; returns the model. Again: no effect.
@@ -48,17 +48,16 @@ class Patch:
         Raises:
             RuntimeError: something has wrapped a layer since (fully_shard, parametrize, ...); nothing is undone then.
         """
-        for module, _, ours in self._exchanged:
-            if type(module) is not ours:
-                raise RuntimeError(
-                    f"patch: undo: expected every layer as it was left, got a {type(module).__name__}, which was wrapped since"
-                )
-        for module, original, _ in reversed(self._exchanged):
-            module.__class__ = original
-        if self._attention is not None:
-            model, implementation = self._attention
-            model.set_attn_implementation(implementation)
-        self._exchanged, self._attention = [], None
+        ours = [module for module in {*self._exchanged, *self.model.modules()} if hf_layers.is_ours(module)]  # copies too, as peft makes
+        for module in ours:
+            if hf_layers.original(module) is None:
+                name = type(module).__name__
+                raise RuntimeError(f"patch: undo: expected every layer as it was left, got a {name}, which was wrapped since")
+        for module in ours:
+            module.__class__ = hf_layers.original(module)
+        for config, implementation in self._implementations:
+            config._attn_implementation_internal = implementation
+        self._exchanged, self._implementations = [], []
         return self.model
 
     def __enter__(self) -> Patch:
@@ -82,22 +81,23 @@ class Patch:
             self.left[what] = str(reason)
             return
         for part, ours in exchanges:
-            self._exchanged.append((part, type(part), ours))
+            self._exchanged.append(part)
             part.__class__ = ours
         self.replaced[what] += 1
 
     def _attend(self, model) -> None:
-        what, config = f"{type(model).__name__}: attention", model.config
-        before = {"": config._attn_implementation}
-        for name in config.sub_configs:
-            if getattr(config, name, None) is not None:
-                before[name] = getattr(config, name)._attn_implementation
-        model.set_attn_implementation(hf_attention.register())
-        if config._attn_implementation == hf_attention.NAME:
-            self._attention = model, before if len(before) > 1 else before[""]
-            self.replaced[what] += 1
+        what = f"{type(model).__name__}: attention"
+        reason = hf_attention.why_not(model)
+        if not reason:
+            before = [(config, config._attn_implementation_internal) for config in hf_attention.configs(model)]
+            model.set_attn_implementation(hf_attention.register())
+            if model.config._attn_implementation != hf_attention.NAME:
+                reason = "it does not choose its attention by transformers' AttentionInterface"
+            self._implementations += before
+        if reason:
+            self.left[what] = reason
         else:
-            self.left[what] = "it does not choose its attention by transformers' AttentionInterface"
+            self.replaced[what] += 1
 
 
 def patch(model: nn.Module, *, only: Collection[str] = OPERATIONS, memory_budget: int | None = None) -> Patch:
@@ -110,7 +110,9 @@ def patch(model: nn.Module, *, only: Collection[str] = OPERATIONS, memory_budget
         memory_budget: of `fp.linear_cross_entropy`: bytes of logits that may be kept for backward, which computes the rest once more.
 
     With "linear_cross_entropy" a model in training mode that is given labels returns its loss without ever holding the logits, and None in
-    their place; in eval mode it returns them as ever. "attention" returns no probabilities (output_attentions), as SDPA does.
+    their place; in eval mode it returns them as ever; hooks of the head have it compute them. Two threads must not train one model so.
+    "attention" returns no probabilities (output_attentions), as SDPA does, and 0 for queries that are padding, as FlashAttention does: what
+    such positions say is another than before. Models that share a config share its attention.
 
     Returns:
         A Patch: what was replaced, what was left alone and why, and the way back.
@@ -134,11 +136,15 @@ def patch(model: nn.Module, *, only: Collection[str] = OPERATIONS, memory_budget
         for operation in hf_layers.looks_like(module):
             if operation in only:
                 done._exchange(operation, module)
-    whole = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)  # within adapters, say
-    if whole is not None and "attention" in only:
-        done._attend(whole)
-    if whole is not None and "linear_cross_entropy" in only and whole.get_output_embeddings() is not None:
-        done._exchange("linear_cross_entropy", whole, memory_budget=memory_budget)
+    whole: list[str] = []  # the outermost models, within adapters, say
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, PreTrainedModel) or any(outer == "" or name.startswith(f"{outer}.") for outer in whole):
+            continue
+        whole.append(name)
+        if "attention" in only:
+            done._attend(module)
+        if "linear_cross_entropy" in only and module.get_output_embeddings() is not None:
+            done._exchange("linear_cross_entropy", module, memory_budget=memory_budget)
     return done
 
 
