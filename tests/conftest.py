@@ -89,3 +89,9 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tokens():
+    """Two sequences of words 1..96, for the small models of hf_checks."""
+    return torch.randint(1, 97, (2, 9), generator=torch.Generator().manual_seed(1))

@@ -45,9 +45,7 @@ def tiny(name, seed=0, **options):
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
     words = {"vocab_size": 97, "max_position_embeddings": 128, "pad_token_id": 0, "eos_token_id": None, "bos_token_id": None}
     torch.manual_seed(seed)
-    config = transformers.AutoConfig.for_model(
-        name, **(sizes | words | MODELS.get(name, (MLA | DEEPSEEK if "deepseek" in name else {},))[0] | options)
-    )
+    config = transformers.AutoConfig.for_model(name, **(sizes | words | MODELS.get(name, ({},))[0] | options))
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():  # norms and biases too

@@ -12,15 +12,10 @@ import fastprimer as fp
 
 transformers = pytest.importorskip("transformers")
 
-from hf_checks import close, gradients, pair, tiny  # noqa: E402
+from hf_checks import DEEPSEEK, MLA, close, gradients, pair, tiny  # noqa: E402
 
 from fastprimer.integrations import hf_attention  # noqa: E402
 from fastprimer.integrations.transformers import patch  # noqa: E402
-
-
-@pytest.fixture
-def tokens():
-    return torch.randint(1, 97, (2, 9), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt_oss"])
@@ -125,7 +120,7 @@ def test_a_window_is_what_the_mask_says(tokens):
 
 @pytest.mark.skipif("deepseek_v32" not in transformers.CONFIG_MAPPING, reason="these transformers have none")
 def test_sparse_attention_is_left_alone():
-    model = tiny("deepseek_v32")
+    model = tiny("deepseek_v32", **MLA, **DEEPSEEK)
     patched = patch(model)
     assert "asks whether its attention is called sdpa" in patched.left["DeepseekV32ForCausalLM: attention"]
     with pytest.raises(NotImplementedError, match="indices: expected None: sparse attention is not supported"):

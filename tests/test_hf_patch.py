@@ -18,11 +18,6 @@ from fastprimer.integrations import hf_attention, hf_layers  # noqa: E402
 from fastprimer.integrations.transformers import OPERATIONS, patch  # noqa: E402
 
 
-@pytest.fixture
-def tokens():
-    return torch.randint(1, 97, (2, 9), generator=torch.Generator().manual_seed(1))
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_losses_gradients_and_logits(name, tokens):
     model, plain, patched = pair(name)

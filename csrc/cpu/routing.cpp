@@ -36,22 +36,13 @@ void choose(const A* values, int64_t n, int64_t k, int64_t* numbers, A* best) {
   }
 }
 
-// Rows of scores have room for as many numbers more as a register has, so that their ends need no other instructions.
-template <class A>
-struct Row : Buffer<A> {
-  explicit Row(int64_t n) : Buffer<A>(n + VecOf<A>::size) {}
-};
-
-// e^x for x <= 0 as long as it is a number above 0: near the smallest normal number the choice is still among different scores. The values
-// are a Row's, and what lies behind them is spoiled.
+// e^x for x <= 0 as long as it is a number above 0: near the smallest normal number the choice is still among different scores.
 template <class A>
 void exponentials(A* values, int64_t n) {
   A least = 0;
   for (int64_t i = 0; i < n; i++) least = values[i] < least ? values[i] : least;
   if (least > (sizeof(A) == sizeof(double) ? -708 : -87)) {
-    constexpr int64_t size = VecOf<A>::size;
-    for (int64_t i = n; i % size != 0; i++) values[i] = 0;
-    for (int64_t c = 0; c < n; c += size) store(values + c, exp_of_negative(load(values + c)));
+    for_columns<A>(0, n, [&](int64_t c, auto count, int) { store(values + c, exp_of_negative(load(values + c, count)), count); });
   } else {
     for (int64_t i = 0; i < n; i++) values[i] = A(__builtin_exp(double(values[i])));
   }
@@ -120,8 +111,8 @@ class Route {
 
   explicit Route(const RouteForward& args)
       : a_(args),
-        scores_(args.E),
         l_(args.E),
+        scores_(args.E),
         choice_(args.E),
         best_(args.E),
         worth_(args.groups),
@@ -178,10 +169,9 @@ class Route {
   }
 
   const RouteForward& a_;
-  Row<A> scores_;
-  Buffer<A> l_, choice_, best_, worth_;
+  Buffer<A> l_, scores_, choice_, best_, worth_;
   Buffer<int64_t> numbers_;
-  Row<double> r_, slopes_;
+  Buffer<double> r_, slopes_;
 };
 
 template <class T>
@@ -235,10 +225,8 @@ class RouteGradient {
   const RouteBackward& a_;
   const bool past_cache_;
   const Buffer<T> row_;
-  Row<A> scores_;
-  Buffer<A> chosen_;
-  Row<double> r_, slopes_;
-  Buffer<double> dr_;
+  Buffer<A> scores_, chosen_;
+  Buffer<double> r_, slopes_, dr_;
 };
 
 }  // namespace

@@ -120,11 +120,12 @@ def mask(
     causal = allow_is_causal_skip and sliding and not static and q_offset + q_length == kv_offset + kv_length
     full = allow_is_bidirectional_skip and local_size is None and not static
     padding = None if attention_mask is None or static else attention_mask[:, kv_offset : kv_offset + kv_length]
-    packs = padding is None or (padding.shape[1] == kv_length and _at_one_end(padding, local_size))
-    if (causal or full) and packs:
+    if (causal or full) and (padding is None or padding.shape[1] == kv_length):
         padding = None if padding is None or _is_all(padding) else padding
-        shape = (batch_size, 1, q_length, kv_length)
-        return None if padding is None and local_size is None else Banded(shape, causal, local_size, padding)
+        if padding is None and local_size is None:
+            return None
+        if padding is None or _at_one_end(padding, local_size):
+            return Banded((batch_size, 1, q_length, kv_length), causal, local_size, padding)
     known = {"batch_size": batch_size, "kv_length": kv_length, "kv_offset": kv_offset, "attention_mask": attention_mask}
     return sdpa_mask(**known, **queries, allow_is_causal_skip=False, local_size=local_size, **options)
 

@@ -36,7 +36,7 @@ def is_ours(module: nn.Module) -> bool:
     return hasattr(type(module), "_fastprimer")
 
 
-def original(module: nn.Module) -> Optional[type]:
+def original_class(module: nn.Module) -> Optional[type]:
     """The class that ours took the place of; None for a module of any other class, also of one made of ours since."""
     return vars(type(module)).get("_fastprimer")
 

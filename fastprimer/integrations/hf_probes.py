@@ -209,7 +209,7 @@ def loss(model: nn.Module) -> dict:
     seen = []
     with trying():
         x, logits = random(B, S, C), 10 * random(B, S, V)
-        like = stub(model, config=model.config, **{body: _Said(_Output(last_hidden_state=x)), name: _Said(logits)}).train()
+        like = stub(model, config=model.config, **{body: _Said(_Output(last_hidden_state=x)), name: _Said(logits)})
         said = logits.sum()
         like.loss_function = lambda *args, **kwargs: seen.append(kwargs["logits"] if "logits" in kwargs else args[0]) or said
         tokens = torch.zeros(B, S, dtype=torch.long)

@@ -50,11 +50,11 @@ class Patch:
         """
         ours = [module for module in {*self._exchanged, *self.model.modules()} if hf_layers.is_ours(module)]  # copies too, as peft makes
         for module in ours:
-            if hf_layers.original(module) is None:
+            if hf_layers.original_class(module) is None:
                 name = type(module).__name__
                 raise RuntimeError(f"patch: undo: expected every layer as it was left, got a {name}, which was wrapped since")
         for module in ours:
-            module.__class__ = hf_layers.original(module)
+            module.__class__ = hf_layers.original_class(module)
         for config, implementation in self._implementations:
             config._attn_implementation_internal = implementation
         self._exchanged, self._implementations = [], []
