@@ -45,9 +45,9 @@ def extra_resident_bytes(call: Callable, stage: Callable[[Callable], Callable[[]
     """What one call needs at most beyond what is there before it, its results included; None where that cannot be told.
 
     The highest resident set (VmHWM of Linux, begun anew for the call) less what is resident before. Freed memory is returned to the system
-    first, so that all that the call touches shows. The call runs in a new thread, whose heap is new or was given back, and every block from
-    64 KiB on is a mapping of its own, so that what is freed is gone at once: between the holes of a used heap the same call takes half as
-    much more or less. It runs twice there, and the second run is measured: libraries generate code and keep scratch memory for each thread.
+    first, so that all that the call touches shows. The call runs in a new thread whose heap has no holes, and every block from 64 KiB on
+    is a mapping of its own, so that what is freed is gone at once: between the holes of a used heap the same call takes half as much more
+    or less. It runs twice there, and the second run is measured: libraries generate code and keep scratch memory for each thread.
     Both times `stage(call)` is what runs; what staging takes is not counted.
     """
     libc = _glibc()
@@ -55,14 +55,15 @@ def extra_resident_bytes(call: Callable, stage: Callable[[Callable], Callable[[]
         return None
 
     def measured() -> int:
-        stage(call)()
-        ready = stage(call)
-        _give_back(libc)
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
-        before = _status("VmRSS:")
-        result = ready()
-        peak = _status("VmHWM:")
-        del result
+        with _no_holes(libc):
+            stage(call)()
+            ready = stage(call)
+            libc.malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+            before = _status("VmRSS:")
+            result = ready()
+            peak = _status("VmHWM:")
+            del result
         return max(0, peak - before)
 
     try:
@@ -92,15 +93,32 @@ def _own_mappings(libc: ctypes.CDLL) -> Iterator[None]:
             libc.mallopt(M_TRIM_THRESHOLD, 2 * MMAP_THRESHOLD_MAX)
 
 
-def _give_back(libc: ctypes.CDLL) -> None:
-    """All freed memory to the system.
+@contextlib.contextmanager
+def _no_holes(libc: ctypes.CDLL) -> Iterator[None]:
+    """Within the block nothing that is free in this thread's heap serves a block of OWN_MAPPING bytes or more.
 
-    A thread inherits the heap of one that has ended, and malloc_trim leaves the free end of such a heap alone, from which malloc would
-    serve the call without a mapping: that goes when a large block of the heap is freed.
+    A thread inherits the heap of one that has ended, holes included, and malloc fills those before it maps anything: what the call frees
+    there would stay resident. So they are filled here, the large ones first, without touching more than their headers.
     """
     libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
-    libc.free(libc.malloc(OWN_MAPPING))
-    libc.malloc_trim(0)
+    fillers = []
+    try:
+        for bits in range(MOST_OF_A_HOLE.bit_length() - 1, OWN_MAPPING.bit_length() - 2, -1):
+            while (block := libc.malloc(1 << bits)) and not _is_mapping(block):
+                fillers.append(block)
+            libc.free(block)
+        yield
+    finally:
+        for block in fillers:
+            libc.free(block)
+
+
+MOST_OF_A_HOLE = 64 << 20  # what glibc gives a thread's heap in one piece
+
+
+def _is_mapping(block: int) -> bool:
+    """Whether glibc's malloc mapped this block by itself: a bit of the size that it keeps in front of it."""
+    return bool(ctypes.c_size_t.from_address(block - ctypes.sizeof(ctypes.c_size_t)).value & 2)
 
 
 @contextlib.contextmanager
