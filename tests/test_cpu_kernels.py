@@ -62,9 +62,10 @@ PLANTED = {
         "a pair's factors do not alternate": ("rope.cpp", "factors.s[2 * i] = -factors.s[2 * i];", ""),
     },
     "swiglu": {
-        "a gradient through the clamp": ("swiglu.cpp", "gate_c > parameters.limit ? Vec<A>{} : dy_c;", "dy_c;"),
-        "dropped offset": ("swiglu.cpp", "PLAIN ? b : b + offset", "b"),
-        "the cubic term forgotten": ("swiglu.cpp", "return a * (alpha + beta * square);", "return a * alpha;"),
+        "a gradient through the clamp": ("swiglu.cpp", "gate > limit ? Vec<A>{} : dy", "dy"),
+        "dropped offset": ("swiglu.cpp", "CLAMPS ? b + offset : b", "b"),
+        "the cubic term forgotten": ("swiglu.cpp", "a * (alpha + beta * (a * a))", "a * alpha"),
+        "powers of other columns": ("swiglu.cpp", "powers + c - first, n)", "powers, n)"),
         "pieces of a row overlap": ("swiglu.cpp", "begin = i % pieces * BLOCK;", "begin = i % pieces * (BLOCK - 1);"),
         "a term of the exponential": ("simd_math.h", "r * 0.16666521f + 0.49999993f", "r * 0.16666521f + 0.499f"),
     },

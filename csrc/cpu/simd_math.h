@@ -169,19 +169,33 @@ ALWAYS_INLINE Vec<float> reciprocal(Vec<float> v) {
 #endif
 }
 
-// sigma(t) and its derivative sigma (1 - sigma), as good as the element type T needs them.
+// sigma(t) and its derivative sigma (1 - sigma), as good as the element type T needs them, from a power of e, which a loop of its own may
+// compute first.
 template <class T>
 struct Sigmoid {
-  Vec<Wide<T>> value, slope;
+  using Number = Vec<Wide<T>>;
+  Number value, slope;
 
-  ALWAYS_INLINE explicit Sigmoid(Vec<Wide<T>> t) {
-    if constexpr (sizeof(T) == 2) {  // by few instructions, without a look at the sign of t
-      constexpr int degree = is_bfloat16<T> ? 3 : 4;
-      const Vec<float> e = exp2_of_any<degree>(t * -LOG2_E);
-      value = reciprocal<T>(1.0f + e);
-      slope = at_most(e, 0x1p126f) * value * value;  // infinity times 0 would be NaN
+  ALWAYS_INLINE explicit Sigmoid(Number t) : Sigmoid(t, power(t)) {}
+
+  // 1 + e^-t, if T has 16 bits: few instructions, without a look at the sign of t. Else e^-|t|: sums that lose no digits.
+  static ALWAYS_INLINE Number power(Number t) {
+    if constexpr (sizeof(T) == 2)
+      return 1.0f + exp2_of_any<is_bfloat16<T> ? 3 : 4>(t * -LOG2_E);
+    else
+      return exp_of_negative(minus_magnitude(t));
+  }
+
+  ALWAYS_INLINE Sigmoid(Number t, Number e) {
+    if constexpr (sizeof(T) == 2) {
+      value = reciprocal<T>(e);
+#if defined(__AVX512F__)                                    // of an estimate, 1 - value would be far from 0 at 0
+      slope = at_most(e - 1.0f, 0x1p126f) * value * value;  // infinity times 0 would be NaN
+#else
+      slope = value - value * value;
+#endif
     } else {
-      const Vec<Wide<T>> e = exp_of_negative(minus_magnitude(t)), r = 1 / (1 + e);
+      const Number r = 1 / (1 + e);
       value = t > 0 ? r : e * r;
       slope = e * r * r;
     }
