@@ -117,12 +117,12 @@ inline Wide<T> largest_of(const T* z, int64_t n) {
   return largest_number(z, n);
 }
 
-// Four registers of exp(z - shift) in two steps: each is a chain of instructions that wait for each other, on units of the processor that
+// Some registers of exp(z - shift) in two steps: each is a chain of instructions that wait for each other, on units of the processor that
 // the other step leaves free.
 template <class T>
 class Exponentials {
  public:
-  static constexpr int REGISTERS = 4;
+  static constexpr int REGISTERS = REGISTER_BYTES == 64 ? 4 : 2;  // AVX-512 has twice as many
   static constexpr int64_t COUNT = REGISTERS * LANES;
 
   // shift: in units of log 2.
@@ -156,7 +156,7 @@ inline Wide<T> sum_one_by_one(const T* z, int64_t n, Wide<T> shift) {
   });
 }
 
-// The same, each step of four registers beside the other step of those before them. A product and the difference from the shift are one
+// The same, each step of some registers beside the other step of those before them. A product and the difference from the shift are one
 // instruction; what the shift was rounded by in units of log 2 is made good in the sum.
 constexpr float OVERLAPPING_SHIFT = 1024;  // at most: so that this is little
 template <class T>
@@ -190,8 +190,7 @@ inline float sum_overlapping(const T* z, int64_t n, float shift) {
 
 template <class T>
 inline Wide<T> sum_of_exponentials(const T* z, int64_t n, Wide<T> shift) {
-  constexpr bool room = REGISTER_BYTES == 64;  // for two times four: AVX-512 has 32 registers
-  if constexpr (room && sizeof(Wide<T>) == sizeof(float))
+  if constexpr (ROUNDS_ONCE && sizeof(Wide<T>) == sizeof(float))
     if (n >= Exponentials<T>::COUNT && -OVERLAPPING_SHIFT <= shift && shift <= OVERLAPPING_SHIFT) return sum_overlapping(z, n, shift);
   return sum_one_by_one(z, n, shift);
 }

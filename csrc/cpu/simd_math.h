@@ -96,10 +96,17 @@ class Exp2 {
   Vec<float> x_[N], rest_[N];
 };
 
-// a b - c; with AVX-512 rounded once, whatever the compiler makes of products and differences.
+// a b - c, rounded once where the processor can, whatever the compiler makes of products and differences.
+#if defined(__AVX512F__) || defined(__FMA__)
+constexpr bool ROUNDS_ONCE = true;
+#else
+constexpr bool ROUNDS_ONCE = false;
+#endif
 ALWAYS_INLINE Vec<float> product_less(Vec<float> a, float b, float c) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Vec<float>>(_mm512_fmsub_ps(reinterpret_cast<__m512>(a), _mm512_set1_ps(b), _mm512_set1_ps(c)));
+#elif defined(__FMA__)
+  return reinterpret_cast<Vec<float>>(_mm256_fmsub_ps(reinterpret_cast<__m256>(a), _mm256_set1_ps(b), _mm256_set1_ps(c)));
 #else
   return a * b - c;
 #endif
