@@ -176,8 +176,8 @@ ALWAYS_INLINE Vec<float> reciprocal(Vec<float> v) {
 #endif
 }
 
-// sigma(t) and its derivative sigma (1 - sigma), as good as the element type T needs them, from a power of e, which a loop of its own may
-// compute first.
+// sigma(t) and its derivative sigma (1 - sigma), as good as the element type T needs them, from what power(t) gives, which a loop of its
+// own may compute first. For 16 bits 1 - sigma is a difference: what it loses is as small beside 1 as float32's rounding.
 template <class T>
 struct Sigmoid {
   using Number = Vec<Wide<T>>;
@@ -193,16 +193,16 @@ struct Sigmoid {
       return exp_of_negative(minus_magnitude(t));
   }
 
-  ALWAYS_INLINE Sigmoid(Number t, Number e) {
+  ALWAYS_INLINE Sigmoid(Number t, Number power_t) {
     if constexpr (sizeof(T) == 2) {
-      value = reciprocal<T>(e);
-#if defined(__AVX512F__)                                    // of an estimate, 1 - value would be far from 0 at 0
-      slope = at_most(e - 1.0f, 0x1p126f) * value * value;  // infinity times 0 would be NaN
+      value = reciprocal<T>(power_t);
+#if defined(__AVX512F__)  // an estimate of 1 is not quite 1, and a large gate multiplies the difference
+      slope = at_most(power_t - 1.0f, 0x1p126f) * value * value;  // infinity times 0 would be NaN
 #else
       slope = value - value * value;
 #endif
     } else {
-      const Number r = 1 / (1 + e);
+      const Number e = power_t, r = 1 / (1 + e);
       value = t > 0 ? r : e * r;
       slope = e * r * r;
     }
