@@ -103,10 +103,17 @@ def test_empty_memory_is_poisoned():
     assert native_reason() or not torch.ops.fastprimer.poison_scratch(False)
 
 
+class Shapes(testing.Inputs):
+    """Of a case's tensors of random numbers: those of a benchmark for a GPU are gigabytes."""
+
+    def normal(self, *shape, view=lambda t: t, grad=True, dtype=None):
+        return view(torch.empty(shape, dtype=dtype or self.dtype, device="meta")).detach().requires_grad_(grad)
+
+
 @pytest.mark.parametrize("case", testing.CASES, ids=str)
 def test_the_least_work_of_a_case_is_counted(case):
     """Bytes and FLOPs of benchmarks: they can be evaluated, and backward, which reads forward's inputs again, has its share."""
-    arguments = case.arguments(testing.Inputs(torch.bfloat16, "cpu", 0))
+    arguments = case.arguments(Shapes(torch.bfloat16, "cpu", 0))
     work = case.work(arguments)
     assert work.bytes_forward >= 0 and work.flops_forward >= 0
     if any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments.values()):
