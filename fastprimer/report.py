@@ -21,6 +21,11 @@ CAPTIONS = {
     "peers": "Peers' times against ours, with 95% intervals of the medians",
 }
 
+GLANCE = (
+    "Means are geometric. Above 1x ours is faster than the fastest peer of the same run. "
+    "A roof is what a copy, or a matrix product, of that run allows."
+)
+
 
 class ReportError(RuntimeError):
     """A report that cannot be made."""
@@ -83,10 +88,16 @@ def _about(results: Results) -> str:
 
 
 def readme_table(results: list[Results]) -> str:
-    """What stands between the markers: a line about the machine and a table, for each run. Cost over size, and the backward pass by itself
-    where there is a row of both passes, are the page's."""
-    shown = [(r, tables.markdown(_shortened(_single(r)))) for r in results]
-    return "\n\n".join(f"{_about(r)}:\n\n{table}" for r, table in shown if table)
+    """What stands between the markers, for each run: a line about the machine, a table of all its operations, and one of its rows, folded.
+    Cost over size, and the backward pass by itself where there is a row of both passes, are the page's."""
+    return "\n\n".join(_readme_tables(r, rows) for r in results if (rows := _single(r)))
+
+
+def _readme_tables(results: Results, rows: list[Row]) -> str:
+    shown = _shortened(rows)
+    which = f"{len(shown)} of {len(rows)} rows; `fastprimer report` shows all" if len(shown) < len(rows) else f"All {len(rows)} rows"
+    parts = [f"{_about(results)}:", tables.overview([(results.machine["device"], row) for row in rows])]
+    return "\n\n".join([*parts, f"<details><summary>{which}</summary>", tables.markdown(shown), "</details>"])
 
 
 def _shortened(rows: list[Row]) -> list[Row]:
@@ -127,7 +138,7 @@ def _page(results: list[Results], args: argparse.Namespace) -> str:
         return caption, drawn
 
     sections = [
-        _overview([(r.machine["device"], row) for r in results for row in _single(r)], page.Section),
+        page.Section("At a glance", tables.overview([(r.machine["device"], row) for r in results for row in _single(r)]), notes=[GLANCE]),
         page.Section("Operation x backend", backend_table()),
     ]
     several = sum(bool(_single(r)) for r in results) > 1
@@ -159,25 +170,6 @@ def _operation(op: str, rows: list[Row], where: str, section, figures: list[tupl
     found.wrong = list(dict.fromkeys(problem for row in rows for problem in row.wrong))
     found.notes = [f"not timed: {line}" for line in tables.left_out(rows)]
     return found
-
-
-def _overview(rows: list[tuple[str, Row]], section):
-    """A line for each operation, of each backend on each machine."""
-    lines = [
-        "| machine | backend | operation | rows | wrong | ours / best peer: geometric mean | least | of roof: median |",
-        "| --- | --- | --- | --: | --: | --: | --: | --: |",
-    ]
-    for device, backend, op in dict.fromkeys((device, row.backend, row.op) for device, row in rows):
-        mine = [row for where, row in rows if (where, row.backend, row.op) == (device, backend, op)]
-        ratios, shares = tables.ratios(mine), tables.shares(mine)
-        wrong = sum(bool(row.wrong) for row in mine)
-        cells = [f"{ratios.mean:.2f}x", f"{ratios.least:.2f}x"] if ratios else ["", ""]
-        of_roof = "" if shares is None else f"{shares:.0%}"
-        lines.append(f"| {device} | {backend} | `{op}` | {len(mine)} | {wrong or ''} | {' | '.join(cells)} | {of_roof} |")
-    text = (
-        "Above 1x ours is faster than the fastest peer of the same run. A roof is what a copy, or a matrix product, of the same run allows."
-    )
-    return section("At a glance", "\n".join(lines), notes=[text])
 
 
 def _growth(results: Results, number: int, section, shown):

@@ -12,6 +12,7 @@ from bench_checks import results, row, wrong_row
 from fastprimer import checkpoint, cli
 from fastprimer.benchmark import tables
 from fastprimer.benchmark.rows import Results, write_whole
+from fastprimer.benchmark.timing import Timing
 from fastprimer.peers import EAGER
 from fastprimer.report import MARKERS, readme_table
 
@@ -47,11 +48,28 @@ def test_readme_is_rewritten_between_its_markers_and_plots_are_files(tmp_path, c
     assert report(tmp_path, "--readme", readme, of=short) == 0
     assert readme.read_text() == first
     assert first.startswith("before\n\n<!-- results -->\n") and first.endswith("\n<!-- /results -->\n\nafter\n") and "old" not in first
-    assert tables.markdown(short.rows) in first
+    assert f"<details><summary>All 2 rows</summary>\n\n{tables.markdown(short.rows)}\n\n</details>" in first
     assert all((tmp_path / f"plots/rms_norm-{what}").stat().st_size for what in ("roof.png", "roof.svg", "peers.png", "peers.svg"))
     readme.write_text("no markers")
     assert report(tmp_path, "--readme", readme, of=short) == 2
     assert "argument --readme: expected the line <!-- results -->" in capsys.readouterr().err
+
+
+def test_at_a_glance_every_row_counts():
+    """Geometric means over the rows of an operation, and the least; a wrong one has no time and is counted."""
+    rows = [row(1.0, eager=1.0, vs_best_peer=1.0, of_roof=0.5), row(1.0, eager=4.0, vs_best_peer=1.5, of_roof=0.75, case="bench-b")]
+    for r, eager in zip(rows, (1.0, 4.0), strict=True):
+        r.ours, r.peers = Timing.of([1.0]), {"eager": Timing.of([eager])}
+    told = tables.overview([("here", r) for r in [*rows, wrong_row(case="bench-c")]]).splitlines()
+    assert (
+        told[0] == "| backend | operation | dtype | rows | wrong | eager / ours: mean | best peer / ours: mean | least | of roof: median |"
+    )
+    assert told[2:] == ["| cpu | `rms_norm` | float32 | 3 | 1 | 2.00x | 1.22x | 1.00x | 62% |"]
+    assert (
+        tables.overview([("here", rows[0]), ("there", rows[1])])
+        .splitlines()[2]
+        .startswith("| here | cpu | `rms_norm` | float32 | 1 | 1.00x")
+    )
 
 
 BEGIN, END = MARKERS
