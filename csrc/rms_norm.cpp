@@ -45,8 +45,8 @@ template <class Device>
 std::tuple<Tensor, Tensor> backward(const Tensor& dy_, std::optional<Tensor> dh_, const Tensor& h_, std::optional<Tensor> weight_,
                                     const Tensor& rstd_, double weight_offset, bool needs_dweight) {
   STD_TORCH_CHECK(h_.dim() > 0 && h_.size(h_.dim() - 1) > 0, "fastprimer: h: expected shape (..., C), C >= 1");
-  STD_TORCH_CHECK(rstd_.numel() * h_.size(h_.dim() - 1) == h_.numel() && rstd_.scalar_type() == wide(h_),
-                  "fastprimer: rstd: expected shape (...) of h (..., C)");
+  STD_TORCH_CHECK(rstd_.numel() * h_.size(h_.dim() - 1) == h_.numel(), "fastprimer: rstd: expected shape (...) of h (..., C)");
+  check_on("rstd", rstd_, wide(h_), h_);
   check_weight(weight_, h_);
   check_like("dy", dy_, h_);
   check_like("dh", dh_, h_);

@@ -28,24 +28,32 @@ def not_served(architectures: Sequence[str], nvcc: str) -> str:
     """Why what an nvcc of this version built for these architectures does not serve the GPUs here, or ""."""
     if not architectures:
         return "the native library was built without its CUDA kernels" + (f", for nvcc {nvcc} is too old" if nvcc else "")
-    if int(nvcc.split(".")[0]) > _cuda_of_the_driver():
-        return f"its kernels were built by nvcc {nvcc}, the driver is of CUDA {_cuda_of_the_driver()}"
+    version, driver = tuple(int(part) for part in nvcc.split(".")[:2]), _cuda_of_the_driver()
+    if version[0] > driver[0]:
+        return f"its kernels were built by nvcc {nvcc}, the driver is of CUDA {driver[0]}.{driver[1]}"
     for capability in capabilities():
         if not any(runs_on(architecture, capability) for architecture in architectures):
             return f"its kernels were built for sm_{', sm_'.join(architectures)}, a GPU here is {_named(capability)}"
+        compiled = any(runs_on(architecture, capability, compiled=True) for architecture in architectures)
+        if not compiled and version > driver:  # machine code runs on every driver of the major version, PTX on those that know its own
+            found = f"it has no machine code for {_named(capability)}, and PTX by nvcc {nvcc}"
+            return f"{found}, which a driver of CUDA {driver[0]}.{driver[1]} cannot compile"
     return ""
 
 
-def runs_on(architecture: str, capability: tuple[int, int]) -> bool:
-    """Whether what CMake built for "80" (machine code, and PTX for every later GPU) or "90a" (that one alone) runs on a GPU."""
+def runs_on(architecture: str, capability: tuple[int, int], *, compiled: bool = False) -> bool:
+    """Whether what CMake built for "80" (machine code of its major version, and PTX for every later GPU) or "90a" (that one alone) runs on
+    a GPU; with `compiled`, as machine code."""
     built = divmod(int(architecture.rstrip("a")), 10)
-    return capability == built if architecture.endswith("a") else capability >= built
+    if architecture.endswith("a"):
+        return capability == built
+    return capability >= built and (not compiled or capability[0] == built[0])
 
 
-def _cuda_of_the_driver() -> int:
-    """The newest major version of CUDA that the driver serves."""
+def _cuda_of_the_driver() -> tuple[int, int]:
+    """The newest version of CUDA that the driver serves."""
     version = getattr(torch._C, "_cuda_getDriverVersion", None)  # which a torch without CUDA lacks
-    return sys.maxsize if version is None else version() // 1000
+    return (sys.maxsize, 0) if version is None else (version() // 1000, version() % 1000 // 10)
 
 
 def _named(capability: tuple[int, int]) -> str:

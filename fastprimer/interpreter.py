@@ -13,6 +13,8 @@ after another. What the stock interpreter (3.6 to 3.9) does, and what it does af
     products    The order in which numpy sums a float32 dot depends on the shape of the tile, so that two kernels get different bits
                 for one number. -> It is summed as a GPU does without tensor cores: by fused multiply-adds, in the order of k.
     sums        Triton 3.6 takes the sum of a dot for float32 unless out_dtype says otherwise, 3.9 for what it is. -> It has to be said.
+    subnormal   exp2, sqrt and rsqrt take and give subnormal numbers. -> To them these are zeros, as on NVIDIA's GPUs; sqrt_rn, products
+                and quotients have them.
     booleans    The result of a comparison carries its operands' type, so that a later cast misreads it. -> It is int1.
     scalars     Triton 3.6 cannot use a scalar as a loop bound under numpy >= 2.4. -> It can.
 
@@ -89,6 +91,17 @@ def _typed_dot(original, semantic, a, b, accumulator, *options):
     if accumulator is not None and accumulator.dtype.scalar != said:
         raise TypeError(f"dot: Triton 3.6 expects out_dtype={accumulator.dtype.scalar} beside a sum of that type, got {said}")
     return original(semantic, a, b, accumulator, *options)
+
+
+def _flushing(original, builder, argument):
+    return _flushed(original(builder, _flushed(argument)))
+
+
+def _flushed(handle):
+    if handle.dtype.scalar != tl.float32:
+        return handle
+    subnormal = np.abs(handle.data) < np.finfo(np.float32).tiny
+    return Handle(np.where(subnormal, np.copysign(np.float32(0), handle.data), handle.data), handle.dtype)
 
 
 def _cast(original, builder, source, dtype, *rounding):
@@ -316,6 +329,9 @@ PATCHES = {
     "InterpreterBuilder.unary_op": _compute,
     "InterpreterBuilder.create_clampf": _compute,
     "InterpreterBuilder.create_fma": _compute,
+    "InterpreterBuilder.create_exp2": _flushing,
+    "InterpreterBuilder.create_sqrt": _flushing,
+    "InterpreterBuilder.create_rsqrt": _flushing,
     "InterpreterBuilder.create_dot": _dot,
     "InterpreterBuilder.cast_impl": _cast,
     "InterpreterBuilder.create_fp_to_fp": _cast,

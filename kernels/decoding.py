@@ -88,16 +88,18 @@ def attention_with_kv_cache_forward(
 
 
 def _pages(k_cache: Tensor, block_table: Optional[Tensor]) -> tuple[int, int, int]:
-    """The stride of the block table, tokens a page and tokens a sequence at most."""
+    """The stride of the block table, tokens a page and tokens a sequence at most: none without pages."""
     if block_table is None:
         return 0, 1, k_cache.shape[1]
-    return block_table.stride(0), k_cache.shape[1], k_cache.shape[1] * block_table.shape[1]
+    return block_table.stride(0), k_cache.shape[1], k_cache.shape[1] * block_table.shape[1] if len(k_cache) else 0
 
 
 def _append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cache_seqlens: Tensor, block_table: Optional[Tensor]) -> None:
     B, S, Hk, D = k.shape
     Dv = v.shape[3]
     stride_table_batch, PAGE, capacity = _pages(k_cache, block_table)
+    if capacity == 0:
+        return
     HEADS = min(triton.next_power_of_2(Hk), max(1, 1024 // width(max(D, Dv))))
     append_kernel[(B * S,)](
         k, v, k_cache, v_cache, cache_seqlens, block_table,

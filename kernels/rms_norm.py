@@ -113,7 +113,7 @@ def rms_norm_forward_kernel(
             block = _load_h(x_ptr, residual_ptr, row, start + column, stride_x_row, stride_residual_row, N, C).to(tl.float32)
             squares += block * block
 
-    rstd = tl.rsqrt(tl.sum(squares, 1) / C + eps)
+    rstd = 1 / tl.sqrt_rn(tl.sum(squares, 1) / C + eps)  # tl.rsqrt takes a subnormal number for zero
     tl.store(rstd_ptr + row, rstd, mask=row < N)
 
     _store_y(h, rstd, weight_ptr, y_ptr, h_ptr, row, column, N, C, weight_offset)

@@ -52,7 +52,8 @@ def _exp(x):
     else:
         x = tl.where(x < -200, -200.0, tl.where(x > 200, 200.0, x))  # Beyond, the result is 0 or inf as well; a NaN stays one.
         n = tl.floor(x * LOG2_E)
-        return tl.exp2((x - n * LN_2_HIGH - n * LN_2_LOW) * LOG2_E) * tl.exp2(n)
+        half = tl.floor(n * 0.5)  # A GPU's exp2 knows no subnormal numbers, a product does, and their order counts too.
+        return tl.exp2((x - n * LN_2_HIGH - n * LN_2_LOW) * LOG2_E) * tl.exp2(half) * tl.exp2(n - half)
 
 
 @triton.jit

@@ -218,9 +218,20 @@ def test_what_older_gpus_and_drivers_cannot_run(monkeypatch):
     monkeypatch.setattr(gpus, "capabilities", lambda: [(9, 0), (8, 0)])
     assert gpus.no_room("attention") == gpus.not_served(["80"], "12.0.1") == ""
     assert gpus.not_served([], "11.5.119") == "the native library was built without its CUDA kernels, for nvcc 11.5.119 is too old"
-    for driver, expected in (12080, "its kernels were built by nvcc 13.0.48, the driver is of CUDA 12"), (13000, ""):
+    for driver, expected in (12080, "its kernels were built by nvcc 13.0.48, the driver is of CUDA 12.8"), (13000, ""):
         monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda driver=driver: driver, raising=False)
         assert gpus.not_served(["80"], "13.0.48") == expected
+    # Machine code runs on a driver of an older minor version; PTX, which is all that there is for sm_120, does not.
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12080)
+    for capability, nvcc, served in (
+        ((9, 0), "12.9.86", True),
+        ((8, 6), "12.9.86", True),
+        ((12, 0), "12.8.93", True),
+        ((12, 0), "12.9.86", False),
+    ):
+        monkeypatch.setattr(gpus, "capabilities", lambda capability=capability: [capability])
+        found = gpus.not_served(["80", "90a"], nvcc)
+        assert found == "" if served else found.startswith("it has no machine code for sm_120") and "a driver of CUDA 12.8" in found
 
 
 def test_blocks_of_two_threads_may_end_in_any_order():

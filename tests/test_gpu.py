@@ -1,6 +1,7 @@
 """What only large memories and GPUs show: offsets of 64 bits, streams, CUDA graphs, a second GPU."""
 
 import os
+import threading
 
 import pytest
 import torch
@@ -78,6 +79,25 @@ def test_side_stream_and_cuda_graph(op, backend):
             t.zero_()
         graph.replay()
         assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("op", "backend"), KERNELS)
+def test_the_first_call_of_a_thread(op, backend):
+    """It has no context yet, and memory that torch keeps needs none."""
+    call = forward_and_backward(op)
+    found = []
+
+    def work():
+        with use_backend(backend):
+            found.extend(t.cpu() for t in call())
+
+    with use_backend(backend):
+        expected = [t.cpu() for t in call()]
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert len(found) == len(expected) and all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

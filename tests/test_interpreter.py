@@ -124,6 +124,32 @@ def test_a_sum_wider_than_float32_is_to_be_said():
 
 
 @triton.jit
+def _subnormal(x_ptr, exp2_ptr, sqrt_ptr, rsqrt_ptr, exact_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    x = tl.load(x_ptr + i)
+    tl.store(exp2_ptr + i, tl.exp2(x))
+    tl.store(sqrt_ptr + i, tl.sqrt(x))
+    tl.store(rsqrt_ptr + i, tl.rsqrt(x))
+    tl.store(exact_ptr + i, 0.5 * tl.sqrt_rn(x))
+
+
+@needs_interpreter
+@pytest.mark.filterwarnings("ignore:(invalid value|divide by zero) encountered:RuntimeWarning")
+def test_subnormal_numbers_are_zeros_to_what_a_gpu_approximates():
+    x = torch.tensor([2.0**-126, 2.0**-127, -126.0, -126.5, 4.0, 0.0, torch.inf, torch.nan])
+    exp2, sqrt, rsqrt, exact = (torch.empty_like(x) for _ in range(4))
+    _subnormal[(1,)](x, exp2, sqrt, rsqrt, exact, len(x))
+    nan, inf = torch.nan, torch.inf
+    for got, expected in (
+        (exp2, [1, 1, 2.0**-126, 0, 16, 1, inf, nan]),
+        (sqrt, [2.0**-63, 0, nan, nan, 2, 0, inf, nan]),
+        (rsqrt, [2.0**63, inf, nan, nan, 0.5, inf, 0, nan]),
+        (exact, [2.0**-64, 2.0**-64.5, nan, nan, 1, 0, inf, nan]),
+    ):
+        torch.testing.assert_close(got, torch.tensor(expected), rtol=1e-6, atol=0, equal_nan=True)
+
+
+@triton.jit
 def _cast(x_ptr, y_ptr, N: tl.constexpr):
     i = tl.arange(0, N)
     tl.store(y_ptr + i, tl.load(x_ptr + i).to(y_ptr.dtype.element_ty))

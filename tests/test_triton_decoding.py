@@ -172,6 +172,15 @@ def test_a_page_that_does_not_exist_is_not_followed():
     kernels.attention_with_kv_cache_forward(q, k_cache, v_cache, lengths, k, v, table, *rest, 0.3, None, 0, None)
 
 
+@pytest.mark.parametrize("columns", [0, 2])
+@pytest.mark.parametrize("append", [False, True])
+def test_without_pages_there_is_nothing_to_attend_to(columns, append):
+    q, k_cache, v_cache, lengths, k, v, table, *rest = inputs([20, 20], 1, page=16, append=append)
+    k_cache, v_cache, table = k_cache[:0], v_cache[:0], table[:, :columns]
+    o, lse = kernels.attention_with_kv_cache_forward(q, k_cache, v_cache, lengths, k, v, table, *rest, 0.3, None, 0, None)
+    assert not o.any() and torch.isneginf(lse).all()
+
+
 LAYOUTS = {
     "heads first": lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
     "part of a projection": lambda t: torch.cat((t, t + 1), -1)[..., : t.shape[-1]],

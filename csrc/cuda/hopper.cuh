@@ -62,9 +62,18 @@ Error encode_tiles(TensorMap& map, const void* data, const int64_t (&sizes)[4], 
     if (d < 3) bytes[d] = static_cast<cuuint64_t>(strides[d]) * sizeof(T);
   }
   constexpr auto TYPE = std::is_same_v<T, bfloat16> ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  const CUresult result = encoder(&map, TYPE, 4, const_cast<void*>(data), global, bytes, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                  CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? nullptr : "cuTensorMapEncodeTiled refused a tensor: its address, strides or sizes do not fit TMA";
+  const auto encode = [&] {
+    return encoder(&map, TYPE, 4, const_cast<void*>(data), global, bytes, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                   CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult result = encode();
+  if (result == CUDA_ERROR_INVALID_CONTEXT) {  // a thread that has not used the GPU before, and this is no call of the runtime
+    int device;
+    if (cudaGetDevice(&device) == cudaSuccess && cudaSetDevice(device) == cudaSuccess) result = encode();
+  }
+  if (result == CUDA_SUCCESS) return nullptr;
+  if (result == CUDA_ERROR_INVALID_VALUE) return "cuTensorMapEncodeTiled refused a tensor: its address, strides or sizes do not fit TMA";
+  return "cuTensorMapEncodeTiled failed, with no word about the tensor: an earlier error of this process, or no usable GPU";
 }
 
 // Counts arrivals, and bytes still to come. When none is missing, a phase is complete and the next begins; phases have parity 0, 1, 0 ...

@@ -249,7 +249,8 @@ def attention(
             sequences are allowed; cu_seqlens_k defaults to cu_seqlens_q. On a GPU their values are not inspected, which would wait for the
             device: rows beyond the last of them are undefined.
         max_seqlen_q, max_seqlen_k: an upper bound of the sequences' lengths, where one is known on the host; it saves a kernel empty
-            work. One that is too small is an error, detected on a GPU only if it is below the mean length.
+            work: without it a GPU has blocks for N tokens of every sequence, most of which find nothing to do, and 2^31 blocks are
+            refused. One that is too small is an error, detected on a GPU only if it is below the mean length.
         return_lse: return (o, lse).
 
     Returns:
