@@ -17,6 +17,9 @@ READY := $(VENV)/.ready
 # Of the planted bugs every PLANTED-th; a worker a core. Threads that wait must sleep: those of another worker need the core.
 PLANTED := 8
 PYTEST = FASTPRIMER_PLANTED=$(PLANTED) OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadscope -p no:benchmark
+# Beside a torch without CUDA the kernels for GPUs are compiled and linked for one GPU, which proves that they are (the gate of `make test`
+# compiles them for all); they cannot be called there.
+ONE_GPU = -c "import torch; print('' if torch.version.cuda else '-DFASTPRIMER_CUDA_ARCHITECTURES=90a')"
 SOURCES := $(wildcard setup.py pyproject.toml CMakeLists.txt constraints.txt csrc/*.* csrc/*/*.* tests/emulator/*.*)
 
 .PHONY: demo test check planted lint format sanitize bench report gate gpu clean
@@ -70,7 +73,8 @@ gpu:
 $(READY): $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch numpy "setuptools>=64" "cmake>=3.24" ninja pybind11
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dev]"
+	CMAKE_ARGS="$${CMAKE_ARGS-$$($(BIN)/python $(ONE_GPU))}" $(BIN)/python -m pip install --quiet --constraint constraints.txt \
+	  --no-build-isolation --editable ".[dev]"
 	touch $@
 
 clean:

@@ -2,8 +2,8 @@
 
 Where torch, CMake or a C++ compiler is missing, fastprimer installs without its native library and runs on the reference
 (and Triton) backends; the reason is recorded in fastprimer/_native.json, which `fastprimer doctor` shows. A compile error,
-in contrast, fails the installation. Extra CMake options go into the usual CMAKE_ARGS, for example
-CMAKE_ARGS="-DFASTPRIMER_CUDA_ARCHITECTURES=90a" pip install .
+in contrast, fails the installation. The CUDA kernels are left out beside a torch without CUDA, unless they are asked for. Extra CMake
+options go into the usual CMAKE_ARGS, for example CMAKE_ARGS="-DFASTPRIMER_CUDA_ARCHITECTURES=90a" pip install .
 """
 
 import hashlib
@@ -75,7 +75,10 @@ class CMakeBuild(build_ext):
         configure = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}"] if shutil.which("ninja") else []
         configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
         configure += [f"-DFASTPRIMER_TORCH={torch}", f"-DFASTPRIMER_EMULATOR={'ON' if emulator else 'OFF'}"]
-        configure += shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        asked = os.environ.get("CMAKE_ARGS", "")
+        if "FASTPRIMER_CUDA" not in asked and not (torch / "lib/libtorch_cuda.so").exists():
+            configure += ["-DFASTPRIMER_CUDA=OFF"]  # minutes for kernels that this torch cannot call
+        configure += shlex.split(asked)
         # One folder per configuration: what CMake remembers of another one does not hold here.
         build = ROOT / "build" / hashlib.sha256("\n".join(configure).encode()).hexdigest()[:12]
         subprocess.run(["cmake", "-S", str(ROOT), "-B", str(build), *configure], check=True)
