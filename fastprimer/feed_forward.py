@@ -31,11 +31,16 @@ from torch import Tensor, nn
 
 from fastprimer import ops
 from fastprimer.backends import outside_autocast, transforming
-from fastprimer.config import is_number
+from fastprimer.config import is_count, is_number
 from fastprimer.ops import _arguments as arguments
 from fastprimer.ops.routing import best_tokens, check_choice, counts_of, within_capacity
 from fastprimer.ops.swiglu import check_activation
 from fastprimer.projections import Projecting
+
+
+def check_sizes(name: str, **sizes: int) -> None:
+    for argument, size in sizes.items():
+        arguments.check(is_count(size, 1), f"{name}: {argument}", "an integer >= 1", repr(size))
 
 
 class SwiGLU(Projecting):
@@ -50,8 +55,9 @@ class SwiGLU(Projecting):
 
     def __init__(self, width: int, inner: int, activation: str = "silu", limit: float | None = None):
         super().__init__()
+        check_sizes("SwiGLU", width=width, inner=inner)
         check_activation("SwiGLU", activation, limit)
-        self.activation, self.limit = activation, limit
+        self.width, self.activation, self.limit = width, activation, limit
         self.gate_proj = nn.Linear(width, inner, bias=False)
         self.up_proj = nn.Linear(width, inner, bias=False)
         self.down_proj = nn.Linear(inner, width, bias=False)
@@ -63,6 +69,7 @@ class SwiGLU(Projecting):
         return f"activation={self.activation!r}" + ("" if self.limit is None else f", limit={self.limit}")
 
     def forward(self, x: Tensor) -> Tensor:  # (..., C) -> (..., C)
+        arguments.check_width("SwiGLU: x", x, self.width)
         gate, up = self.project(x)
         return self.down_proj(ops.swiglu(gate, up, activation=self.activation, limit=self.limit))
 
@@ -163,12 +170,13 @@ class MoE(nn.Module):
             earlier tokens before later ones. What is beyond contributes nothing (Switch, section 2.2). None: no limit.
         choice: "tokens" choose experts, or "experts" choose the tokens that they give the highest softmax probability, capacity_factor
             (default 1) N K / E each, rounded up (Zhou et al., 2022, section 3.2). It depends on later tokens: not for causal models.
+            There score, groups, top_groups, scale and selection_bias stay what they are by default; renormalize has no effect.
 
     Shapes: x (..., C) -> (..., C). `routing` is what the last forward pass did. Names of parameters as in transformers: gate.weight,
     gate.e_score_correction_bias, experts.gate_up_proj, experts.down_proj, shared_experts.{gate,up,down}_proj.weight.
 
     Raises:
-        ValueError: an argument does not fit; the message names it.
+        TypeError, ValueError: an argument does not fit; the message names it.
     """
 
     def __init__(
@@ -193,10 +201,19 @@ class MoE(nn.Module):
             raise ValueError(f"MoE: choice: expected 'tokens' or 'experts', got {choice!r}")
         if not is_number(scale):
             raise ValueError(f"MoE: scale: expected a number, got {scale!r}")
+        check_sizes("MoE", width=width, inner=inner, experts=experts)
+        arguments.check(is_count(shared, 0), "MoE: shared", "an integer >= 0", repr(shared))
+        arguments.check_flag("MoE: renormalize", renormalize)
+        arguments.check_flag("MoE: selection_bias", selection_bias)
         check_choice("MoE", experts, per_token, score, groups, top_groups, k_name="per_token", E_name="experts")
+        usual = score == "softmax" and groups is None and scale == 1 and not selection_bias
+        if choice == "experts" and not usual:
+            given = f"'experts' with {score=}, {groups=}, {scale=}, {selection_bias=}"
+            arguments.refuse("MoE: choice", "'tokens' with another score, groups, scale or selection_bias than by default", given)
         self.gate = Router(width, experts, selection_bias, wide=selection_bias or score == "sigmoid")
         self.experts = Experts(experts, width, inner)
         self.shared_experts = SwiGLU(width, shared) if shared else None
+        self.width = width
         self.per_token, self.renormalize, self.choice, self.capacity_factor = per_token, renormalize, choice, capacity_factor
         self.options = {"score": score, "groups": groups, "top_groups": top_groups, "scale": scale}
         self.routing: Routing | None = None
@@ -233,6 +250,7 @@ class MoE(nn.Module):
         return cls(width, inner, experts, per_token, score="sigmoid", **options)
 
     def forward(self, x: Tensor) -> Tensor:
+        arguments.check_width("MoE: x", x, self.width)
         tokens = x.reshape(-1, x.shape[-1])
         logits = self.gate(tokens)
         y = self._experts_choose(tokens, logits) if self.choice == "experts" else self._tokens_choose(tokens, logits)
@@ -254,8 +272,8 @@ class MoE(nn.Module):
         experts = torch.arange(chosen.shape[0], device=chosen.device).repeat_interleave(chosen.shape[1]).unsqueeze(1)
         self.routing = Routing(logits, experts, None, even=True)
         chosen, weights = chosen.flatten(), weights.reshape(-1, 1)
-        y = self.experts(tokens[chosen], weights, experts)
-        return y.new_zeros(tokens.shape).index_put((chosen,), y, accumulate=True)  # in a fixed order, unlike index_add
+        y = self.experts(_rows(tokens, chosen), weights, experts)
+        return _sums_of_rows(y, chosen, tokens.shape[0])
 
     def _capacity(self, N: int) -> int:
         numerator, denominator = self._capacity_ratio
@@ -297,6 +315,19 @@ class MoE(nn.Module):
         return {**self.__dict__, "routing": None}  # its graph can be neither copied nor pickled
 
 
+# Both ways of torch take rows and add them up, and both have the other one as their gradient. On the CPU the sums of index_add are made in
+# order and those of index_put by atomic additions, on a GPU it is the other way round.
+
+
+def _rows(x: Tensor, numbers: Tensor) -> Tensor:
+    return x.index_select(0, numbers) if x.is_cpu else x[numbers]
+
+
+def _sums_of_rows(x: Tensor, numbers: Tensor, N: int) -> Tensor:
+    zeros = x.new_zeros(N, x.shape[1])
+    return zeros.index_add(0, numbers, x) if x.is_cpu else zeros.index_put((numbers,), x, accumulate=True)
+
+
 def _of_vmap(tensor: Tensor) -> bool:
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(tensor):
@@ -310,7 +341,7 @@ def _routed(model: nn.Module) -> dict[str, MoE]:
     """The layers that have a routing, by name."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MoE) and module.routing is not None}
     for name, layer in layers.items():
-        if not transforming() and _of_vmap(layer.routing.logits):
+        if not torch.compiler.is_compiling() and not transforming() and _of_vmap(layer.routing.logits):
             raise RuntimeError(
                 f"model: expected a routing of plain tensors, got that of {name or 'a layer'!r} from within torch.func.vmap, whose tensors "
                 "ended with it: call this within the transform too, or after another forward pass"

@@ -6,6 +6,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from fastprimer import ops
+from fastprimer.ops import _arguments as arguments
+from fastprimer.ops._loss_arguments import check_budget
+from fastprimer.ops._loss_arguments import options as checked_options
 
 OPTIONS = ("ignore_index", "label_smoothing", "z_loss", "softcap", "memory_budget")
 
@@ -20,12 +23,16 @@ class LinearCrossEntropy(nn.Module):
 
     Raises:
         TypeError: an unknown option; forward decides the reduction, and lse is not returned.
+        TypeError, ValueError: an option does not fit; the message names it.
     """
 
     def __init__(self, *, shift: bool = True, return_accuracy: bool = False, **options):
         super().__init__()
         for name in options.keys() - set(OPTIONS):
             raise TypeError(f"LinearCrossEntropy: options: expected {', '.join(OPTIONS)}, got {name!r}")
+        usual = {"ignore_index": -100, "label_smoothing": 0.0, "z_loss": 0.0, "softcap": None, "memory_budget": None} | options
+        check_budget("LinearCrossEntropy", usual.pop("memory_budget"))
+        checked_options("LinearCrossEntropy", reduction="mean", return_lse=False, return_argmax=return_accuracy, **usual)
         self.shift, self.return_accuracy, self.options = shift, return_accuracy, options
         self.ignore_index = options.get("ignore_index", -100)
 
@@ -41,6 +48,9 @@ class LinearCrossEntropy(nn.Module):
         num_items_in_batch counts the tokens of a whole batch whose gradients are accumulated in several calls: the mean of each
         call's own tokens would weigh a token of a short sequence more than one of a long one.
         """
+        if not (num_items_in_batch is None or isinstance(num_items_in_batch, Tensor)):
+            label = "LinearCrossEntropy: num_items_in_batch"
+            arguments.check(arguments.number(label, num_items_in_batch) >= 0, label, "a number of tokens", num_items_in_batch)
         if self.shift:  # the labels and not x, which would have to be copied
             labels = pad(labels, (0, 1), value=self.ignore_index)[..., 1:]
         reduction = "mean" if num_items_in_batch is None else "sum"

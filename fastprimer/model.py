@@ -124,6 +124,8 @@ class Model(nn.Module):
 
         With a rope_type "dynamic" or "longrope" the frequencies are those for `length` positions from the first token on.
         """
+        for name, number in ("batch", batch), ("length", length):
+            arguments.check(is_count(number, 0), f"new_cache: {name}", "an integer >= 0", repr(number))
         weight = self.model.embed_tokens.weight
         shape = batch, length, self.config.num_key_value_heads, self.config.head_dim
         k = torch.zeros(shape, dtype=weight.dtype, device=weight.device)  # the weight itself may be a shard of FSDP's

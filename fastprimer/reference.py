@@ -254,6 +254,8 @@ class Model(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
+        if not isinstance(config, Config):
+            raise TypeError(f"Model: config: expected a Config, as Config.preset or Config.from_dict make, got {type(config).__name__}")
         self.config = config
         self.model = Decoder(config)
         if not config.tie_word_embeddings:

@@ -28,7 +28,7 @@ def _of_environment() -> str:
     except ValueError as error:
         # The command line imports this package before any line of its own, and owes its user a sentence, not a traceback.
         script = sys.argv[0] if sys.argv else ""
-        if Path(script).stem == "fastprimer" or (script == "-m" and "fastprimer.cli" in sys.orig_argv):
+        if Path(script).stem == "fastprimer" or (script == "-m" and {"fastprimer", "fastprimer.cli"} & set(sys.orig_argv)):
             print(f"fastprimer: error: {error}", file=sys.stderr)
             raise SystemExit(2) from None
         raise

@@ -102,6 +102,8 @@ class RotaryEmbedding(nn.Module):
         Adaptive tables are those for a sequence of `longest` positions, by default the greatest of these + 1. Positions that differ from
         row to row, (B, S), are `fp.rope`'s: as rows of tables of all positions.
         """
+        if not isinstance(positions, Tensor):
+            raise TypeError(f"RotaryEmbedding: positions: expected a tensor, got {type(positions).__name__}")
         if positions.dim() != 1:
             raise ValueError(f"RotaryEmbedding: positions: expected shape (P,), got {tuple(positions.shape)}")
         dtype = torch.promote_types(dtype, torch.float32)

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import fastprimer as fp
+from fastprimer import layers
 
 
 def t(*shape, **options):
@@ -62,6 +63,8 @@ BAD = [
     ("rms_norm", (x,), {"weight_offset": float("nan")}, TypeError, "rms_norm: weight_offset: expected a finite number"),
     ("attention", (t(1, 4, 2, 8),) * 3, {"max_seqlen_q": 2.5}, ValueError, "attention: max_seqlen_q: expected None or a number >= 0"),
     ("attention", (t(1, 4, 2, 8),) * 3, {"max_seqlen_k": 2**70}, ValueError, "attention: max_seqlen_k: expected None or a number >= 0"),
+    ("attention", (t(1, 4, 2, 8),) * 3, {"max_seqlen_k": 3}, ValueError, "max_seqlen_k: expected at least the 4 tokens of each .*, got 3"),
+    ("attention", (t(1, 4, 0, 8), k, k), {}, ValueError, r"attention: q: expected shape \(B, S, H, D\) with H >= 1 and D >= 1, got"),
     ("attention", (1, k, k), {}, TypeError, "attention: q: expected a tensor, got int"),
     ("moe", (1, x, x, x, x), {}, TypeError, "moe: x: expected a tensor, got int"),
     ("swiglu", (x, t(2, 7)), {}, ValueError, "swiglu: up: expected shape"),
@@ -180,6 +183,7 @@ BAD = [
     ("route", (t(3, 4), 2), {"groups": 2, "top_groups": True}, ValueError, "route: top_groups: expected a number .* got True"),
     ("route", (t(3, 4), 2), {"scale": None}, TypeError, "route: scale: expected a finite number, got None"),
     ("route", (t(3, 4), 2), {"scale": "x"}, TypeError, "route: scale: expected a finite number, got 'x'"),
+    ("route", (t(3, 4), 2), {"scale": "2"}, TypeError, "route: scale: expected a finite number, got '2'"),
     ("route", (t(3, 4), 2), {"scale": t(2)}, TypeError, "route: scale: expected a finite number, got tensor"),
     ("route", (t(3, 4), 2), {"scale": float("nan")}, ValueError, "route: scale: expected a finite number, got nan"),
     ("route", (t(3, 4), 2), {"groups": 2}, ValueError, "route: top_groups: expected a number with groups = 2"),
@@ -218,6 +222,44 @@ BAD = [
 def test_bad_input_is_named(op, args, kwargs, error, message):
     with pytest.raises(error, match=message):
         getattr(fp, op)(*args, **kwargs)
+
+
+def lm_loss(**options):
+    return layers.LinearCrossEntropy()(t(1, 3, 8), t(9, 8), i([1, 2, 3]), **options)
+
+
+BAD_LAYERS = [
+    (lambda: layers.RMSNorm(0), "RMSNorm: width: expected an integer >= 1, got 0"),
+    (lambda: layers.RMSNorm(8, eps=-1), "RMSNorm: eps: expected a finite number >= 0, got -1"),
+    (lambda: layers.SwiGLU(8, 2.0), "SwiGLU: inner: expected an integer >= 1, got 2.0"),
+    (lambda: layers.SwiGLU(8, 4)(t(3, 7)), r"SwiGLU: x: expected shape \(..., C = 8\), got \(3, 7\)"),
+    (lambda: layers.MoE(0, 4, 4, 2), "MoE: width: expected an integer >= 1, got 0"),
+    (lambda: layers.MoE(8, 4, "4", 2), "MoE: experts: expected an integer >= 1, got '4'"),
+    (lambda: layers.MoE(8, 4, 4, 2, shared=-1), "MoE: shared: expected an integer >= 0, got -1"),
+    (lambda: layers.MoE(8, 4, 4, 2, renormalize="no"), "MoE: renormalize: expected True or False, got 'no'"),
+    (lambda: layers.MoE(8, 4, 4, 2, selection_bias="no"), "MoE: selection_bias: expected True or False, got 'no'"),
+    (lambda: layers.MoE(8, 4, 4, 2)(t(3, 7)), r"MoE: x: expected shape \(..., C = 8\), got \(3, 7\)"),
+    *(
+        (
+            lambda given=given: layers.MoE(8, 4, 4, 2, choice="experts", **given),
+            "MoE: choice: expected 'tokens' with another score, .* got 'e",
+        )
+        for given in ({"score": "sigmoid"}, {"scale": 2.0}, {"selection_bias": True}, {"groups": 2, "top_groups": 1})
+    ),
+    (lambda: layers.LinearCrossEntropy(label_smoothing=2), "LinearCrossEntropy: label_smoothing: expected a number in 0..1, got 2"),
+    (lambda: layers.LinearCrossEntropy(memory_budget=-1), "LinearCrossEntropy: memory_budget: expected None or a number of bytes >= 0"),
+    (lambda: lm_loss(num_items_in_batch=-3), "LinearCrossEntropy: num_items_in_batch: expected a number of tokens, got -3"),
+    (lambda: lm_loss(num_items_in_batch="3"), "LinearCrossEntropy: num_items_in_batch: expected a finite number, got '3'"),
+    (lambda: layers.RotaryEmbedding(8)(5), "RotaryEmbedding: positions: expected a tensor, got int"),
+    (lambda: fp.reference.Model(3), "Model: config: expected a Config, .* got int"),
+    (lambda: fp.Model(fp.Config.preset("calculator")).new_cache(-1, 4), "new_cache: batch: expected an integer >= 0, got -1"),
+]
+
+
+@pytest.mark.parametrize("make, message", BAD_LAYERS, ids=[message.partition(": expected")[0] for _, message in BAD_LAYERS])
+def test_layers_name_bad_input(make, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        make()
 
 
 def test_a_refused_call_writes_nothing():

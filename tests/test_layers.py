@@ -137,6 +137,37 @@ def test_the_check_sees_a_planted_bug(op, planted, config, monkeypatch):
     assert worst_share(CONFIGS[config], torch.float32) > 1
 
 
+def test_experts_that_choose_give_the_same_bits_again():
+    """A token's experts are added up in a fixed order, and so are its gradients, on two threads."""
+    layer = layers.MoE(64, 32, 8, 2, choice="experts")
+    x = torch.randn(500, 64, requires_grad=True)
+
+    def bits():
+        y = layer(x)
+        return [y, *torch.autograd.grad(y, [x, *layer.parameters()], torch.ones_like(y))]
+
+    first = bits()
+    assert all(torch.equal(a, b) for _ in range(20) for a, b in zip(first, bits(), strict=True))
+
+
+@pytest.mark.parametrize("choice", ["tokens", "experts"])
+def test_auxiliary_losses_are_part_of_one_graph(choice):
+    layer, x = layers.MoE(16, 8, 4, 2, choice=choice), torch.randn(7, 16)
+
+    def loss(x):
+        y, auxiliary = layer(x), layers.auxiliary_losses(layer)
+        return y.square().mean() + 0.01 * auxiliary["balance"] + 0.001 * auxiliary["z"]
+
+    torch.testing.assert_close(torch.compile(loss, fullgraph=True, backend="aot_eager")(x), loss(x))
+
+
+def test_a_frozen_stream_needs_no_gradient_behind_a_norm_that_does():
+    norm, x = layers.RMSNorm(8), torch.randn(3, 8)
+    y, h = norm(x, x)
+    assert y.requires_grad and not h.requires_grad and norm(x, x.clone().requires_grad_())[1].requires_grad
+    assert torch.equal(torch.autograd.grad(y.sum(), norm.weight)[0], (y / norm.weight).sum(0))
+
+
 def test_norm_with_residual_returns_the_sum():
     norm = layers.RMSNorm(8)
     x, residual = numbers(3, 8), numbers(3, 8, 1)[..., 0]

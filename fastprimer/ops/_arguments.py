@@ -37,6 +37,13 @@ def check_shape(name: str, tensor: Tensor, shape: tuple, letters: str) -> None:
         raise ValueError(f"{name}: expected shape {letters} = {tuple(shape)}, got {tuple(tensor.shape)}")
 
 
+def check_width(name: str, x: object, C: int) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.dim() == 0 or x.shape[-1] != C:
+        refuse(name, f"shape (..., C = {C})", tuple(x.shape))
+
+
 def check_floating(name: str, tensor: object) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
@@ -60,7 +67,7 @@ def check_flag(name: str, value: object) -> None:
 def number(name: str, value: object) -> float:
     """A finite number as a float; it may come as one of numpy or as a tensor."""
     try:
-        result = value if isinstance(value, (int, float)) else float(value)
+        result = value if isinstance(value, (int, float)) else float(None if isinstance(value, str) else value)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name}: expected a finite number, got {value!r}") from None
     if not is_number(result):

@@ -27,9 +27,11 @@ def check_attention(name: str, q, k, v, scale, softcap, sinks, cu_seqlens_q, cu_
     packed = cu_seqlens_q is not None
     dims = 3 if packed else 4
     q_letters, k_letters = ("(N, H, D)", "(N, Hk, D)") if packed else ("(B, S, H, D)", "(B, T, Hk, D)")
-    if q.dim() != dims or q.shape[-1] == 0 or q.shape[-2] == 0:
+    if q.dim() != dims:
         hint = "" if packed else "; packed tensors need cu_seqlens_q"
         arguments.refuse(f"{name}: q", f"shape {q_letters}{hint}", tuple(q.shape))
+    if q.shape[-1] == 0 or q.shape[-2] == 0:
+        arguments.refuse(f"{name}: q", f"shape {q_letters} with H >= 1 and D >= 1", tuple(q.shape))
     D = q.shape[-1]
     if k.dim() != dims or k.shape[-1] != D:
         arguments.refuse(f"{name}: k", f"shape {k_letters} with q's D = {D}", tuple(k.shape))
@@ -48,8 +50,10 @@ def check_attention(name: str, q, k, v, scale, softcap, sinks, cu_seqlens_q, cu_
         check_longest(f"{name}: max_seqlen_q", max_seqlen_q, cu_seqlens_q, q.shape[0])
         check_longest(f"{name}: max_seqlen_k", max_seqlen_k, cu_seqlens_k, k.shape[0])
     else:
-        _check_length(f"{name}: max_seqlen_q", max_seqlen_q)
-        _check_length(f"{name}: max_seqlen_k", max_seqlen_k)
+        for label, longest, length in (("max_seqlen_q", max_seqlen_q, q.shape[1]), ("max_seqlen_k", max_seqlen_k, k.shape[1])):
+            _check_length(f"{name}: {label}", longest)
+            if longest is not None and longest < length:
+                arguments.refuse(f"{name}: {label}", f"at least the {length} tokens of each sequence", longest)
 
 
 def check_heads(name: str, q: Tensor, k: Tensor, label: str = "k") -> None:

@@ -24,6 +24,11 @@ def options(name, ignore_index, reduction, label_smoothing, z_loss, softcap, ret
     return ignore_index, float(label_smoothing), float(z_loss), None if softcap is None else float(softcap)
 
 
+def check_budget(name: str, memory_budget: object) -> None:
+    if memory_budget is not None:
+        check_integer(f"{name}: memory_budget", memory_budget, "None or a number of bytes >= 0", 0)
+
+
 def check_integer(name: str, value: object, expected: str, least: int) -> None:
     if not is_count(value, least) or value >= 2**63:
         arguments.refuse(name, expected, repr(value))  # whose text torch.compile cannot make of a size

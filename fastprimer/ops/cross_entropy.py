@@ -11,8 +11,9 @@ Your Losses", 2024).
     loss = lse − (1 − ε) z_t − (ε / V) Σ_v z_v + ζ lse²
 
 with label smoothing ε and z-loss coefficient ζ; ε = ζ = 0 leaves lse − z_t = −log softmax(z)_t. The token that the model
-would have said, argmax = argmax_v z_v (the lowest v of equal ones), falls out of the same sweep. A token whose target is ignore_index
-is not looked at: its loss and lse are 0, its argmax is −1. The mean divides by the number of the other tokens.
+would have said, argmax = argmax_v z_v (the lowest v of equal ones, and where a softcap saturates many are equal once they are rounded,
+on one backend others than on the next), falls out of the same sweep. A token whose target is ignore_index is not looked at: its loss and
+lse are 0, its argmax is −1. The mean divides by the number of the other tokens.
 
 A sweep needs no more than one piece of the vocabulary at a time. From m = max z_v and s = Σ exp(z_v − m) over what has been seen, and
 the same m', s' of the next piece,
@@ -301,7 +302,7 @@ def cross_entropy(
         z_loss: coefficient of lse², added to each token's loss.
         softcap: c > 0 replaces logits by c tanh(logits / c).
         return_lse: also return lse (...), differentiable; 0 for ignored tokens.
-        return_argmax: also return the most probable token numbers, int64 (...); -1 for ignored tokens.
+        return_argmax: also return the most probable token numbers, int64 (...), the lowest of equal ones; -1 for ignored tokens.
 
     Returns:
         loss, float32 (float64 for float64 logits): a scalar, or (...) for reduction "none". With return_lse or return_argmax a tuple:
@@ -367,8 +368,7 @@ def linear_cross_entropy(
     for label, tensor in (("x", x), ("weight", weight)) + ((("bias", bias),) if bias is not None else ()):
         arguments.check_floating(f"{name}: {label}", tensor)
     options = loss_arguments.options(name, ignore_index, reduction, label_smoothing, z_loss, softcap, return_lse, return_argmax)
-    if memory_budget is not None:
-        loss_arguments.check_integer(f"{name}: memory_budget", memory_budget, "None or a number of bytes >= 0", 0)
+    loss_arguments.check_budget(name, memory_budget)
     x, weight, bias = arguments.autocast(x, weight, bias)
     loss_arguments.check_projection(name, x, weight, bias)
     target, all_count = loss_arguments.checked_target(name, target, x, weight.shape[0], ignore_index)

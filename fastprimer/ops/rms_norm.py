@@ -98,6 +98,8 @@ class RMSNorm(torch.autograd.Function):
         ctx.save_for_backward(h, weight, rstd)
         ctx.backend, ctx.eps, ctx.weight_offset, ctx.has_residual = backend, eps, weight_offset, residual is not None
         ctx.set_materialize_grads(False)
+        if ctx.has_residual and not (ctx.needs_input_grad[1] or ctx.needs_input_grad[4]):
+            ctx.mark_non_differentiable(h)  # a frozen stream stays one, whatever the weight
         return (y, h) if ctx.has_residual else y
 
     @staticmethod
