@@ -33,7 +33,7 @@ from fastprimer import ops
 from fastprimer.backends import outside_autocast, transforming
 from fastprimer.config import is_count, is_number
 from fastprimer.ops import _arguments as arguments
-from fastprimer.ops.routing import best_tokens, check_choice, counts_of, within_capacity
+from fastprimer.ops.routing import best_tokens, check_choice, counts_of, rows_of, sums_of_rows, within_capacity
 from fastprimer.ops.swiglu import check_activation
 from fastprimer.projections import Projecting
 
@@ -81,6 +81,9 @@ class Experts(nn.Module):
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, width))
         self.down_proj = nn.Parameter(torch.empty(experts, width, inner))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=0.02)
 
@@ -103,9 +106,14 @@ class Router(nn.Module):
     def __init__(self, width: int, experts: int, selection_bias: bool, wide: bool):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, width))
-        nn.init.normal_(self.weight, std=0.02)
-        self.register_buffer("e_score_correction_bias", torch.zeros(experts, dtype=torch.float32) if selection_bias else None)
+        self.register_buffer("e_score_correction_bias", torch.empty(experts, dtype=torch.float32) if selection_bias else None)
         self.wide = wide
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.02)
+        if self.e_score_correction_bias is not None:
+            nn.init.zeros_(self.e_score_correction_bias)
 
     def forward(self, tokens: Tensor) -> Tensor:  # (N, C) -> (N, E)
         dtype = arguments.wide(self.weight.dtype) if self.wide else self.weight.dtype
@@ -272,8 +280,8 @@ class MoE(nn.Module):
         experts = torch.arange(chosen.shape[0], device=chosen.device).repeat_interleave(chosen.shape[1]).unsqueeze(1)
         self.routing = Routing(logits, experts, None, even=True)
         chosen, weights = chosen.flatten(), weights.reshape(-1, 1)
-        y = self.experts(_rows(tokens, chosen), weights, experts)
-        return _sums_of_rows(y, chosen, tokens.shape[0])
+        y = self.experts(rows_of(tokens, chosen), weights, experts)
+        return sums_of_rows(y, chosen, tokens.shape[0])
 
     def _capacity(self, N: int) -> int:
         numerator, denominator = self._capacity_ratio
@@ -313,19 +321,6 @@ class MoE(nn.Module):
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "routing": None}  # its graph can be neither copied nor pickled
-
-
-# Both ways of torch take rows and add them up, and both have the other one as their gradient. On the CPU the sums of index_add are made in
-# order and those of index_put by atomic additions, on a GPU it is the other way round.
-
-
-def _rows(x: Tensor, numbers: Tensor) -> Tensor:
-    return x.index_select(0, numbers) if x.is_cpu else x[numbers]
-
-
-def _sums_of_rows(x: Tensor, numbers: Tensor, N: int) -> Tensor:
-    zeros = x.new_zeros(N, x.shape[1])
-    return zeros.index_add(0, numbers, x) if x.is_cpu else zeros.index_put((numbers,), x, accumulate=True)
 
 
 def _of_vmap(tensor: Tensor) -> bool:

@@ -22,8 +22,8 @@ CAPTIONS = {
 }
 
 GLANCE = (
-    "Means are geometric. Above 1x ours is faster than the fastest peer of the same run. "
-    "A roof is what a copy, or a matrix product, of that run allows."
+    "Peers' times over ours: above 1x ours is faster. Of the fastest peer of each row the geometric mean and the least, of plain torch the "
+    "geometric mean; and the median share of what a copy, or a matrix product, of the same run allows."
 )
 
 

@@ -4,6 +4,8 @@ import copy
 import inspect
 import pickle
 import re
+import subprocess
+import sys
 import unittest.mock
 
 import pytest
@@ -140,6 +142,30 @@ def test_a_patched_model_is_pickled(tokens):
     assert type(twin.model.norm) is type(model.model.norm)
     inputs = {"input_ids": tokens, "labels": tokens}
     close(gradients(twin.train(), **inputs), gradients(plain.train(), **inputs))
+
+
+def test_a_patched_model_runs_in_another_process(tmp_path, tokens):
+    model = pair("llama")[0]
+    torch.save((model, tokens), tmp_path / "model.pt")
+    code = "import torch; model, tokens = torch.load('model.pt', weights_only=False); torch.save(model.eval()(tokens).logits, 'logits.pt')"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    close([torch.load(tmp_path / "logits.pt")], [model.eval()(tokens).logits])
+
+
+def test_an_activation_has_its_hooks_and_may_be_replaced(tokens):
+    """The hooks are not called while patch tries the layer, and not ignored after it."""
+    model, plain, patched = pair("llama")
+    patched.undo()
+    seen = []
+    for layer in model.model.layers:
+        layer.mlp.act_fn.register_forward_hook(lambda *_: seen.append(1))
+    patch(model)
+    assert not seen
+    model.eval()(tokens)
+    assert len(seen) == len(model.model.layers)
+    for each in (model, plain):
+        each.model.layers[0].mlp.act_fn = torch.nn.ReLU()
+    close([model(tokens).logits], [plain.eval()(tokens).logits])
 
 
 def test_checkpointing_copies_and_saving(tmp_path, tokens):

@@ -150,6 +150,18 @@ def test_experts_that_choose_give_the_same_bits_again():
     assert all(torch.equal(a, b) for _ in range(20) for a, b in zip(first, bits(), strict=True))
 
 
+def test_layers_made_without_memory_are_initialised_later():
+    with torch.device("meta"):
+        layer = layers.MoE(16, 8, 4, 2, selection_bias=True)
+    layer.to_empty(device="cpu")
+    for parameter in (*layer.parameters(), *layer.buffers()):
+        parameter.detach().fill_(torch.nan)
+    for module in layer.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert all(0.01 < p.std() < 0.03 for p in layer.parameters()) and not layer.gate.e_score_correction_bias.any()
+
+
 @pytest.mark.parametrize("choice", ["tokens", "experts"])
 def test_auxiliary_losses_are_part_of_one_graph(choice):
     layer, x = layers.MoE(16, 8, 4, 2, choice=choice), torch.randn(7, 16)
@@ -188,9 +200,10 @@ def test_rotary_embedding_keeps_float32_tables_in_a_bfloat16_model():
 @pytest.mark.parametrize("limit", (None, 0.5))
 def test_swiglu_passes_activation_and_limit_on(activation, limit):
     mlp = layers.SwiGLU(8, 12, activation, limit)
-    x = 3 * numbers(5, 8)
+    x = 9 * numbers(5, 8)
     gate, up = F.linear(x, mlp.gate_proj.weight), F.linear(x, mlp.up_proj.weight)
-    if limit is not None:
+    if limit is not None or activation == "gpt_oss":  # whose own is 7
+        limit = limit or 7.0
         gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     y = {
         "silu": lambda: F.silu(gate) * up,

@@ -61,15 +61,9 @@ def test_at_a_glance_every_row_counts():
     for r, eager in zip(rows, (1.0, 4.0), strict=True):
         r.ours, r.peers = Timing.of([1.0]), {"eager": Timing.of([eager])}
     told = tables.overview([("here", r) for r in [*rows, wrong_row(case="bench-c")]]).splitlines()
-    assert (
-        told[0] == "| backend | operation | dtype | rows | wrong | eager / ours: mean | best peer / ours: mean | least | of roof: median |"
-    )
-    assert told[2:] == ["| cpu | `rms_norm` | float32 | 3 | 1 | 2.00x | 1.22x | 1.00x | 62% |"]
-    assert (
-        tables.overview([("here", rows[0]), ("there", rows[1])])
-        .splitlines()[2]
-        .startswith("| here | cpu | `rms_norm` | float32 | 1 | 1.00x")
-    )
+    assert told[0] == "| operation | dtype | backend | best peer | least | eager | of roof | rows | wrong |"
+    assert told[2:] == ["| `rms_norm` | float32 | cpu | 1.22x | 1.00x | 2.00x | 62% | 3 | 1 |"]
+    assert tables.overview([("here", rows[0]), ("there", rows[1])]).splitlines()[2].endswith(" | 1.00x | 50% | 1 | here |")
 
 
 BEGIN, END = MARKERS

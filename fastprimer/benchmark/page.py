@@ -24,7 +24,7 @@ th, td { padding: .2rem .6rem; border-bottom: 1px solid #e4e4e4; text-align: lef
 thead th { position: sticky; top: 0; background: #f6f6f6; } tbody tr:hover { background: #f4f8fc; }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; align-items: start; }
 figure { margin: 0; } figure svg { width: 100%; height: auto; } figcaption { font-size: .85rem; color: #555; }
-summary { cursor: pointer; padding: .3rem 0; } nav a { margin-right: .8rem; white-space: nowrap; }
+summary { cursor: pointer; padding: .3rem 0; } nav a { display: inline-block; margin-right: .8rem; }
 </style>
 </head>
 <body>

@@ -85,19 +85,20 @@ def left_out(rows: list[Row]) -> list[str]:
 
 
 def overview(rows: list[tuple[str, Row]]) -> str:
-    """In Markdown, of (machine, row): a line for each operation and dtype, of each backend on each machine; no column that says nothing."""
-    heads = ["machine", "backend", "operation", "dtype", "rows", "wrong", "eager / ours: mean", "best peer / ours: mean", "least"]
+    """In Markdown, of (machine, row): a line for each operation and dtype, of each backend on each machine: the best peer's and the eager
+    one's time over ours (geometric means, and the least), the median share of the roof. No column that says nothing."""
+    heads = ["operation", "dtype", "backend", "best peer", "least", "eager", "of roof", "rows", "wrong", "machine"]
     lines = []
     for about in dict.fromkeys((machine, row.backend, row.op, row.dtype) for machine, row in rows):
         mine = [row for machine, row in rows if (machine, row.backend, row.op, row.dtype) == about]
         eager = [row.peers["eager"].median / row.ours.median for row in mine if row.ours and "eager" in row.peers]
         best, share, wrong = ratios(mine), shares(mine), sum(bool(row.wrong) for row in mine)
-        cells = [str(len(mine)), str(wrong or ""), f"{statistics.geometric_mean(eager):.2f}x" if eager else ""]
-        cells += [f"{best.mean:.2f}x", f"{best.least:.2f}x"] if best else ["", ""]
+        cells = [f"{best.mean:.2f}x", f"{best.least:.2f}x"] if best else ["", ""]
+        cells += [f"{statistics.geometric_mean(eager):.2f}x" if eager else "", "" if share is None else f"{share:.0%}"]
         machine, backend, op, dtype = about
-        lines.append([machine, backend, f"`{op}`", dtype, *cells, "" if share is None else f"{share:.0%}"])
+        lines.append([f"`{op}`", dtype, backend, *cells, str(len(mine)), str(wrong or ""), machine])
     one_machine = len({machine for machine, _ in rows}) == 1
-    columns = zip([*heads, "of roof: median"], ["---"] * 4 + ["--:"] * 6, *lines, strict=True)
+    columns = zip(heads, ["---"] * 3 + ["--:"] * 6 + ["---"], *lines, strict=True)
     told = [column for column in columns if any(column[2:]) and not (one_machine and column[0] == "machine")]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in zip(*told, strict=True))
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastprimer import ops
-from fastprimer.integrations import hf_probes
+from fastprimer.integrations import hf_attention, hf_probes
 from fastprimer.integrations.hf_probes import Unlike
 from fastprimer.losses import LinearCrossEntropy
 
@@ -62,6 +62,7 @@ def _subclass(cls: type, build: Callable[..., type], options: tuple, **members) 
 
 
 def _made(build: Callable[..., type], cls: type, options: tuple) -> nn.Module:
+    hf_attention.register()  # in another process than patch's
     made = build(cls, *options)
     return made.__new__(made)
 
@@ -79,13 +80,17 @@ def rms_norm(cls: type, eps: float, weight_offset: float, weighted: bool) -> typ
 
 
 @functools.cache
-def swiglu(cls: type, activation: str, packed: bool) -> type:
+def swiglu(cls: type, activation: str, packed: bool, own: tuple[tuple[str, type], ...]) -> type:
     def forward(self, *args, **kwargs):
         (x,) = (*args, *kwargs.values())
+        for name, kind in own:  # the activation, whose hooks expect to be called, and which may have been replaced
+            act = getattr(self, name)
+            if type(act) is not kind or hf_probes.hooked(act):
+                return cls.forward(self, x)
         projected = (self.gate_up_proj(x),) if packed else (self.gate_proj(x), self.up_proj(x))
         return self.down_proj(ops.swiglu(*projected, activation=activation))
 
-    return _subclass(cls, swiglu, (activation, packed), forward=functools.wraps(cls.forward)(forward))
+    return _subclass(cls, swiglu, (activation, packed, own), forward=functools.wraps(cls.forward)(forward))
 
 
 @functools.cache

@@ -58,6 +58,18 @@ def stub(module: nn.Module, **parts) -> nn.Module:
     return like.train()
 
 
+def hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
+
+
+def without_hooks(module: nn.Module) -> nn.Module:
+    """A copy that shares everything else: nobody's hook is to see what a layer is tried with."""
+    twin = copy.copy(module)
+    for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        setattr(twin, name, type(getattr(module, name))())
+    return twin
+
+
 def random(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float32)
 
@@ -102,14 +114,14 @@ def rms_norm(module: nn.Module) -> dict:
 
 
 def swiglu(module: nn.Module) -> dict:
-    """The activation, and whether gate and up are one projection."""
+    """The activation, whether gate and up are one projection, and the layer's own activation, by name and class."""
     takes(module, 1)
     idle = {name for name, child in module.named_children() if isinstance(child, nn.Dropout) and child.p == 0}
     children = set(dict(module.named_children())) - {"act_fn", "activation_fn", "act"} - idle
     packed = children == {"gate_up_proj", "down_proj"}
     if not packed and children != {"gate_proj", "up_proj", "down_proj"}:
         raise Unlike(f"it is not of gate_proj, up_proj and down_proj, but of {', '.join(sorted(children))}")
-    activations = {name: child for name, child in module.named_children() if name not in children}
+    activations = {name: without_hooks(child) for name, child in module.named_children() if name not in children}
     with trying():
         down = linear(F, C)
         first = {"gate_up_proj": linear(C, 2 * F)} if packed else {"gate_proj": linear(C, F), "up_proj": linear(C, F)}
@@ -119,7 +131,7 @@ def swiglu(module: nn.Module) -> dict:
         for activation in ("silu", "gelu_tanh"):
             ours = [down(ops.swiglu(*(layer(x) for layer in first.values()), activation=activation)) for x in tried]
             if all(map(same, ours, expected)) and same(like.eval()(tried[0]), expected[0]):
-                return {"activation": activation, "packed": packed}
+                return {"activation": activation, "packed": packed, "own": tuple((name, type(act)) for name, act in activations.items())}
     raise Unlike("its activation is neither SiLU nor GELU's tanh form of the gate, times up")
 
 

@@ -36,7 +36,8 @@ The sink is one more logit, whose value vector is 0, so dsink = −Σ_i exp(sink
 with dk and dv summed over the H / Hk query heads of the group. Saved: q, k, v, o, lse. This reference holds S x T
 numbers per head and treats packed sequences as one sequence with a block-diagonal mask, so that a NaN in one of them
 spreads (0 · nan is nan); the kernels do neither. Within a sequence the GPU kernels too multiply what a block holds of masked
-keys by 0, so that a NaN there reaches queries that do not see it; the CPU kernel keeps it out.
+keys by 0, so that a NaN there reaches queries that do not see it; the CPU kernel keeps it out. In float16 the GPU kernels multiply a ds
+that is rounded to float16: where it lies below 6e-5, as with upstream gradients of 1e-4 and less, digits are lost (torch.amp.GradScaler).
 """
 
 from __future__ import annotations

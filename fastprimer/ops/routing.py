@@ -252,6 +252,21 @@ def best_tokens(logits: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     return p.gather(1, tokens), tokens
 
 
+# torch has two ways to take rows and to add them up, and the gradient of each is the other one of its kind. On the CPU index_add sums in
+# order and index_put by atomic additions, on a GPU it is the other way round.
+
+
+def rows_of(x: Tensor, numbers: Tensor) -> Tensor:
+    """Rows `numbers` of x (N, C)."""
+    return x.index_select(0, numbers) if x.is_cpu else x[numbers]
+
+
+def sums_of_rows(x: Tensor, numbers: Tensor, N: int) -> Tensor:
+    """x (P, C), numbers (P,) -> (N, C): row n is the sum of those rows of x whose number is n, in their order."""
+    zeros = x.new_zeros(N, x.shape[1])
+    return zeros.index_add(0, numbers, x) if x.is_cpu else zeros.index_put((numbers,), x, accumulate=True)
+
+
 def load_balancing_loss(logits: Tensor, experts: Tensor) -> Tensor:
     """Switch's balance loss of a router: E Σ_e f_e P_e (see the head of this file).
 
