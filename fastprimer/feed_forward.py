@@ -38,11 +38,6 @@ from fastprimer.ops.swiglu import check_activation
 from fastprimer.projections import Projecting
 
 
-def check_sizes(name: str, **sizes: int) -> None:
-    for argument, size in sizes.items():
-        arguments.check(is_count(size, 1), f"{name}: {argument}", "an integer >= 1", repr(size))
-
-
 class SwiGLU(Projecting):
     """The dense feed-forward layer: down(silu(gate(x)) * up(x)).
 
@@ -55,7 +50,7 @@ class SwiGLU(Projecting):
 
     def __init__(self, width: int, inner: int, activation: str = "silu", limit: float | None = None):
         super().__init__()
-        check_sizes("SwiGLU", width=width, inner=inner)
+        arguments.check_sizes("SwiGLU", width=width, inner=inner)
         check_activation("SwiGLU", activation, limit)
         self.width, self.activation, self.limit = width, activation, limit
         self.gate_proj = nn.Linear(width, inner, bias=False)
@@ -209,7 +204,7 @@ class MoE(nn.Module):
             raise ValueError(f"MoE: choice: expected 'tokens' or 'experts', got {choice!r}")
         if not is_number(scale):
             raise ValueError(f"MoE: scale: expected a number, got {scale!r}")
-        check_sizes("MoE", width=width, inner=inner, experts=experts)
+        arguments.check_sizes("MoE", width=width, inner=inner, experts=experts)
         arguments.check(is_count(shared, 0), "MoE: shared", "an integer >= 0", repr(shared))
         arguments.check_flag("MoE: renormalize", renormalize)
         arguments.check_flag("MoE: selection_bias", selection_bias)

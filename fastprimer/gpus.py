@@ -29,15 +29,16 @@ def not_served(architectures: Sequence[str], nvcc: str) -> str:
     if not architectures:
         return "the native library was built without its CUDA kernels" + (f", for nvcc {nvcc} is too old" if nvcc else "")
     version, driver = tuple(int(part) for part in nvcc.split(".")[:2]), _cuda_of_the_driver()
+    of_driver = "a driver of CUDA {}.{}".format(*driver)
     if version[0] > driver[0]:
-        return f"its kernels were built by nvcc {nvcc}, the driver is of CUDA {driver[0]}.{driver[1]}"
+        return f"its kernels were built by nvcc {nvcc}, which {of_driver} does not run"
     for capability in capabilities():
         if not any(runs_on(architecture, capability) for architecture in architectures):
             return f"its kernels were built for sm_{', sm_'.join(architectures)}, a GPU here is {_named(capability)}"
         compiled = any(runs_on(architecture, capability, compiled=True) for architecture in architectures)
         if not compiled and version > driver:  # machine code runs on every driver of the major version, PTX on those that know its own
             found = f"it has no machine code for {_named(capability)}, and PTX by nvcc {nvcc}"
-            return f"{found}, which a driver of CUDA {driver[0]}.{driver[1]} cannot compile"
+            return f"{found}, which {of_driver} cannot compile"
     return ""
 
 

@@ -12,7 +12,6 @@ from fastprimer.feed_forward import MoE as MoE
 from fastprimer.feed_forward import Routing as Routing
 from fastprimer.feed_forward import SwiGLU as SwiGLU
 from fastprimer.feed_forward import auxiliary_losses as auxiliary_losses
-from fastprimer.feed_forward import check_sizes
 from fastprimer.feed_forward import utilisation as utilisation
 from fastprimer.losses import LinearCrossEntropy as LinearCrossEntropy
 from fastprimer.ops import _arguments as arguments
@@ -34,7 +33,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, width: int, eps: float = 1e-6, *, weight_offset: float = 0.0, device=None, dtype: torch.dtype | None = None):
         super().__init__()
-        check_sizes("RMSNorm", width=width)
+        arguments.check_sizes("RMSNorm", width=width)
         arguments.check(is_number(eps) and eps >= 0, "RMSNorm: eps", "a finite number >= 0", repr(eps))
         self.weight = nn.Parameter(torch.empty(width, device=device, dtype=dtype))
         self.eps, self.weight_offset = eps, weight_offset

@@ -16,7 +16,7 @@ from fastprimer.decoding import Cache
 from fastprimer.layers import DecoderLayer, RMSNorm, RotaryEmbedding
 from fastprimer.ops import _arguments as arguments
 from fastprimer.projections import is_plain
-from fastprimer.reference import initialize
+from fastprimer.reference import check_config, initialize
 
 CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 
@@ -53,8 +53,7 @@ class Model(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        if not isinstance(config, Config):
-            raise TypeError(f"Model: config: expected a Config, as Config.preset or Config.from_dict make, got {type(config).__name__}")
+        check_config(config)
         self.config = config
         self.generation_config: dict | None = None
         self.model = Decoder(config)

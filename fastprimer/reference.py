@@ -254,8 +254,7 @@ class Model(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        if not isinstance(config, Config):
-            raise TypeError(f"Model: config: expected a Config, as Config.preset or Config.from_dict make, got {type(config).__name__}")
+        check_config(config)
         self.config = config
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
@@ -279,6 +278,11 @@ class Model(nn.Module):
         logits = self.logits(self.model(tokens, positions, longest))
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(wide.flatten(0, 1), labels[:, 1:].flatten().long())
+
+
+def check_config(config: object) -> None:
+    if not isinstance(config, Config):
+        raise TypeError(f"Model: config: expected a Config, as Config.preset or Config.from_dict make, got {type(config).__name__}")
 
 
 def initialize(model: nn.Module, deviation: float) -> None:

@@ -72,7 +72,7 @@ def test_gate(case):
     assert any(case.requires(row.kernel) for row in rows), "no kernel has a required instruction: were the kernels renamed?"
 
 
-def test_the_library_is_built_for_every_target():
+def test_the_library_is_built_for_every_target_unless_told_otherwise():
     recipe = (ROOT / "CMakeLists.txt").read_text()
     assert tuple(f"sm_{number}" for number in re.search(r'_ARCHITECTURES "(.*?)"', recipe)[1].split(";")) == TARGETS
 

@@ -218,7 +218,7 @@ def test_what_older_gpus_and_drivers_cannot_run(monkeypatch):
     monkeypatch.setattr(gpus, "capabilities", lambda: [(9, 0), (8, 0)])
     assert gpus.no_room("attention") == gpus.not_served(["80"], "12.0.1") == ""
     assert gpus.not_served([], "11.5.119") == "the native library was built without its CUDA kernels, for nvcc 11.5.119 is too old"
-    for driver, expected in (12080, "its kernels were built by nvcc 13.0.48, the driver is of CUDA 12.8"), (13000, ""):
+    for driver, expected in (12080, "its kernels were built by nvcc 13.0.48, which a driver of CUDA 12.8 does not run"), (13000, ""):
         monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda driver=driver: driver, raising=False)
         assert gpus.not_served(["80"], "13.0.48") == expected
     # Machine code runs on a driver of an older minor version; PTX, which is all that there is for sm_120, does not.

@@ -172,7 +172,7 @@ class Head(nn.Linear):
     _fastprimer = nn.Linear
 
     def forward(self, x: Tensor) -> Tensor:
-        hooked = self._forward_hooks or self._forward_pre_hooks  # which expect logits, or bring weights for this moment alone
+        hooked = hf_probes.hooked(self)  # by what expects logits, or brings weights for this moment alone
         if self.asked is None or hooked or type(self.weight) not in (nn.Parameter, Tensor):  # nor a shard of it
             return super().forward(x)
         self.asked.x = x

@@ -121,8 +121,8 @@ def swiglu(module: nn.Module) -> dict:
     packed = children == {"gate_up_proj", "down_proj"}
     if not packed and children != {"gate_proj", "up_proj", "down_proj"}:
         raise Unlike(f"it is not of gate_proj, up_proj and down_proj, but of {', '.join(sorted(children))}")
-    activations = {name: without_hooks(child) for name, child in module.named_children() if name not in children}
     with trying():
+        activations = {name: without_hooks(child) for name, child in module.named_children() if name not in children}
         down = linear(F, C)
         first = {"gate_up_proj": linear(C, 2 * F)} if packed else {"gate_proj": linear(C, F), "up_proj": linear(C, F)}
         like = stub(module, down_proj=down, **first, **activations)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastprimer.backends import autocasting, transforming
-from fastprimer.config import is_number
+from fastprimer.config import is_count, is_number
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
@@ -35,6 +35,11 @@ def shown(got: object) -> object:
 def check_shape(name: str, tensor: Tensor, shape: tuple, letters: str) -> None:
     if tensor.shape != shape:
         raise ValueError(f"{name}: expected shape {letters} = {tuple(shape)}, got {tuple(tensor.shape)}")
+
+
+def check_sizes(name: str, **sizes: int) -> None:
+    for argument, size in sizes.items():
+        check(is_count(size, 1), f"{name}: {argument}", "an integer >= 1", repr(size))
 
 
 def check_width(name: str, x: object, C: int) -> None:
