@@ -51,7 +51,7 @@ def swiglu(gate, up=None, *, activation="silu", limit=None):
 
 def attention(q, k, v, *, causal=False, window=None, scale=None, softcap=None, sinks=None, cu_seqlens_q=None, cu_seqlens_k=None,
               max_seqlen_q=None, max_seqlen_k=None, return_lse=False):  # fmt: skip
-    """One sequence and one query head at a time, one query row at a time."""
+    """One sequence at a time, and of it one query at a time."""
     options = causal, window, q.shape[-1] ** -0.5 if scale is None else scale, softcap
     if cu_seqlens_q is None:
         pairs = [_one_sequence(q[b], k[b], v[b], sinks, *options) for b in range(q.shape[0])]
@@ -64,30 +64,29 @@ def attention(q, k, v, *, causal=False, window=None, scale=None, softcap=None, s
 
 
 def _one_sequence(q, k, v, sinks, causal, window, scale, softcap):
-    S, T, H, group = q.shape[0], k.shape[0], q.shape[1], q.shape[1] // k.shape[1]
+    S, T, H, Dv = q.shape[0], k.shape[0], q.shape[1], v.shape[-1]
+    if S == 0:
+        return q.new_zeros(0, H, Dv), _wide(q.new_zeros(H, 0))
+    k, v = (_wide(t).repeat_interleave(H // k.shape[1], 1).transpose(0, 1) for t in (k, v))
     left, right = window or (None, None)
     rows, lses = [], []
-    for h in range(H):
-        for i in range(S):
-            low = 0 if left is None else max(0, i + T - S - left)
-            high = T if right is None else min(T, i + T - S + right + 1)
-            high = max(low, min(high, i + T - S + 1) if causal else high)
-            scores = (_wide(k[low:high, h // group]) @ _wide(q[i, h])) * scale
-            if softcap is not None:
-                scores = torch.tanh(scores / softcap) * softcap
-            values = _wide(v[low:high, h // group])
-            if sinks is not None:
-                scores = torch.cat((scores, _wide(sinks[h : h + 1])))
-                values = torch.cat((values, values.new_zeros(1, v.shape[-1])))
-            if scores.numel() == 0:
-                rows.append(values.new_zeros(v.shape[-1]))
-                lses.append(values.new_full((), -torch.inf))
-            else:
-                rows.append(torch.softmax(scores, 0) @ values)
-                lses.append(torch.logsumexp(scores, 0))
-    if S == 0:
-        return q.new_zeros(0, H, v.shape[-1]), _wide(q.new_zeros(H, 0))
-    return torch.stack(rows).view(H, S, -1).transpose(0, 1).to(q.dtype), torch.stack(lses).view(H, S)
+    for i in range(S):
+        low = 0 if left is None else max(0, i + T - S - left)
+        high = T if right is None else min(T, i + T - S + right + 1)
+        high = max(low, min(high, i + T - S + 1) if causal else high)
+        scores, values = (k[:, low:high] @ _wide(q[i]).unsqueeze(-1)).squeeze(-1) * scale, v[:, low:high]
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        if sinks is not None:
+            scores = torch.cat((scores, _wide(sinks).unsqueeze(-1)), -1)
+            values = torch.cat((values, values.new_zeros(H, 1, Dv)), 1)
+        if scores.shape[-1] == 0:
+            rows.append(values.new_zeros(H, Dv))
+            lses.append(values.new_full((H,), -torch.inf))
+        else:
+            rows.append((torch.softmax(scores, -1).unsqueeze(-2) @ values).squeeze(-2))
+            lses.append(torch.logsumexp(scores, -1))
+    return torch.stack(rows).to(q.dtype), torch.stack(lses, -1)
 
 
 def attention_with_kv_cache(q, k_cache, v_cache, cache_seqlens, *, k=None, v=None, block_table=None, causal=True, window=None, scale=None,

@@ -30,6 +30,7 @@ def chosen():
     return short_form(cases.CASES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.name)
 def test_gate(case):
     found = faults(case, {name: TARGETS[name] for name in chosen()[case.name]})

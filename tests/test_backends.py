@@ -1,7 +1,7 @@
 """Operation x backend x dtype x case: every output and every gradient within its error budget, with random dy.
 
-Each operation runs on each backend in a process of its own (fastprimer/verify.py), once for the whole session, or where Triton compiles
-for a GPU in several: the tests of one share what follows the @ of their names, and so a worker (conftest.py).
+Each backend runs in a few processes of its own (fastprimer/verify.py), once for the whole session, or where Triton compiles for a GPU in
+many: the tests of one share what follows the @ of their names, and so a worker (conftest.py).
 """
 
 import functools
@@ -18,42 +18,44 @@ import torch
 import fastprimer as fp
 from fastprimer import cli, testing, verify
 from fastprimer.backends import BACKENDS, declared, native_reason, operations
-from fastprimer.cases import attention, rms_norm_case
-from fastprimer.verify import Part, device_of, stream, work_of
+from fastprimer.cases import PRODUCTS, attention, rms_norm_case
+from fastprimer.verify import WHOLE, Part, device_of, stream, work_of
 
 FEW = 24
 """Comparisons of one process where each may have kernels to compile."""
 
-
-def parts(op: str, backend: str) -> list[Part]:
-    of = -(-len(work_of(op, backend)) // FEW) if device_of(backend) == "cuda" else 1
-    return [Part(n, of) for n in range(1, of + 1)]
+HEAVY = {("triton", op) for op in PRODUCTS} | {("cuda", "attention")}
+"""What takes long where no GPU is."""
 
 
-PARAMETERS = [
-    pytest.param(
-        backend,
-        case,
-        str(dtype).removeprefix("torch."),
-        part,
-        id=f"{backend}-{case}-{str(dtype)[6:]}@{op}-{backend}-{part.number}",
-    )
-    for backend in BACKENDS
-    for op in operations()
-    if backend in declared(op)
-    for part in parts(op, backend)
-    for case, dtype in work_of(op, backend, part)
-]
+def shares(backend: str) -> list[tuple[tuple[str, ...], Part]]:
+    """The operations of each process of a backend, and which part of their work."""
+    ops = [op for op in operations() if backend in declared(op)]
+    if device_of(backend) == "cuda":
+        processes = ((op, -(-len(work_of(op, backend)) // FEW)) for op in ops)
+        return [((op,), Part(n, of)) for op, of in processes for n in range(1, of + 1)]
+    light, products = ([op for op in ops if (op in PRODUCTS) == heavy and op != "attention"] for heavy in (False, True))
+    return [(tuple(group), WHOLE) for group in (["attention"], products, light)]
+
+
+def parameters():
+    for backend in BACKENDS:
+        for ops, part in shares(backend):
+            for op in ops:
+                slow = [pytest.mark.slow(minutes=1)] if (backend, op) in HEAVY else []
+                for case, dtype in work_of(op, backend, part):
+                    name = f"{backend}-{case}-{str(dtype)[6:]}@{ops[0]}-{backend}-{part.number}"
+                    yield pytest.param(backend, ops, part, case, str(dtype)[6:], id=name, marks=slow)
 
 
 @functools.cache
-def found(op: str, backend: str, part: Part) -> list[dict]:
-    return list(stream(backend, [op], 0, part))
+def found(backend: str, ops: tuple[str, ...], part: Part) -> list[dict]:
+    return list(stream(backend, list(ops), 0, part))
 
 
-@pytest.mark.parametrize("backend, case, dtype, part", PARAMETERS)
-def test_within_budget(backend, case, dtype, part):
-    results = found(case.op, backend, part)
+@pytest.mark.parametrize("backend, ops, part, case, dtype", list(parameters()))
+def test_within_budget(backend, ops, part, case, dtype):
+    results = [r for r in found(backend, ops, part) if r.get("op") == case.op]
     refused = [r["refused"] for r in results if "refused" in r]
     if refused:
         pytest.skip(refused[0])

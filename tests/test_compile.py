@@ -151,6 +151,7 @@ def test_another_size_compiles_nothing_again(name):
     assert len(graphs) == 1
 
 
+@pytest.mark.slow
 def test_an_exported_program_is_loaded_by_another_process(tmp_path):
     device_or_skip("rms_norm", "cpu")
     layer, x, path = fp.layers.RMSNorm(8), torch.randn(3, 8), tmp_path / "layer.pt2"
@@ -159,3 +160,20 @@ def test_an_exported_program_is_loaded_by_another_process(tmp_path):
     loaded = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True)
     assert loaded.returncode == 0, loaded.stderr
     assert re.search(r"tensor\((23\.999|24\.)", loaded.stdout), loaded.stdout
+
+
+@pytest.mark.slow
+def test_one_tensor_may_be_passed_twice_under_compile():
+    x = torch.randn(4, 2, 8, requires_grad=True)
+    lengths = torch.tensor([0, 1, 4], dtype=torch.int32)
+    for function in (
+        lambda x: fp.rms_norm(x, residual=x)[0],
+        lambda x: fp.swiglu(x, x),
+        lambda x: fp.attention(x, x, x, cu_seqlens_q=lengths, cu_seqlens_k=lengths),
+        lambda x: fp.attention(x, x, x, cu_seqlens_q=lengths, causal=True),
+    ):
+        torch.compiler.reset()
+        expected, got = function(x), torch.compile(function, fullgraph=True, backend="aot_eager")(x)
+        torch.testing.assert_close(got, expected)
+        grads = [torch.autograd.grad(y.square().sum(), x)[0] for y in (got, expected)]
+        torch.testing.assert_close(*grads)

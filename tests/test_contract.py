@@ -257,6 +257,7 @@ def test_double_backward_is_right(cell):
             torch.testing.assert_close(mine, reference)
 
 
+@pytest.mark.slow
 def test_registered_operators_pass_opcheck(cell, monkeypatch):
     op, backend, device = cell
     if backend == "reference":
@@ -280,6 +281,7 @@ def test_registered_operators_pass_opcheck(cell, monkeypatch):
         torch.library.opcheck(function, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
 
 
+@pytest.mark.slow
 def test_fakes_have_the_strides_of_the_kernels(cell, monkeypatch):
     """In every layout of CASES what torch.compile is told is what comes out: whatever the numbers, so that no kernel is interpreted."""
     op, backend, device = cell
@@ -342,23 +344,6 @@ def test_a_compiled_function_follows_use_backend():
         with use_backend(name):
             compiled(x, weight)
     assert len(graphs) == 2 and "fastprimer.rms_norm_forward" in graphs[1] and "fastprimer.rms_norm_forward" not in graphs[0]
-
-
-@pytest.mark.slow
-def test_one_tensor_may_be_passed_twice_under_compile():
-    x = torch.randn(4, 2, 8, requires_grad=True)
-    lengths = torch.tensor([0, 1, 4], dtype=torch.int32)
-    for function in (
-        lambda x: fp.rms_norm(x, residual=x)[0],
-        lambda x: fp.swiglu(x, x),
-        lambda x: fp.attention(x, x, x, cu_seqlens_q=lengths, cu_seqlens_k=lengths),
-        lambda x: fp.attention(x, x, x, cu_seqlens_q=lengths, causal=True),
-    ):
-        torch.compiler.reset()
-        expected, got = function(x), torch.compile(function, fullgraph=True, backend="aot_eager")(x)
-        torch.testing.assert_close(got, expected)
-        grads = [torch.autograd.grad(y.square().sum(), x)[0] for y in (got, expected)]
-        torch.testing.assert_close(*grads)
 
 
 def test_forward_mode_derivatives_raise_rather_than_lie(cell):

@@ -163,6 +163,7 @@ def test_the_variable_chooses_and_is_checked():
 
 @pytest.mark.parametrize("how", ["fastprimer", "fastprimer.cli", "script"])
 @pytest.mark.parametrize("line", [["doctor"], ["generate", "--model", "x", "two"]], ids=" ".join)
+@pytest.mark.slow
 def test_the_command_line_says_what_is_wrong_with_the_variable(how, line, tmp_path):
     command = ["-m", how]
     if how == "script":  # as pip writes it

@@ -3,6 +3,7 @@
 The long form, all shapes and many schedules: PYTHONPATH=tests python -m emulator.sanitize --seeds 20
 """
 
+import itertools
 import os
 
 import pytest
@@ -42,8 +43,14 @@ def require(kind):
         pytest.skip(reason_not(kind))
 
 
-@pytest.mark.parametrize("kind", [kind if kind == "plain" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS])
-@pytest.mark.parametrize("name", CHECKS)
+def checks():
+    """Each of them takes seconds to compile: `make check` has two of them."""
+    for name, kind in itertools.product(CHECKS, KINDS):
+        few = kind == "plain" and name in ("swiglu", "routing")
+        yield pytest.param(name, kind, marks=[] if few else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name, kind", list(checks()))
 def test_check(name, kind, tmp_path, objects):
     require(kind)
     result = run_check(compile_check(name, kind, tmp_path, objects=objects), SEEDS[kind], quick=kind != "plain")
@@ -63,6 +70,7 @@ def test_planted_bug_is_caught(bug, tmp_path, objects):
         assert words in result.stdout, f"{kind}: caught, but not as {words!r}: {result.stdout}"
 
 
+@pytest.mark.slow
 def test_probe_notices_another_layout(tmp_path):
     require("plain")
     source = probe.PROBES["native"]
@@ -73,6 +81,7 @@ def test_probe_notices_another_layout(tmp_path):
     assert {name for name, difference in result.items() if difference} == {"mma_bfloat16", "mma_float16", "gemm_bfloat16", "gemm_float16"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", HOPPER_LAYOUTS, ids=str)
 def test_probe_notices_another_layout_of_hopper(change, tmp_path):
     require("plain")

@@ -275,6 +275,7 @@ def test_layers_are_copied_and_pickled_without_the_last_pass():
     assert layer.routing is not None
 
 
+@pytest.mark.slow
 def test_the_capacity_of_experts_that_choose_is_no_symbol():
     """Layers of several factors in one program, whose number torch.compile would make a symbol, and sequences of several lengths."""
     torch.compiler.reset()
@@ -286,6 +287,7 @@ def test_the_capacity_of_experts_that_choose_is_no_symbol():
 
 
 @pytest.mark.parametrize("options", [{}, {"capacity_factor": 0.5}, {"choice": "experts"}, {"shared": 16, "selection_bias": True}])
+@pytest.mark.slow
 def test_the_layer_compiles_into_one_graph(options):
     layer = sharpened(layers.MoE(C, INNER, 4, 2, **options))
     x = tokens(12)

@@ -237,7 +237,9 @@ EXAMPLES = {"dtype": st.sampled_from(DTYPES), "seed": st.integers(0, 3)}
 
 
 def backends_of(op):
-    return pytest.mark.parametrize("backend", [b for b in declared(op) if b != "triton"])
+    """All but Triton's interpreter; `make check` those of the CPU."""
+    others = [pytest.param(b, marks=pytest.mark.slow) for b in declared(op) if b not in ("cpu", "triton")]
+    return pytest.mark.parametrize("backend", ["cpu", *others])
 
 
 @backends_of("rms_norm")

@@ -144,6 +144,7 @@ def test_a_patched_model_is_pickled(tokens):
     close(gradients(twin.train(), **inputs), gradients(plain.train(), **inputs))
 
 
+@pytest.mark.slow
 def test_a_patched_model_runs_in_another_process(tmp_path, tokens):
     model = pair("llama")[0]
     torch.save((model, tokens), tmp_path / "model.pt")
@@ -191,6 +192,7 @@ def test_the_routers_losses_are_added(tokens):
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "mixtral"])
+@pytest.mark.slow
 def test_compiles_into_one_graph(name, tokens):
     from torch._dynamo.testing import CompileCounterWithBackend
 
