@@ -82,6 +82,66 @@ def _fold(
 
 
 @triton.jit
+def _together(m, s, total, place, first):
+    """m, s, total of all lanes, and the column of m."""
+    has_nan = tl.max((m != m).to(tl.int32), 0) > 0
+    top = tl.max(tl.where(m == m, m, float("-inf")), 0)
+    argmax = first + tl.min(tl.where(tl.where(has_nan, m != m, m == top), place, NOBODY), 0).to(tl.int64)
+    s_row = tl.sum(s * _weight(m, top), 0)
+    return tl.where(has_nan, float("nan"), top), s_row, tl.sum(total, 0), argmax
+
+
+@triton.jit
+def _with_earlier_pieces(top, s_row, total_row, z_target, argmax, state_ptr, argmax_ptr, row, N):
+    """The same of this piece and of all before it."""
+    m_before, s_before = tl.load(state_ptr + row), tl.load(state_ptr + N + row)
+    more = (top > m_before) | ((top != top) & (m_before == m_before))
+    argmax = tl.where(more, argmax, tl.load(argmax_ptr + row))
+    most = tl.where(more, top, m_before)
+    s_row = s_row * _weight(top, most) + s_before * _weight(m_before, most)
+    total_row += tl.load(state_ptr + 2 * N + row)
+    z_target += tl.load(state_ptr + 3 * N + row)
+    return most, s_row, total_row, z_target, argmax
+
+
+@triton.jit
+def _store_loss(
+    top, s_row, total_row, z_target, target, loss_ptr, lse_ptr, correction_ptr, row, V, LABEL_SMOOTHING: tl.constexpr, Z_LOSS: tl.constexpr
+):
+    """loss, lse and κ of a row whose every column has been seen."""
+    log_s = tl.log(s_row)
+    lse = top + log_s
+    part = lse - top
+    rounding = (lse - part - top) + (part - log_s)  # lse − (top + log_s), exactly
+    # A target that does not exist is a NaN that everybody sees: nobody waits for the device to raise an error.
+    z_target = tl.where((target >= 0) & (target < V), z_target, float("nan"))
+    loss = log_s + (1 - LABEL_SMOOTHING) * (top - z_target) + Z_LOSS * lse * lse
+    if LABEL_SMOOTHING != 0:
+        loss += LABEL_SMOOTHING * (top - total_row / V)
+    tl.store(loss_ptr + row, loss)
+    tl.store(lse_ptr + row, lse)
+    tl.store(correction_ptr + row, tl.where(tl.abs(lse) == float("inf"), 1.0, tl.exp(rounding)))
+
+
+@triton.jit
+def _ignore(
+    logits_ptr, loss_ptr, lse_ptr, correction_ptr, argmax_ptr, row, columns, stride_column,
+    LAST: tl.constexpr, KEEP: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """What the fold stores for an ignored row."""
+    if KEEP:
+        for start in range(0, columns, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            nothing = tl.zeros((COLUMNS,), logits_ptr.dtype.element_ty)
+            tl.store(logits_ptr + column.to(tl.int64) * stride_column, nothing, mask=column < columns)
+    if LAST:
+        tl.store(loss_ptr + row, 0.0)
+        tl.store(lse_ptr + row, 0.0)
+        tl.store(correction_ptr + row, 0.0)
+        tl.store(argmax_ptr + row, -1)
+
+
+@triton.jit
 def cross_entropy_fold_kernel(
     logits_ptr, bias_ptr, target_ptr, loss_ptr, lse_ptr, correction_ptr, argmax_ptr, state_ptr,
     stride_logits_row, stride_logits_column, N, first, columns, V, ignore_index,
@@ -101,16 +161,7 @@ def cross_entropy_fold_kernel(
     target = tl.load(target_ptr + row).to(tl.int64)
     lane = tl.arange(0, COLUMNS)
     if target == ignore_index:
-        if KEEP:
-            for start in range(0, columns, COLUMNS):
-                column = start + lane
-                nothing = tl.zeros((COLUMNS,), logits_ptr.dtype.element_ty)
-                tl.store(logits_ptr + column.to(tl.int64) * stride_logits_column, nothing, mask=column < columns)
-        if LAST:
-            tl.store(loss_ptr + row, 0.0)
-            tl.store(lse_ptr + row, 0.0)
-            tl.store(correction_ptr + row, 0.0)
-            tl.store(argmax_ptr + row, -1)
+        _ignore(logits_ptr, loss_ptr, lse_ptr, correction_ptr, argmax_ptr, row, columns, stride_logits_column, LAST, KEEP, COLUMNS)
         return
 
     here = (target >= first) & (target < first + columns)
@@ -136,38 +187,17 @@ def cross_entropy_fold_kernel(
             KEEP, True, SMOOTHED, SOFTCAP, WIDE,
         )  # fmt: skip
 
-    has_nan = tl.max((m != m).to(tl.int32), 0) > 0
-    top = tl.max(tl.where(m == m, m, float("-inf")), 0)
-    argmax = first + tl.min(tl.where(tl.where(has_nan, m != m, m == top), place, NOBODY), 0).to(tl.int64)
-    s_row, total_row = tl.sum(s * _weight(m, top), 0), tl.sum(total, 0)
-    top = tl.where(has_nan, float("nan"), top)
+    top, s_row, total_row, argmax = _together(m, s, total, place, first)
     if not FIRST:
-        m_before, s_before = tl.load(state_ptr + row), tl.load(state_ptr + N + row)
-        more = (top > m_before) | ((top != top) & (m_before == m_before))
-        argmax = tl.where(more, argmax, tl.load(argmax_ptr + row))
-        most = tl.where(more, top, m_before)
-        s_row = s_row * _weight(top, most) + s_before * _weight(m_before, most)
-        top = most
-        total_row += tl.load(state_ptr + 2 * N + row)
-        z_target += tl.load(state_ptr + 3 * N + row)
+        top, s_row, total_row, z_target, argmax = _with_earlier_pieces(
+            top, s_row, total_row, z_target, argmax, state_ptr, argmax_ptr, row, N
+        )
     tl.store(argmax_ptr + row, argmax)
     if LAST:
-        log_s = tl.log(s_row)
-        lse = top + log_s
-        part = lse - top
-        rounding = (lse - part - top) + (part - log_s)  # lse − (top + log_s), exactly
-        # A target that does not exist is a NaN that everybody sees: nobody waits for the device to raise an error.
-        z_target = tl.where((target >= 0) & (target < V), z_target, float("nan"))
-        loss = log_s + (1 - LABEL_SMOOTHING) * (top - z_target) + Z_LOSS * lse * lse
-        if SMOOTHED:
-            loss += LABEL_SMOOTHING * (top - total_row / V)
-        tl.store(loss_ptr + row, loss)
-        tl.store(lse_ptr + row, lse)
-        tl.store(correction_ptr + row, tl.where(tl.abs(lse) == float("inf"), 1.0, tl.exp(rounding)))
-        if state_ptr is not None:
-            tl.store(state_ptr + row, top)
-    else:
+        _store_loss(top, s_row, total_row, z_target, target, loss_ptr, lse_ptr, correction_ptr, row, V, LABEL_SMOOTHING, Z_LOSS)
+    if not LAST or state_ptr is not None:
         tl.store(state_ptr + row, top)
+    if not LAST:
         tl.store(state_ptr + N + row, s_row)
         tl.store(state_ptr + 2 * N + row, total_row)
         tl.store(state_ptr + 3 * N + row, z_target)
