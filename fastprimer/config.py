@@ -117,7 +117,7 @@ def _rope_settings(kind: str, given: dict, max_position_embeddings: int) -> dict
 class Config:
     """A decoder: Config.preset(name), from_dict, from_json, or its fields. Raises ConfigError (a ValueError), which names the field.
 
-    No model acts by bos_, eos_ and pad_token_id; max_position_embeddings limits fastprimer.Model's cache and `generate`."""
+    No model acts by bos_, eos_ and pad_token_id; fastprimer.Model and `generate` take no more tokens than max_position_embeddings."""
 
     vocab_size: int
     hidden_size: int

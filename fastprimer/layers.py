@@ -29,12 +29,16 @@ class RMSNorm(nn.Module):
         device, dtype: of the weight.
 
     Shapes: x (..., C), residual likewise or None -> (..., C), or two of them.
+
+    Raises:
+        TypeError, ValueError: width, eps or weight_offset is no such number, and as by `fp.rms_norm`; the message names it.
     """
 
     def __init__(self, width: int, eps: float = 1e-6, *, weight_offset: float = 0.0, device=None, dtype: torch.dtype | None = None):
         super().__init__()
         arguments.check_sizes("RMSNorm", width=width)
         arguments.check(is_number(eps) and eps >= 0, "RMSNorm: eps", "a finite number >= 0", repr(eps))
+        arguments.check(is_number(weight_offset), "RMSNorm: weight_offset", "a finite number", repr(weight_offset))
         self.weight = nn.Parameter(torch.empty(width, device=device, dtype=dtype))
         self.eps, self.weight_offset = eps, weight_offset
         self.reset_parameters()

@@ -1,4 +1,4 @@
-"""The loss of a language model as a layer: hidden states in, one number out, and never all logits in between."""
+"""The loss of a language model as a layer: hidden states in, one number out, and of the logits a piece at a time."""
 
 from __future__ import annotations
 

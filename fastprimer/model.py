@@ -83,7 +83,7 @@ class Model(nn.Module):
         """tokens (B, S) -> logits (B, S, V), or with labels (B, S) the mean loss of predicting each from the tokens before it.
 
         Args:
-            labels: -100 is not counted. The logits are not formed, unless another layer stands in the place of lm_head, or it has
+            labels: -100 is not counted. The logits are not formed at once, unless another layer stands in the place of lm_head, or it has
                 hooks, an adapter or a bias.
             positions: (B, S), by default 0..S-1 after what the cache holds.
             cache: from new_cache; the tokens follow those that it holds, and are added to it. Needs torch.no_grad(). All of them
@@ -91,6 +91,11 @@ class Model(nn.Module):
             longest: the number of positions that the frequencies of a rope_type "dynamic" or "longrope" are for; by default the
                 room of the cache, and without one the greatest position + 1. See fastprimer/rotary.py.
             logits_to_keep: without labels, compute the logits of the last so many tokens alone; 0: of all.
+
+        Raises:
+            TypeError, ValueError: an argument's dtype or shape does not fit, there are more tokens than max_position_embeddings (but
+                with a rope_type "dynamic") or than the cache has room for; the message names it.
+            RuntimeError: a cache without torch.no_grad().
         """
         limit, held = self.config.longest_sequence, 0 if cache is None else cache.length
         arguments.check_integer("Model: tokens", tokens)
@@ -122,6 +127,9 @@ class Model(nn.Module):
         """Room for the keys and values of `length` tokens in each of `batch` sequences.
 
         With a rope_type "dynamic" or "longrope" the frequencies are those for `length` positions from the first token on.
+
+        Raises:
+            ValueError: batch or length is no integer >= 0.
         """
         for name, number in ("batch", batch), ("length", length):
             arguments.check(is_count(number, 0), f"new_cache: {name}", "an integer >= 0", repr(number))
@@ -137,6 +145,11 @@ class Model(nn.Module):
 
         Args:
             dtype: floating point, or its name; None or "auto" keeps the stored one.
+
+        Raises:
+            fastprimer.checkpoint.CheckpointError: the folder or its weights are not there, cannot be read, or do not fit the config.
+            fastprimer.config.ConfigError: the config asks for what is not supported; the message names the field.
+            ValueError: dtype.
         """
         folder = Path(folder)
         if not folder.is_dir():

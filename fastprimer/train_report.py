@@ -56,26 +56,26 @@ def serving(config: Config, device: torch.device) -> dict[str, Explanation]:
     """
     batch, length, heads, kv_heads = 2, 8, config.num_attention_heads, config.num_key_value_heads
 
-    def random(*shape):
+    def zeros(*shape):
         return torch.zeros(shape, device=device)
 
-    x, q = random(batch, length, config.hidden_size), random(batch, length, heads, config.head_dim)
-    k, table = random(batch, length, kv_heads, config.head_dim), random(length, config.head_dim // 2)
-    gate, rows = random(batch, length, config.intermediate_size), x.flatten(0, 1)
-    embedding, target = random(config.vocab_size, config.hidden_size), torch.zeros(len(rows), dtype=torch.int64, device=device)
+    x, q = zeros(batch, length, config.hidden_size), zeros(batch, length, heads, config.head_dim)
+    k, table = zeros(batch, length, kv_heads, config.head_dim), zeros(length, config.head_dim // 2)
+    gate, rows = zeros(batch, length, config.intermediate_size), x.flatten(0, 1)
+    embedding, target = zeros(config.vocab_size, config.hidden_size), torch.zeros(len(rows), dtype=torch.int64, device=device)
     lengths = torch.zeros(batch, dtype=torch.int32, device=device)
     window = None if config.sliding_window is None else (config.sliding_window - 1, 0)
     found = {
-        "rms_norm": explain(ops.rms_norm, x, random(config.hidden_size), config.rms_norm_eps, residual=x),
+        "rms_norm": explain(ops.rms_norm, x, zeros(config.hidden_size), config.rms_norm_eps, residual=x),
         "rope": explain(ops.rope, q, k, table, table),
         "attention": explain(ops.attention, q, k, k, causal=True, window=window),
         "attention_with_kv_cache": explain(ops.attention_with_kv_cache, q[:, :1], k, k, lengths, window=window),
     }
     if config.is_moe:
-        weights, experts = random(len(rows), config.num_experts_per_tok), torch.arange(config.num_experts_per_tok, device=device)
-        gate_up = random(config.num_local_experts, 2 * config.intermediate_size, config.hidden_size)
-        down = random(config.num_local_experts, config.hidden_size, config.intermediate_size)
-        found["route"] = explain(ops.route, random(len(rows), config.num_local_experts), config.num_experts_per_tok)
+        weights, experts = zeros(len(rows), config.num_experts_per_tok), torch.arange(config.num_experts_per_tok, device=device)
+        gate_up = zeros(config.num_local_experts, 2 * config.intermediate_size, config.hidden_size)
+        down = zeros(config.num_local_experts, config.hidden_size, config.intermediate_size)
+        found["route"] = explain(ops.route, zeros(len(rows), config.num_local_experts), config.num_experts_per_tok)
         found["moe"] = explain(ops.moe, rows, gate_up, down, weights, experts.expand(len(rows), -1))
     else:
         found["swiglu"] = explain(ops.swiglu, gate, gate)

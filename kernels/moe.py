@@ -13,8 +13,7 @@ With P = N·K pairs of a token and an expert, put in the experts' order by _moe_
 
 What one kernel hands to the next lies in the order of the experts (u, dhidden, wu), or of the pairs (hidden, z), in x's type; an
 expert's rows are not padded. An expert number outside 0..E-1, which cannot be checked on a GPU without waiting for it, is read
-nowhere: its pair contributes 0 and has the gradient 0. What is handed on in float16 is infinite beyond 65504, silu(a) b for
-example, where the reference, in float32 between its products, would go on.
+nowhere: its pair contributes 0 and has the gradient 0.
 
 FLOPs: forward 6 P C F, backward 12 P C F. Bytes moved at least, with b bytes a number: forward the matrices that were chosen, each
 3 C F b, and 2 C b a token (x, y); backward them and all gradients, again 3 C F b each, and 3 C b a token (x, dy, dx). To that comes
@@ -89,7 +88,7 @@ GRADIENT = {
 Of the tiles without spills sm_90's are the fastest on an H100 (bfloat16, 32768 tokens of 2048 features, 128 experts of 768, 8 a token:
 forward 6.7 -> 5.1 ms). No other GPU has timed the others.
 
-Within a column the first three have one BLOCK_M, for they share the list of tiles.
+For one target HIDDEN, PRODUCT and DHIDDEN have the same BLOCK_M, for they share the list of tiles.
 """
 
 

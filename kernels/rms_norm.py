@@ -212,7 +212,7 @@ def rms_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """dy, dh, h (..., C), rstd (...) -> dx (..., C), which is dresidual too, and dweight (C,), or (0,) where nobody needs it.
 
-    torch sums the partials: an order that the shape alone decides, over less than a hundredth of the bytes.
+    torch sums the partials: an order that the shape alone decides; 4 C bytes of a program, little beside those of its rows.
     """
     C = h.shape[-1]
     dx = torch.empty(h.shape, dtype=h.dtype, device=h.device)

@@ -64,6 +64,19 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=minutes, reverse=True)
 
 
+# What a test draws depends neither on the tests before it nor on whether it is the one that makes what several share.
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item):
+    torch.manual_seed(1)
+
+
 def device_or_skip(op: str, backend: str) -> str:
     """Where this process can run a backend's kernels: on their own device, or without a GPU in a stand-in; else skips."""
     device = device_of(backend)

@@ -231,6 +231,7 @@ def lm_loss(**options):
 BAD_LAYERS = [
     (lambda: layers.RMSNorm(0), "RMSNorm: width: expected an integer >= 1, got 0"),
     (lambda: layers.RMSNorm(8, eps=-1), "RMSNorm: eps: expected a finite number >= 0, got -1"),
+    (lambda: layers.RMSNorm(8, weight_offset="1"), "RMSNorm: weight_offset: expected a finite number, got '1'"),
     (lambda: layers.SwiGLU(8, 2.0), "SwiGLU: inner: expected an integer >= 1, got 2.0"),
     (lambda: layers.SwiGLU(8, 4)(t(3, 7)), r"SwiGLU: x: expected shape \(..., C = 8\), got \(3, 7\)"),
     (lambda: layers.MoE(0, 4, 4, 2), "MoE: width: expected an integer >= 1, got 0"),

@@ -97,7 +97,7 @@ class Sweep {
     }
     for (int64_t i = tiles.begin; i < tiles.end; i++) {
       const int64_t row0 = i * ROWS<Tile>;
-      const QueryTile tile(s, b, kv_head, row0, smaller(ROWS<Tile>, s.S * plan.G - row0), plan.G);
+      const QueryTile tile(s, kv_head, row0, smaller(ROWS<Tile>, s.S * plan.G - row0), plan.G);
       prepare(tile);
       for_key_blocks(tile, [&](int64_t block, Range keys) {
         for_strips_of_keys(tile, keys, [&](const Patch& patch) { meet(tile, sweep, block, patch); });
@@ -135,9 +135,10 @@ class Sweep {
 
   void meet(const QueryTile& tile, int64_t sweep, int64_t block, const Patch& patch) const {
     const Range keys = patch.keys, rows = patch.rows;
-    const int64_t n = keys.size(), m = rows.size(), ld = ROWS<Tile>, ld_block = x_.plan.block_width(tile.b, block);
-    const int64_t block_at = x_.plan.padded_key(tile.b, tile.kv_head, block), at = block_at + keys.begin - block;
-    const int64_t sum_at = x_.padded_key(sweep, tile.b, tile.kv_head, keys.begin), columns = column_of_right_factor<Tile>(rows.begin);
+    const int64_t n = keys.size(), m = rows.size(), ld = ROWS<Tile>, ld_block = x_.plan.block_width(tile.sequence.batch, block);
+    const int64_t block_at = x_.plan.padded_key(tile.sequence.batch, tile.kv_head, block), at = block_at + keys.begin - block;
+    const int64_t sum_at = x_.padded_key(sweep, tile.sequence.batch, tile.kv_head, keys.begin),
+                  columns = column_of_right_factor<Tile>(rows.begin);
     const Tile *k = x_.k.data() + at * x_.width.ld, *v = x_.v.data() + at * x_.width_v.ld;
     const Tile* k_transposed = x_.k_transposed.data() + block_at * x_.width.ld + keys.begin - block;
     float *dk = x_.dk.data() + sum_at * x_.width.ld, *dv = x_.dv.data() + sum_at * x_.width_v.ld;

@@ -92,7 +92,7 @@ class Attend {
     const Plan& plan = x_.plan;
     const auto [b, i] = x_.tiles[task / plan.p.Hk];
     const Sequence s = plan.sequence(b);
-    const QueryTile tile(s, b, task % plan.p.Hk, i * ROWS, smaller(ROWS, s.S * plan.G - i * ROWS), plan.G);
+    const QueryTile tile(s, task % plan.p.Hk, i * ROWS, smaller(ROWS, s.S * plan.G - i * ROWS), plan.G);
     gather_queries<T>(plan.p.q, tile, x_.width, q_.data());
     x_.scale.apply_sign(q_.data(), tile.rows * x_.width.ld);
     __builtin_memset(o_.data(), 0, tile.padded() * x_.width_v.ld * sizeof(float));
@@ -111,7 +111,8 @@ class Attend {
  private:
   void meet(const QueryTile& tile, int64_t block, const Patch& patch) const {
     const Range rows = patch.rows, keys = patch.keys;
-    const int64_t n = keys.size(), ld = x_.plan.block_width(tile.b, block), at = x_.plan.padded_key(tile.b, tile.kv_head, block);
+    const int64_t n = keys.size(), ld = x_.plan.block_width(tile.sequence.batch, block),
+                  at = x_.plan.padded_key(tile.sequence.batch, tile.kv_head, block);
     const Tile* k = x_.k.data() + at * x_.width.ld + column_of_right_factor<Tile>(keys.begin - block);
     const Tile* v = x_.v.data() + (at + keys.begin - block) * x_.width_v.ld;
     const Tile* q = q_.data() + rows.begin * x_.width.ld;

@@ -98,11 +98,11 @@ class Plan {
 // Rows of a tile of queries: the query heads of one key/value head, position by position, so that a block of keys serves them all.
 struct QueryTile {
   const Sequence sequence;
-  const int64_t b, kv_head, row0, rows, G;
+  const int64_t kv_head, row0, rows, G;
   const Range positions;
 
-  QueryTile(const Sequence& s, int64_t batch, int64_t head, int64_t first, int64_t n, int64_t group)
-      : sequence(s), b(batch), kv_head(head), row0(first), rows(n), G(group), positions{first / group, (first + n - 1) / group + 1} {}
+  QueryTile(const Sequence& s, int64_t head, int64_t first, int64_t n, int64_t group)
+      : sequence(s), kv_head(head), row0(first), rows(n), G(group), positions{first / group, (first + n - 1) / group + 1} {}
 
   int64_t padded() const { return round_up(rows, ROW_STEP); }
   // body(r, position, query head) for every row, by counting: a division takes as long as all else about a row of a short sequence.

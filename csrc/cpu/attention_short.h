@@ -71,7 +71,7 @@ struct Task {
   const QueryTile tile;  // all of the sequence's rows
 
   Task(const Plan& plan, int64_t task)
-      : s(plan.sequence(task / plan.p.Hk)), kv_head(task % plan.p.Hk), tile(s, s.batch, kv_head, 0, s.S * plan.G, plan.G) {}
+      : s(plan.sequence(task / plan.p.Hk)), kv_head(task % plan.p.Hk), tile(s, kv_head, 0, s.S * plan.G, plan.G) {}
 
   Range keys_of_row(int64_t r) const { return s.keys_of(r / tile.G); }
   Range rows_of_key(int64_t j) const { return tile.rows_of(s.queries_of(j)); }

@@ -11,8 +11,8 @@ namespace backward_pass {
 template <class Tile>
 constexpr int64_t ROWS = is_bfloat16<Tile> ? 128 : 64;
 
-// Sweeps that run side by side, at least where there are so many tiles: fewer than most where they would have few rows, for each writes
-// and reads sums of its own.
+// Sweeps that run side by side, where there are as many tiles: MOST_SWEEPS, or, where each would have less than ROWS_OF_SWEEP rows, fewer
+// down to FEWEST_SWEEPS, for each writes and reads sums of its own.
 constexpr int64_t MOST_SWEEPS = 16, FEWEST_SWEEPS = 8, ROWS_OF_SWEEP = 512;
 
 inline int64_t most_sweeps_of_sequence(const AttentionProblem& p) {

@@ -62,7 +62,8 @@ Isa isa = best_isa();
 #endif
 FASTPRIMER_CPU_KERNELS(DISPATCH)
 
-// At least 64K numbers and eight rows to each partial sum, at most 64 of them: a matter of the shape alone.
+// At least 32K numbers and, from 32 rows on, eight rows to each partial sum, at most 64 of them (of fewer rows four): a matter of the
+// shape alone.
 int64_t rms_norm_partials(Cpu, int64_t N, int64_t C) {
   const int64_t by_size = N * C / (1 << 15), by_rows = N < 4 ? N : N < 32 ? 4 : N / 8;
   const int64_t partials = by_size < by_rows ? by_size : by_rows;

@@ -13,9 +13,9 @@ inline namespace FASTPRIMER_ISA {
 namespace moe_pass {
 
 constexpr int64_t SLICE = 64;  // hidden features, or columns of x and y, that one task is about
-constexpr int64_t STEP = 16;   // Sizes of products are multiples of it,
+constexpr int64_t STEP = 16;   // sizes of products are multiples of it
 
-// but for the numbers of tokens in the backward pass: those are multiples of this.
+// Numbers of tokens in the backward pass are multiples of this.
 template <class Tile>
 constexpr int64_t TOKEN_STEP = is_bfloat16<Tile> ? STEP : TRANSPOSED;
 

@@ -11,7 +11,7 @@ constexpr float LOG2_E = 1.44269504f, LN_2 = 0.69314718f;
 ALWAYS_INLINE Vec<float> minus_magnitude(Vec<float> v) { return reinterpret_cast<Vec<float>>(reinterpret_cast<Bits>(v) | 0x80000000u); }
 ALWAYS_INLINE Vec<double> minus_magnitude(Vec<double> v) { return v > 0 ? -v : v; }
 
-// e^x for x <= 0, to about one unit in the last place. What is smaller than the smallest normal number is 0. NaN stays NaN.
+// e^x for x <= 0, to about one unit in the last place. Below -87.68, in the midst of the subnormal numbers, it is 0. NaN stays NaN.
 //
 // e^x = 2^n e^r with n = round(x / ln 2) and |r| <= ln(2) / 2, where e^r is a polynomial 1 + r + r^2 (c0 + c1 r + ...) of the least
 // largest relative error, evaluated by pairs of terms, because the processor waits for each sum that the next one needs. Adding
@@ -27,7 +27,7 @@ ALWAYS_INLINE Vec<float> exp_of_negative(Vec<float> x) {
   const Vec<float> p = (r * 0.16666521f + 0.49999993f) + square * (square * 1.3814584e-3f + (r * 8.3687239e-3f + 0.041668388f));
   return (p * square + (r + 1.0f)) * scale;
 }
-// In double: Taylor's polynomial of degree 13 (4e-18 at log(2) / 2). Below 2^-1022, where x < -708.4, it is 0.
+// In double: Taylor's polynomial of degree 13 (4e-18 at log(2) / 2). Below -708.74 it is 0.
 ALWAYS_INLINE Vec<double> exp_of_negative(Vec<double> x) {
   constexpr double magic = 0x1.8p52 + 1023;
   x = at_least(x, -709.0);

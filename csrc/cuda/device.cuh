@@ -218,7 +218,7 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// Loads four, or two, 8 x 8 matrices of 16-bit elements from shared memory: lane 8 m + r gives the address of row r of matrix m, and
+// Loads four 8 x 8 matrices of 16-bit elements from shared memory: lane 8 m + r gives the address of row r of matrix m, and
 // receives elements (lane / 4, 2 (lane % 4) + {0, 1}) of each, or of its transpose.
 template <bool TRANSPOSED>
 __device__ __forceinline__ void load_matrix(uint32_t (&fragment)[4], const void* row) {
@@ -230,20 +230,6 @@ __device__ __forceinline__ void load_matrix(uint32_t (&fragment)[4], const void*
   } else {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
-                 : "r"(shared_address(row))
-                 : "memory");
-  }
-}
-template <bool TRANSPOSED>
-__device__ __forceinline__ void load_matrix(uint32_t (&fragment)[2], const void* row) {
-  if constexpr (TRANSPOSED) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(fragment[0]), "=r"(fragment[1])
-                 : "r"(shared_address(row))
-                 : "memory");
-  } else {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(fragment[0]), "=r"(fragment[1])
                  : "r"(shared_address(row))
                  : "memory");
   }

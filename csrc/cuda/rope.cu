@@ -22,7 +22,7 @@ Error rotate(Cuda device, const Rope& args, void (*kernel)(Rope)) {
     most = 64;
   }
   const int64_t x = std::min<int64_t>(units, most);
-  // Lanes for which the block has no room: the heads of several for each, or, where there are few threads, more blocks.
+  // If a block has no room for all lanes, each takes the heads of several of them; where there are few threads, more blocks do.
   const int64_t turns = (lanes + most / x - 1) / (most / x), y = (lanes + turns - 1) / turns;
   const int64_t z = std::min<int64_t>({tokens, most / (x * y), 64});
   const dim3 grid(std::min((tokens + z - 1) / z, BLOCKS_PER_MULTIPROCESSOR * multiprocessors()), few ? std::min<int64_t>(turns, 65535) : 1);

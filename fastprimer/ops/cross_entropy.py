@@ -345,14 +345,15 @@ def linear_cross_entropy(
     return_argmax: bool = False,
     memory_budget: Optional[int] = None,
 ) -> Tensor | tuple[Tensor, ...]:
-    """cross_entropy(x @ weight.T + bias, target) without ever holding all logits (on a backend other than reference).
+    """cross_entropy(x @ weight.T + bias, target), of whose logits there is a piece at a time (but on the reference).
 
     Args:
         x: (..., C), the last hidden state; float32, bfloat16, float16 or float64.
         weight: (V, C), the output projection, like x; bias: (V,), floating point, or None. Under autocast they are cast as by a linear
             layer.
-        memory_budget: bytes of logits that may be kept for backward, which recomputes the rest: 4 N V keeps all and is fastest, and
-            about 2.04 N V suffice for bfloat16 and float16 without a softcap; 0 needs least memory. Default: 8 times the bytes of x.
+        memory_budget: bytes of logits that may be kept for backward, which recomputes the rest: 4 N V (float64: 8 N V) keep all and are
+            fastest, and about 2.04 N V suffice for bfloat16 and float16 with a bias of 16 bits or none and no softcap; 0 needs least
+            memory. Default: 8 times the bytes of x, which keeps all of a vocabulary of up to about 8 C words.
         target and the others: as for `cross_entropy`.
 
     Returns:

@@ -1,6 +1,6 @@
 r"""RMSNorm: scale every row to unit root mean square, then every column by a learned weight.
 
-Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), section 3, equation 4. The residual sum that
+Source: Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019), section 4, equation 4. The residual sum that
 precedes a norm in a pre-norm decoder is fused, for it reads the same row.
 
 **Forward.** For one row of C numbers, with h = x + residual (or h = x), w = weight + weight_offset (or w = 1):
@@ -9,15 +9,14 @@ precedes a norm in a pre-norm decoder is fused, for it reads the same row.
     h_hat = h · rstd
     y     = h_hat · w
 
-**Backward.** Let g = dy · w be the gradient of h_hat. Since y depends on h both directly and through rstd, and
-∂rstd/∂h_i = −rstd³ h_i / C,
+**Backward.** Let g = dy · w be the gradient of h_hat, and dh that of the output h, where it was used further (the residual
+stream; 0 otherwise). Since y depends on h both directly and through rstd, and ∂rstd/∂h_i = −rstd³ h_i / C,
 
-    dh_i = rstd g_i + (Σ_j g_j h_j) · ∂rstd/∂h_i
-         = rstd g_i − rstd³ h_i · mean(g h)
-         = rstd · (g_i − h_hat_i · mean(g h_hat))
+    dx_i = rstd g_i + (Σ_j g_j h_j) · ∂rstd/∂h_i            + dh_i
+         = rstd g_i − rstd³ h_i · mean(g h)                 + dh_i
+         = rstd · (g_i − h_hat_i · mean(g h_hat))           + dh_i
 
-If h itself was used further (the residual stream), its own gradient dh adds to this. The sum h = x + residual passes
-one gradient on to both: dx = dresidual. Each row adds to every column's weight:
+The sum h = x + residual passes one gradient on to both: dresidual = dx. Each row adds to every column's weight:
 
     dweight = Σ_rows dy · h_hat
 
@@ -135,7 +134,7 @@ def rms_norm(
         TypeError, ValueError: an argument's dtype, shape or device does not fit; the message names it.
         fastprimer.BackendError: the backend asked for by name cannot serve this call.
 
-    Source: Zhang and Sennrich (2019), section 3. The derivation stands at the head of fastprimer/ops/rms_norm.py.
+    Source: Zhang and Sennrich (2019), section 4. The derivation stands at the head of fastprimer/ops/rms_norm.py.
     """
     arguments.check_floating("rms_norm: x", x)
     shape = x.shape

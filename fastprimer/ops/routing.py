@@ -11,8 +11,8 @@ section 2.1.2; group-limited choice, DeepSeek-AI ("DeepSeek-V2", 2024), section 
     choice_e = s_e + bias_e     ("softmax_topk": l_e + bias_e; the bias steers the choice and nothing else)
     chosen   = the K largest choice_e, a tie going to the lower e; with groups, only from the top_groups best of the
                equal groups, a group being worth its largest choice (sigmoid: the sum of its two largest)
-    w_k      = scale · s_k                             without renormalisation
-    w_k      = scale · s_k / Σ_j∈chosen s_j            with it
+    w_k      = scale · s_k                             without renormalisation ("softmax", "sigmoid")
+    w_k      = scale · s_k / Σ_j∈chosen s_j            with it, and for "softmax_topk" always
 
 A renormalised softmax is the softmax over the chosen logits alone, for the common denominator cancels: so "softmax"
 renormalised and "softmax_topk" give the same weights. Switch is K = 1 with renormalize=False: w is the probability, which
@@ -197,7 +197,7 @@ def route(
         logits: (N, E), the router's output, floating point.
         k: experts per token, 1 <= k <= E; 1 with renormalize=False is Switch.
         score: "softmax" over all experts, then top-k; "softmax_topk": top-k, then softmax; "sigmoid".
-        renormalize: divide the chosen scores by their sum ("softmax_topk" always sums to 1).
+        renormalize: divide the chosen scores by their sum ("softmax_topk" does always).
         bias: (E,), floating point, added for the choice only; it has no gradient (DeepSeek-V3 adjusts it by counting).
         groups, top_groups: choose only among the experts of the top_groups best of `groups` equal groups; both or neither.
         scale: multiplies the weights.

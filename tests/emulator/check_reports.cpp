@@ -116,10 +116,10 @@ void check_bank_conflicts() {
   for (const int stride : {16, 128}) {
     emulator::bank_conflicts = 0;
     run_kernel(1, 32, 8 * 128, [=] {
-      uint32_t fragment[2];
+      uint32_t fragment[4];
       fastprimer::load_matrix<false>(fragment, dynamic_shared() + threadIdx.x % 8 * stride);
     });
-    expect("bank conflicts of ldmatrix", emulator::bank_conflicts == (stride == 16 ? 0u : 14u));
+    expect("bank conflicts of ldmatrix", emulator::bank_conflicts == (stride == 16 ? 0u : 28u));
   }
 }
 

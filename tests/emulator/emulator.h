@@ -131,9 +131,8 @@ void copy_async_wait() {
   emulator::copy_async_wait(PENDING);
 }
 
-template <bool TRANSPOSED, int COUNT>
-void load_matrix(uint32_t (&fragment)[COUNT], const void* row,
-                 emulator::Where where = {"load_matrix", __builtin_FILE(), __builtin_LINE()}) {
+template <bool TRANSPOSED>
+void load_matrix(uint32_t (&fragment)[4], const void* row, emulator::Where where = {"load_matrix", __builtin_FILE(), __builtin_LINE()}) {
   emulator::load_matrix<TRANSPOSED>(fragment, row, where);
 }
 

@@ -23,13 +23,13 @@ inline unsigned conflicts(const Offers<const unsigned char*>& rows, unsigned mat
 
 // Lane 8 m + r points to row r of matrix m; a lane receives elements (i, j), (i, j + 1) with i = lane / 4, j = 2 (lane % 4), of the
 // matrix or of its transpose.
-template <bool TRANSPOSED, int COUNT>
-void load_matrix(uint32_t (&fragment)[COUNT], const void* row, const Where& where) {
-  if (lane() < 8 * COUNT) check_aligned(row, 16);
+template <bool TRANSPOSED>
+void load_matrix(uint32_t (&fragment)[4], const void* row, const Where& where) {
+  check_aligned(row, 16);
   const Quiet quiet;
   const auto rows = exchange(ALL_LANES, static_cast<const unsigned char*>(row), where);
   const unsigned i = lane() / 4, j = lane() % 4 * 2;
-  for (unsigned m = 0; m < COUNT; m++) {
+  for (unsigned m = 0; m < 4; m++) {
     uint16_t pair[2];
     for (unsigned e = 0; e < 2; e++) {
       const unsigned char* element = TRANSPOSED ? rows[8 * m + j + e] + 2 * i : rows[8 * m + i] + 2 * (j + e);

@@ -28,15 +28,15 @@ __global__ void probe_mma(uint32_t* out) {
   }
 }
 
-template <bool TRANSPOSED, int COUNT>
+template <bool TRANSPOSED>
 __global__ void probe_ldmatrix(uint32_t* out) {
   FASTPRIMER_SHARED(elements, uint16_t[32 * 8]);
   const int lane = threadIdx.x;
   for (int i = lane; i < 32 * 8; i += 32) elements[i] = static_cast<uint16_t>(i);
   __syncthreads();
-  uint32_t fragment[COUNT];
+  uint32_t fragment[4];
   load_matrix<TRANSPOSED>(fragment, &elements[lane * 5 % 32 * 8]);
-  for (int m = 0; m < COUNT; m++) out[lane * COUNT + m] = fragment[m];
+  for (int m = 0; m < 4; m++) out[lane * 4 + m] = fragment[m];
 }
 
 __global__ void probe_cp_async(const uint32_t* in, uint32_t* out) {
@@ -102,10 +102,8 @@ int main() {
   using namespace fastprimer;
   probe("mma_bfloat16", 128 * 32 * 4, block(probe_mma<bfloat16>));
   probe("mma_float16", 128 * 32 * 4, block(probe_mma<float16>));
-  probe("ldmatrix_x4", 32 * 4, block(probe_ldmatrix<false, 4>));
-  probe("ldmatrix_x4_trans", 32 * 4, block(probe_ldmatrix<true, 4>));
-  probe("ldmatrix_x2", 32 * 2, block(probe_ldmatrix<false, 2>));
-  probe("ldmatrix_x2_trans", 32 * 2, block(probe_ldmatrix<true, 2>));
+  probe("ldmatrix", 32 * 4, block(probe_ldmatrix<false>));
+  probe("ldmatrix_trans", 32 * 4, block(probe_ldmatrix<true>));
   probe("cp_async", 32 * 4, run_cp_async);
   probe("shuffles", 14 * 32, block(probe_shuffles));
   probe("conversions", 2048, [](uint32_t* out) { return launch(probe_conversions, dim3(8), dim3(256), 0, Cuda{}, out); });
