@@ -42,6 +42,13 @@ HELD_OUT, BLOCK = 20, 32
 EVALUATED = 4096
 """Sequences at most."""
 RUNS_FILE = "runs.json"
+RECIPE = 2
+"""Of a run, raised whenever the same plan would end with another loss: runs of two recipes make no law. 2: the average of the weights is
+shorter at first."""
+
+
+OF_A_SWEEP = ("text", "widths", "ratios", "seed", "out", "resume", "threads", "draws")
+"""Options without a meaning for a budget."""
 
 
 class ScalingError(ValueError):
@@ -187,6 +194,13 @@ def sizes(text: str) -> list[int]:
     return sorted(set(found))
 
 
+def several(text: str) -> int:
+    """An argparse type: an integer >= 2."""
+    if (number := positive(text)) < 2:
+        raise argparse.ArgumentTypeError(f"expected an integer >= 2, got {text}")
+    return number
+
+
 def ratios(text: str) -> list[float]:
     """An argparse type: numbers > 0 with commas between them."""
     return sorted({amount(word) for word in text.split(",")})
@@ -210,8 +224,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     sweep.add_argument("--resume", action="store_true", help="keep the runs that --out has, train what is missing")
     sweep.add_argument("--threads", type=thread_count, default=1, metavar="N", help="CPU threads (default 1: these models are small)")
-    sweep.add_argument("--draws", type=positive, default=100, metavar="N", help="fits that the intervals come from (default 100)")
+    sweep.add_argument("--draws", type=several, default=100, metavar="N", help="fits that the intervals come from (default 100)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(of_a_sweep={name: parser.get_default(name) for name in OF_A_SWEEP})
 
 
 def run(args: argparse.Namespace) -> int:
@@ -241,11 +256,16 @@ def _budget(args: argparse.Namespace, console: Console) -> int:
             return law.for_flops(args.flops)
         return law.for_parameters(args.parameters) if args.parameters else law.for_tokens(args.tokens)
 
+    for name, default in args.of_a_sweep.items():
+        if getattr(args, name) != default:
+            raise ScalingError(f"argument --{name}: expected none for a budget, which trains nothing, got {getattr(args, name)}")
     rows = [recommended(name, law, *point(law), args.tflops) for name, law in PUBLISHED.items()]
     if args.json:
         print(json.dumps({"recommended": rows}))
     else:
         console.print(recommendations("compute-optimal training", rows))
+        if args.flops:
+            console.print("Kaplan et al. fitted N and D each by itself: their 6 N D is not the budget")
     return 0
 
 
@@ -257,6 +277,7 @@ def _sweep(args: argparse.Namespace, console: Console) -> int:
         raise ScalingError(f"argument --text: expected a file, got {args.text}: {error.strerror}") from None
     plans = [Plan(width, ratio, args.seed) for width in args.widths for ratio in args.ratios]
     about = {"text": str(args.text or "Python's standard library"), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    about["recipe"] = RECIPE
     runs = _read(args.out / RUNS_FILE, about) if args.resume else []
     if not args.resume and (args.out / RUNS_FILE).exists():
         console.print(f"starting anew: {args.out / RUNS_FILE} will be replaced (--resume keeps its runs)", markup=False, soft_wrap=True)
@@ -277,6 +298,8 @@ def _read(path: Path, about: dict) -> list[Run]:
         record = json.loads(path.read_text())
         if record["sha256"] != about["sha256"]:
             raise ScalingError(f"{path}: expected runs on {about['text']} as it is now, got those of another text")
+        if record.get("recipe") != RECIPE:
+            raise ScalingError(f"{path}: expected runs of this version's recipe, {RECIPE}, got those of another, {record.get('recipe')}")
         return [Run.read(one) for one in record["runs"]]
     except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ScalingError(f"{path}: expected the file of an earlier run, got a broken one ({error})") from None

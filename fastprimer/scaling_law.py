@@ -38,6 +38,8 @@ LEAST_GAIN = 1e-4
 """Of a loss, from the fewest weights or tokens to the most: less is noise, whose best division says nothing."""
 LARGEST_LOG = 700.0
 """What a steep fit of noise may exceed."""
+STEEPEST = 3.0
+"""An exponent; those of language models are below 1."""
 GRID = torch.linspace(0.05, 1.5, 30, dtype=torch.float64)
 """First guesses of an exponent."""
 
@@ -60,10 +62,10 @@ class Law:
         return self.E + self.of_parameters(N) + self.of_tokens(D)
 
     def of_parameters(self, N: float) -> float:
-        return self.A / N**self.alpha
+        return self.A * N**-self.alpha
 
     def of_tokens(self, D: float) -> float:
-        return self.B / D**self.beta
+        return self.B * D**-self.beta
 
     @property
     def a(self) -> float:
@@ -118,7 +120,7 @@ def fit(N: list[float], D: list[float], loss: list[float]) -> Law:
     """The law of runs with N weights, D tokens and a final loss each.
 
     Raises:
-        FitError: fewer than 6 runs, or fewer than 3 different N or D; losses that do not fall with both.
+        FitError: fewer than 6 runs, or fewer than 3 different N or D; losses that do not fall with both, or that fall by steps.
     """
     if len(N) < FEWEST or len(set(N)) < 3 or len(set(D)) < 3:
         raise FitError(f"expected at least {FEWEST} runs, of 3 sizes and 3 numbers of tokens, got {len(N)} runs")
@@ -127,6 +129,8 @@ def fit(N: list[float], D: list[float], loss: list[float]) -> Law:
     for name, gain in gains.items():
         if not gain > LEAST_GAIN * min(loss):
             raise FitError(f"expected losses that fall with {name}, got runs that fit a gain of {gain:.2g}")
+    if not max(law.alpha, law.beta) <= STEEPEST:
+        raise FitError(f"expected exponents up to {STEEPEST}, got runs that fit alpha = {law.alpha:.2g} and beta = {law.beta:.2g}: noise")
     return law
 
 

@@ -55,7 +55,12 @@ def show(runs: list, args: argparse.Namespace, console: Console) -> None:
     rows = []
     if law:
         budgets = [max(n * d for n, d in zip(N, D, strict=True)) * 6 * factor for factor in (0.1, 1.0, 10.0)]
-        rows = [recommended("measured here", law, *law.for_flops(C), args.tflops) for C in budgets]
+        try:
+            rows = [recommended("measured here", law, *law.for_flops(C), args.tflops) for C in budgets]
+        except (OverflowError, ZeroDivisionError):
+            reason = "the law that was fitted is beyond the range of floating-point numbers: noise"
+            law = None
+    if law:
         published = [recommended(name, one, *one.for_flops(budgets[1]), args.tflops) for name, one in PUBLISHED.items()]
         rows += [row | {"loss": None} for row in published]  # theirs is of another text and other tokens
     if args.json:

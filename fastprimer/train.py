@@ -5,7 +5,7 @@ describe(what that measured) (see fastprimer/calculator.py). A batch is a functi
 nothing at random, so that the weights, their average, the optimizer's state and the number of the step are all there is to save.
 
 The schedule is warm-up, stable, decay: the learning rate rises over the first steps, stays, and falls to zero over the last 40%.
-What is evaluated and kept is the exponential average of the weights.
+What is evaluated and kept is the exponential average of the weights, of the first steps a shorter one.
 """
 
 from __future__ import annotations
@@ -85,6 +85,10 @@ class Settings:
         fall = (self.steps - step) / max(1.0, self.decay * self.steps)
         return self.learning_rate * min(1.0, rise, fall)
 
+    def kept(self, step: int) -> float:
+        """The share that a step leaves of the average so far: less at first, or a short run's would be of its first weights by half."""
+        return min(self.average, (1 + step) / (10 + step))
+
 
 class Trainer:
     """A model, its optimizer and the average of its weights, somewhere between the first step and the last."""
@@ -99,7 +103,7 @@ class Trainer:
             {"params": [p for p in self.parameters.values() if p.dim() == 1], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, betas=(settings.beta1, settings.beta2), fused=True)
-        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.average))
+        self.average = AveragedModel(model, multi_avg_fn=self._add_to_average)
         self.device = next(iter(self.parameters.values())).device
         self.step, self.seconds, self.tokens = 0, 0.0, 0
         self.losses: list[float] = []
@@ -121,6 +125,9 @@ class Trainer:
         self.seconds += time.perf_counter() - begin
         if not math.isfinite(self.losses[-1]):
             raise TrainingError(f"the loss of step {self.step} is {self.losses[-1]}: try a smaller --learning-rate")
+
+    def _add_to_average(self, average: list[Tensor], weights: list[Tensor], _) -> None:
+        get_ema_multi_avg_fn(self.settings.kept(self.step))(average, weights, _)
 
     def _auxiliary(self) -> list[Tensor]:
         """The routers' losses of the step, times their coefficients, none of a dense model; `losses` are without them."""

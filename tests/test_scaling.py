@@ -77,6 +77,9 @@ def test_what_no_law_can_be_fitted_to():
             fit(*([values[i] for i in few] for values in (N, D, loss)))
     with pytest.raises(FitError, match="expected losses that fall with [ND], got"):
         fit(N, D, [1 / value for value in loss])
+    first = [float(d == min(D)) for d in D]  # a step, as noise may look: no power is so steep
+    with pytest.raises(FitError, match="expected exponents up to 3.0, got runs that fit alpha = .* and beta = [0-9]+: noise"):
+        fit(N, D, [value**0.01 + step for value, step in zip(loss, first, strict=True)])
 
 
 def test_the_text_is_seen_once_an_epoch_and_the_held_out_part_never():
@@ -164,6 +167,8 @@ def test_runs_of_another_text_and_broken_ones_are_refused(by_law, command, capsy
     assert command("--resume") == 2 and "got those of another text" in capsys.readouterr().err
     text.write_bytes(BYTES)
     whole = json.loads(runs.read_text())
+    runs.write_text(json.dumps(whole | {"recipe": 1}))
+    assert command("--resume") == 2 and "expected runs of this version's recipe, 2, got those of another, 1" in capsys.readouterr().err
     for broken in ("{", "[]", json.dumps(whole | {"runs": [{}]}), json.dumps(whole | {"runs": [whole["runs"][0] | {"width": []}]})):
         runs.write_text(broken)
         assert command("--resume") == 2 and "got a broken one" in capsys.readouterr().err
@@ -185,12 +190,19 @@ def test_a_budget_needs_no_training(capsys):
         (("--flops", "1", "--tokens", "1"), "not allowed with argument --flops"),
         (("--widths", "16,20"), "argument --widths: expected multiples of 16 with commas between them, got '16,20'"),
         (("--ratios", "5,-1"), "argument --ratios: expected a number > 0, got -1"),
+        (("--draws", "1"), "argument --draws: expected an integer >= 2, got 1"),
     ],
 )
 def test_bad_arguments_are_named(options, message, capsys):
     with pytest.raises(SystemExit):
         cli.main(["scaling", *options])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [("--text", "none"), ("--widths", "16"), ("--resume",), ("--threads", "2")])
+def test_a_budget_takes_no_option_of_a_sweep(options, capsys):
+    assert cli.main(["scaling", "--flops", "1e20", *options]) == 2
+    assert f"argument {options[0]}: expected none for a budget, which trains nothing, got" in capsys.readouterr().err
 
 
 def test_a_budget_beyond_all_numbers(capsys):

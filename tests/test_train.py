@@ -58,6 +58,21 @@ def test_schedule():
     assert all(r > 0 for r in map(train.Settings(steps=1).rate, range(1)))
 
 
+def test_the_average_of_a_short_run_is_not_of_its_first_weights():
+    settings = train.Settings(steps=40, batch_size=4)
+    task = Calculator(0)
+    trainer = train.Trainer(task, Model(task.config), settings)
+    name, weight = next(iter(trainer.parameters.items()))
+    expected, shares = None, []
+    for step in range(settings.steps):
+        trainer.train_step()
+        kept = settings.kept(step)
+        expected = weight.detach().double() if step == 0 else kept * expected + (1 - kept) * weight.detach().double()
+        shares = [kept * share for share in shares] + [1.0 - kept if step else 1.0]
+    torch.testing.assert_close(dict(trainer.average.module.named_parameters())[name].double(), expected, rtol=1e-5, atol=1e-7)
+    assert shares[0] < 1e-6 and sum(shares) == pytest.approx(1) and settings.kept(10**4) == settings.average
+
+
 def tensors(out):
     return load_checkpoint(out / CHECKPOINT)[0]
 

@@ -283,7 +283,9 @@ class _Transformers(nn.Module):
         self.inner.compile(*args, **options)
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        return self.inner(input_ids=tokens, labels=labels, use_cache=False).loss
+        """The last token has no successor, and no contestant computes it."""
+        shifted = labels[:, 1:].contiguous()
+        return self.inner(input_ids=tokens[:, :-1], labels=shifted, shift_labels=shifted, use_cache=False).loss
 
     def load_state_dict(self, weights: dict[str, Tensor]) -> None:
         self.inner.load_state_dict(weights, strict=not self.inner.config.tie_word_embeddings)

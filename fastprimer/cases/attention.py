@@ -19,6 +19,7 @@ def _visible_pairs(S: int, T: int, causal: bool, window: tuple | None) -> int:
 
 
 def _attention_work(a: dict) -> Work:
+    """Backward: dq, dk, dv, dP, and the scores once more, which no memory linear in S can have kept (FlashAttention counts so too)."""
     q, k, v = a["q"], a["k"], a["v"]
     mask = a.get("causal", False), a.get("window")
     if q.dim() == 4:
