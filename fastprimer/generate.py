@@ -65,8 +65,8 @@ class Vocabulary:
             words = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
             raise CheckpointError(f"cannot read the vocabulary {path}: {error}") from error
-        if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words):
-            raise CheckpointError(f"{path}: expected a list of words")
+        if not isinstance(words, list) or not words or not all(isinstance(word, str) for word in words) or len(set(words)) < len(words):
+            raise CheckpointError(f"{path}: expected a list of different words")
         return cls(words)
 
 

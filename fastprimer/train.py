@@ -282,7 +282,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--model", choices=sorted(MODELS), default="fast", help="fast: on fastprimer's layers; reference: plain torch")
     parser.add_argument("--threads", type=thread_count, metavar="N", help=f"CPU threads (default: {THREADS})")
-    parser.add_argument("--json", action="store_true", help="print one JSON object per line, the last one with the result")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object per line, the last one with the result; its `times` were trained on"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -343,7 +345,7 @@ def _run(args: argparse.Namespace, out: Path) -> int:
             with use_backend(quick, missing="auto"):
                 report.samples("before", _samples(task, trainer.model))
         if not train(trainer, path, report, args.stop_at):
-            report.stopped(trainer, path, resume_command(args, out))
+            report.stopped(trainer, path, resume_command(args, out), out / WEIGHTS_FILE if (out / WEIGHTS_FILE).exists() else None)
             return 0 if args.stop_at and trainer.step >= args.stop_at else 130
     model = trainer.average.module
     with use_backend(quick, missing="auto"):

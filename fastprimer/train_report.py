@@ -161,19 +161,20 @@ class Report:
                 fields = {"loss": trainer.recent_loss, "tokens_per_second": trainer.tokens_per_second}
                 fields |= {"experts": used} if (used := trainer.utilisation()) else {}
                 self._event("progress", step=trainer.step, seconds=trainer.seconds, **fields)
-            elif not self.json and (due or trainer.step % 5 == 0):
+            elif not self.json:
                 bar.update(task, completed=trainer.step, loss=trainer.losses[-1], speed=trainer.tokens_per_second)
 
         with bar:
             yield advance
 
-    def stopped(self, trainer, path: Path, command: str) -> None:
+    def stopped(self, trainer, path: Path, command: str, former: Path | None) -> None:
+        """former: the model of an earlier run, which stays until this one has one."""
         if self.json:
             self._event("stopped", step=trainer.step, steps=trainer.settings.steps, checkpoint=str(path), resume=command)
-        else:
-            self.console.print(
-                f"stopped after step {trainer.step} of {trainer.settings.steps}; to go on:\n  {command}", soft_wrap=True, markup=False
-            )
+            return
+        kept = f"; {former} is an earlier run's" if former else ""
+        words = f"stopped after step {trainer.step} of {trainer.settings.steps}{kept}; to go on:\n  {command}"
+        self.console.print(words, soft_wrap=True, markup=False)
 
     def result(self, trainer, measured: dict, files: list[Path], out: Path) -> None:
         """The last words: the loss (a mean over the last steps), the task's own measures, time and speed."""

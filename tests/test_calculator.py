@@ -51,9 +51,10 @@ def test_the_vocabulary_reads_back_what_it_writes(task, tmp_path):
         task.vocabulary.encode("two plus tree equals")
     task.vocabulary.save(tmp_path)
     assert Vocabulary.load(tmp_path).words == task.vocabulary.words
-    (tmp_path / "vocabulary.json").write_text('["a", 1]')
-    with pytest.raises(CheckpointError, match="expected a list of words"):
-        Vocabulary.load(tmp_path)
+    for broken in ('["a", 1]', '["a", "b", "a"]'):
+        (tmp_path / "vocabulary.json").write_text(broken)
+        with pytest.raises(CheckpointError, match="expected a list of different words"):
+            Vocabulary.load(tmp_path)
 
 
 @pytest.mark.parametrize("seed", (0, 1, 2))

@@ -222,6 +222,8 @@ def test_text(tmp_path, quick, capsys):
         "rms_norm",
     ):
         assert expected in said
+    assert command("--steps", 5, "--stop-at", 2, out=tmp_path / "x") == 0
+    assert f"stopped after step 2 of 5; {tmp_path / 'x/model.safetensors'} is an earlier run's; to go on:" in capsys.readouterr().out
 
 
 def test_without_matplotlib_the_numbers_are_written(tmp_path, quick, capsys, monkeypatch):
