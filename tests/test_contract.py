@@ -194,6 +194,19 @@ def test_clamps_treat_nan_alike(cell):
     assert patterns[0][0] == [True, True, True, True, False]
 
 
+@pytest.mark.parametrize("cell", [("route", backend) for backend in declared("route")], indirect=True, ids="-".join)
+@pytest.mark.parametrize("shape", [(1, 5), (3, 7), (6, 100), (401, 101)])
+def test_equal_scores_go_to_the_lower_expert(cell, shape):
+    """Wherever in a tensor they stand: a function that rounds its last numbers otherwise would decide."""
+    _, backend, device = cell
+    equal = torch.randn(shape[0], 1).expand(shape).to(device)
+    for dtype in (torch.float32, torch.bfloat16):
+        for score in ("softmax", "softmax_topk", "sigmoid"):
+            with use_backend(backend):
+                experts = fp.route(equal.to(dtype), 3, score=score)[1]
+            assert torch.equal(experts.cpu(), torch.arange(3).expand_as(experts))
+
+
 def test_no_grad_records_nothing(cell):
     op, backend, device = cell
     case = case_of(op)

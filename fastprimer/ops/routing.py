@@ -70,7 +70,8 @@ def route_forward(
 ) -> tuple[Tensor, Tensor]:
     """logits (N, E) -> weights (N, K) float32 (float64 for float64), experts (N, K) int64, best first."""
     l = logits.to(arguments.wide(logits.dtype))
-    choice = torch.softmax(l, -1) if score == SOFTMAX else torch.sigmoid(l) if score == SIGMOID else l
+    # torch.sigmoid rounds the last numbers of a tensor otherwise, which decides ties; torch.exp does not.
+    choice = torch.softmax(l, -1) if score == SOFTMAX else 1 / (1 + torch.exp(-l)) if score == SIGMOID else l
     choice = choice.detach() if bias is None else (choice + bias.to(l.dtype)).detach()
     if groups is not None and top_groups is not None:
         choice = _only_best_groups(choice, groups, top_groups, 2 if score == SIGMOID else 1)
