@@ -33,7 +33,7 @@ class Decoder(nn.Module):
         self, tokens: Tensor, positions: Tensor | None, cache: Cache | None, longest: int | Tensor | None
     ) -> Tensor:  # (B, S) -> (B, S, C); who calls it ends the cache's S tokens, once nothing can fail
         S = tokens.shape[1]
-        x, residual, rows = self.embed_tokens(tokens), None, None
+        x, residual, rows = self._embedded(tokens), None, None
         seen = None if cache is None else cache.begin(*tokens.shape, len(self.layers))
         if positions is not None:  # a table of just these positions, in order
             rows = torch.arange(positions.numel(), device=tokens.device).view(positions.shape)
@@ -46,6 +46,17 @@ class Decoder(nn.Module):
         for index, layer in enumerate(self.layers):
             x, residual = layer(x, residual, cos, sin, rows, None if cache is None else cache.layers[index])
         return self.norm(x, residual)[0]
+
+    def _embedded(self, tokens: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return self.embed_tokens(tokens)
+        try:
+            return self.embed_tokens(tokens)
+        except IndexError:  # on the CPU: a GPU would have to be waited for
+            least, most, V = int(tokens.min()), int(tokens.max()), self.embed_tokens.num_embeddings
+            if least >= 0 and most < V:
+                raise
+            raise ValueError(f"Model: tokens: expected numbers from 0 to {V - 1}, got {least} to {most}") from None
 
 
 class Model(nn.Module):
@@ -94,7 +105,8 @@ class Model(nn.Module):
 
         Raises:
             TypeError, ValueError: an argument's dtype or shape does not fit, there are more tokens than max_position_embeddings (but
-                with a rope_type "dynamic") or than the cache has room for; the message names it.
+                with a rope_type "dynamic") or than the cache has room for, or tokens that are no words (on a GPU torch's assertion);
+                the message names it.
             RuntimeError: a cache without torch.no_grad().
         """
         limit, held = self.config.longest_sequence, 0 if cache is None else cache.length

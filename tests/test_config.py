@@ -115,6 +115,8 @@ def test_a_model_names_what_it_was_given_instead_of_a_config_or_tokens():
         fp.Model(SMALL)([[1, 2]])
     with pytest.raises(TypeError, match="Model: tokens: expected int32 or int64"):
         fp.Model(SMALL)(torch.ones(1, 2))
+    with pytest.raises(ValueError, match="Model: tokens: expected numbers from 0 to 49, got -1 to 3"):
+        fp.Model(SMALL)(torch.tensor([[-1, 3]]))
 
 
 def test_the_reference_takes_labels_of_32_bits_as_the_model_does():
