@@ -109,8 +109,8 @@ def patch(model: nn.Module, *, only: Collection[str] = OPERATIONS, memory_budget
         only: some of "rms_norm", "swiglu", "rope", "moe", "attention", "linear_cross_entropy"; default: all.
         memory_budget: of `fp.linear_cross_entropy`: bytes of logits that may be kept for backward, which computes the rest once more.
 
-    With "linear_cross_entropy" a model in training mode that is given labels returns its loss, of the logits forms a piece at a time, and
-    returns None in their place; in eval mode it returns them as ever; hooks of the head have it compute them. Two threads must not train
+    With "linear_cross_entropy" a model in training mode that is given labels returns its loss, whose logits are formed a piece at a time,
+    and None in their place; in eval mode it returns them as ever; hooks of the head have it compute them. Two threads must not train
     one model so. "attention" returns no probabilities (output_attentions), as SDPA does, and 0 for queries that are padding, as
     FlashAttention does: what such positions say is another than before. Models that share a config share its attention. A patched model can
     be pickled, but with "attention" alone another process has to call fastprimer.integrations.hf_attention.register() before it runs.
