@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastprimer.backends import BACKENDS, BackendError
 from fastprimer.benchmark import comparison, revision, tables
 from fastprimer.benchmark.contest import Settings
-from fastprimer.benchmark.jobs import OPS, Choice, jobs
+from fastprimer.benchmark.jobs import OPS, Choice, Job, check_peers, jobs
 from fastprimer.benchmark.models import MODEL_PEERS
 from fastprimer.benchmark.rows import ALL_PASSES, DTYPES, Results, ResultsError, Row, check_writable, machine
 from fastprimer.memory import keep_freed_memory
@@ -31,6 +31,9 @@ from fastprimer.peers import PEERS
 from fastprimer.terminal import Console
 
 KNOWN_PEERS = tuple(dict.fromkeys((*PEERS, *MODEL_PEERS)))
+MEASURING = ("op", "case", "backend", "peers", "passes", "dtype", "growth", "quick", "rounds", "threads", "memory", "seed")
+"""The arguments that --results, which measures nothing, does not take."""
+THRESHOLD, TURNS = 0.05, 3
 
 
 def peer_names(text: str) -> list[str]:
@@ -57,7 +60,7 @@ def percent(text: str) -> float:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is measured")
     what.add_argument("--op", choices=OPS, action="append", help="only this operation, or whole models (repeat for more)")
-    what.add_argument("--case", default="", metavar="TEXT", help="only the case of this name, or else those with it in their names")
+    what.add_argument("--case", metavar="TEXT", help="only the case of this name, or else those with it in their names")
     what.add_argument(
         "--backend",
         choices=BACKENDS,
@@ -75,18 +78,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="this one (repeat for more; default float32 and bfloat16, but only float32 where there are matrix products on a "
         "processor without instructions for half types: peers take minutes there)",
     )
-    what.add_argument("--growth", action="store_true", help="cost over size (S, T, C, E, V) and over threads, instead of the usual cases")
-    what.add_argument("--quick", action="store_true", help="the first case of each operation, no backward pass by itself, few rounds")
+    given = {"action": "store_true", "default": None}  # None, as where any other argument is not given
+    what.add_argument("--growth", help="cost over size (S, T, C, E, V) and over threads, instead of the usual cases", **given)
+    what.add_argument("--quick", help="the first case of each operation, no backward pass by itself, few rounds", **given)
     how = parser.add_argument_group("how")
     how.add_argument("--rounds", type=positive, help="measurements of each contestant (default 21, quick 11)")
     how.add_argument("--threads", type=thread_count, help="torch's CPU threads (default: as torch chooses)")
     how.add_argument(
         "--memory",
         choices=("kept", "fresh"),
-        default="kept",
         help="where large CPU tensors come from: memory that was freed before (default), or fresh pages of the system each time",
     )
-    how.add_argument("--seed", type=natural, default=0, help="of the random inputs and of the order (default 0)")
+    how.add_argument("--seed", type=natural, help="of the random inputs and of the order (default 0)")
     shown = parser.add_argument_group("what is done with it")
     shown.add_argument("--json", action="store_true", help="print one JSON object: machine, versions, every measurement")
     shown.add_argument("--markdown", action="store_true", help="print the table of README.md")
@@ -95,11 +98,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compare",
         metavar="BASE",
         help="against an earlier run (its JSON file), or against a git revision, measured by turns with the working tree; "
-        "exit status 1 if something became slower",
+        "exit status 1 if something became slower, or is wrong",
     )
     shown.add_argument("--results", type=Path, metavar="FILE", help="measure nothing: show, or compare, what this JSON file holds")
-    shown.add_argument("--threshold", type=percent, default=0.05, help="percent that --compare lets pass (default 5)")
-    shown.add_argument("--turns", type=positive, default=3, help="runs of each side when --compare names a revision (default 3)")
+    shown.add_argument("--threshold", type=percent, help=f"percent that --compare lets pass (default {100 * THRESHOLD:g})")
+    shown.add_argument("--turns", type=positive, help=f"runs of each side when --compare names a revision (default {TURNS})")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -113,23 +116,21 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     console = Console(stderr=args.json or args.markdown, highlight=False)
     old, commit = _base(args.compare)
-    if commit and args.results:
-        raise ResultsError(
-            f"argument --compare: expected a file of results to hold --results against, got the git revision {args.compare!r}"
-        )
+    _refuse_what_has_no_effect(args, commit)
     if args.out:  # not only after minutes of measuring
         check_writable(args.out)
         check_writable(_part(args.out))
-    found = None
+    found, threshold = None, THRESHOLD if args.threshold is None else args.threshold
     if commit:
-        turns = revision.measure_by_turns(commit, _options(args), args.turns, lambda text: console.print(text, style="dim"))
-        found, new = comparison.compare_turns(turns, args.threshold)
+        options = _options(args)
+        turns = revision.measure_by_turns(commit, options, args.turns or TURNS, lambda text: console.print(text, style="dim"))
+        found, new = comparison.compare_turns(turns, threshold)
     elif args.results:
         new = Results.read(args.results)
     else:
         new = _measure_all(args, console)
     if old:
-        found = comparison.compare_results(old, new, args.threshold)
+        found = comparison.compare_results(old, new, threshold)
     if args.out:
         new.write(args.out)
         _part(args.out).unlink(missing_ok=True)
@@ -147,6 +148,22 @@ def _run(args: argparse.Namespace) -> int:
     return 1 if any(row.wrong for row in new.rows) or (found and found.regressed) else 0
 
 
+def _refuse_what_has_no_effect(args: argparse.Namespace, commit: str) -> None:
+    """Raises ResultsError: an option beside another one with which it would be ignored."""
+    if commit and args.results:
+        raise ResultsError(
+            f"argument --compare: expected a file of results to hold --results against, got the git revision {args.compare!r}"
+        )
+    given = [name for name in MEASURING if getattr(args, name) is not None]
+    if given and args.results:
+        flag = "--pass" if given[0] == "passes" else f"--{given[0]}"
+        raise ResultsError(f"argument {flag}: not allowed with argument --results, which measures nothing and shows all of {args.results}")
+    if args.threshold is not None and not args.compare:
+        raise ResultsError("argument --threshold: expected --compare BASE beside it, got none")
+    if args.turns and not commit:
+        raise ResultsError(f"argument --turns: expected --compare with a git revision beside it, got {args.compare or 'none'}")
+
+
 def _base(base: str | None) -> tuple[Results | None, str]:
     """What --compare names: (results of a file, "") or (None, a commit)."""
     if base is None:
@@ -160,41 +177,65 @@ def _base(base: str | None) -> tuple[Results | None, str]:
 
 
 def _options(args: argparse.Namespace) -> list[str]:
-    """What a child process is told to measure. Plain eager torch tells how much two runs differ by themselves."""
-    options = [
-        "--peers",
-        "eager" if args.peers is None else ",".join(args.peers) or "none",
-        "--memory",
-        args.memory,
-        "--seed",
-        str(args.seed),
-    ]
+    """What a child process is told to measure. Plain eager torch, where it takes part, tells how much two runs differ by themselves."""
+    todo = _todo(args)
+    peers = args.peers if args.peers is not None else ["eager"] if any("eager" in job.peers for job in todo) else []
+    options = ["--peers", ",".join(peers) or "none"]
     for flag, values in (("--op", args.op), ("--backend", args.backend), ("--pass", args.passes), ("--dtype", args.dtype)):
         options += [word for value in values or () for word in (flag, value)]
-    for flag, value in (("--rounds", args.rounds), ("--threads", args.threads), ("--case", args.case)):
-        options += [flag, str(value)] if value else []
+    for flag in ("--rounds", "--threads", "--case", "--memory", "--seed"):
+        value = getattr(args, flag[2:])
+        options += [] if value is None else [flag, str(value)]
     return options + [flag for flag, given in (("--quick", args.quick), ("--growth", args.growth)) if given]
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _todo(args: argparse.Namespace) -> list[Job]:
+    """Raises BackendError: there is nothing to measure, or none of the peers asked for takes part."""
+    found = jobs(_device(), Choice(args.op, args.backend, args.passes, args.dtype, bool(args.quick), bool(args.growth), args.case or ""))
+    check_peers(found, args.peers or [])
+    return found
 
 
 def _measure_all(args: argparse.Namespace, console: Console) -> Results:
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    memory = "kept" if args.memory == "kept" and keep_freed_memory() else "fresh"
-    settings = Settings(device, args.rounds or (11 if args.quick else 21), args.seed, args.peers)
-    todo = jobs(device, Choice(args.op, args.backend, args.passes, args.dtype, args.quick, args.growth, args.case))
-    about = machine(device) | {"memory": memory}
-    rows: list[Row] = []
-    with _live(console, sum(job.rows for job in todo), len({job.backend for job in todo}) > 1) as (announce, show):
+    device, todo = _device(), _todo(args)
+    memory = "kept" if args.memory != "fresh" and keep_freed_memory() else "fresh"
+    settings = Settings(device, args.rounds or (11 if args.quick else 21), args.seed or 0, args.peers)
+    found = Results(machine(device) | {"memory": memory}, [])
+    live = _live(console, sum(job.rows for job in todo), len({job.backend for job in todo}) > 1)
+    with _kept(found, args.out) as keep, live as (announce, show):
         for job in todo:
             announce(f"{job.what} {tables.SHORT[job.dtype]}")
             for row in job.measure(settings):
-                rows.append(row)
+                found.rows.append(row)
                 show(row)
-                if args.out:
-                    Results(about, rows).write(_part(args.out))
-    _epilogue(rows, console)
-    return Results(about, rows)
+                keep()
+    _epilogue(found.rows, console)
+    return found
+
+
+@contextlib.contextmanager
+def _kept(found: Results, out: Path | None) -> Iterator[Callable]:
+    """What writes the rows so far to FILE.part; whoever stops the run is told that they are there."""
+    written = 0
+
+    def keep() -> None:
+        nonlocal written
+        if out:
+            found.write(_part(out))
+            written = len(found.rows)
+
+    try:
+        yield keep
+    except KeyboardInterrupt:
+        if written:
+            raise KeyboardInterrupt(f"{_part(out)} holds the {written} finished row{'s' if written > 1 else ''}") from None
+        raise
 
 
 def _part(out: Path) -> Path:

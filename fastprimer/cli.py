@@ -37,8 +37,8 @@ def main(argv: list[str] | None = None) -> int:
         if sys.stdout is not None:  # None: it was closed before
             sys.stdout.flush()  # here, where a full disk is an error that can be told
         return status
-    except KeyboardInterrupt:  # Ctrl-C is no error of ours to be traced; `train` has more to say
-        print(f"{name}: stopped", file=sys.stderr)
+    except KeyboardInterrupt as stop:  # Ctrl-C is no error of ours to be traced; a command may say what is left of its work
+        print(f"{name}: stopped{f': {stop}' if stop.args else ''}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader went away, as `| head` does: silence, and the status of a program that the signal ended
         sys.stderr.close()

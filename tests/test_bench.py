@@ -64,6 +64,7 @@ def test_the_table_has_a_line_for_each_row(tiny, capsys):
     assert tiny("--pass", "forward") == 0
     shown = capsys.readouterr().out
     assert re.search(r"^rms_norm tiny +fp32 fwd .* eager ", shown, re.M) and "GB/s in the same rounds" in shown
+    assert re.search(r"^best peer / ours: geometric mean [\d.]+x", shown, re.M)
     assert all(len(line) <= 80 for line in shown.splitlines() if line.startswith("rms_norm"))
 
 
@@ -238,6 +239,18 @@ def test_a_peer_that_fails_or_computes_something_else_is_left_out():
             "argument --compare: expected a file of results .*, got the git revision 'HEAD'",
         ),
         (["--pass", "backward", "--op", "attention_with_kv_cache"], "nothing to measure: attention_with_kv_cache"),
+        (["--results", "{tmp}/empty.json", "--op", "rope"], "argument --op: not allowed with argument --results"),
+        (["--results", "{tmp}/empty.json", "--pass", "forward"], "argument --pass: not allowed with argument --results"),
+        (["--results", "{tmp}/empty.json", "--seed", "0"], "argument --seed: not allowed with argument --results"),
+        (["--results", "{tmp}/empty.json", "--quick"], "argument --quick: not allowed with argument --results"),
+        (["--threshold", "0"], "argument --threshold: expected --compare BASE beside it, got none"),
+        (["--turns", "2"], "argument --turns: expected --compare with a git revision beside it, got none"),
+        (
+            ["--turns", "2", "--compare", "{tmp}/empty.json"],
+            "argument --turns: expected --compare with a git revision .*, got .*empty.json",
+        ),
+        (["--op", "rms_norm", "--backend", "reference", "--peers", "flex"], "argument --peers: expected one at least of eager, .*got flex"),
+        (["--op", "rope", "--backend", "reference", "--peers", "sdpa,plain"], "argument --peers: expected .* compiled.*got sdpa, plain"),
     ],
 )
 def test_errors_say_what_was_expected(tmp_path, capsys, monkeypatch, argv, message):
@@ -251,8 +264,9 @@ def test_errors_say_what_was_expected(tmp_path, capsys, monkeypatch, argv, messa
     monkeypatch.setattr(bench, "_live", lambda *_: pytest.fail("measured"))
     monkeypatch.setattr(revision, "measure_by_turns", lambda *_: pytest.fail("measured"))
     monkeypatch.setattr(revision, "resolve", lambda name: "abc" if name == "HEAD" else "")
+    measuring = [] if "--results" in argv else ["--quick", "--peers", "none"]
     try:
-        status = cli.main(["bench", "--quick", "--peers", "none", *(word.replace("{tmp}", str(tmp_path)) for word in argv)])
+        status = cli.main(["bench", *measuring, *(word.replace("{tmp}", str(tmp_path)) for word in argv)])
     except SystemExit as stopped:
         status = stopped.code
     assert status == 2 and re.search(message, capsys.readouterr().err)
@@ -261,6 +275,25 @@ def test_errors_say_what_was_expected(tmp_path, capsys, monkeypatch, argv, messa
 def test_ctrl_c_is_no_traceback(monkeypatch, capsys):
     monkeypatch.setattr(bench, "_live", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert cli.main(["bench", "--quick", "--op", "rms_norm", "--backend", "reference"]) == 130
+    assert capsys.readouterr().err == "fastprimer bench: stopped\n"
+
+
+def test_ctrl_c_says_where_the_finished_rows_are(tiny, tmp_path, monkeypatch, capsys):
+    shown, out = [], tmp_path / "a.json"
+    (tmp_path / "a.json.part").write_text("of another run")
+
+    def line(row, with_backend, until=1):
+        shown.append(row)
+        if len(shown) > until:
+            raise KeyboardInterrupt
+        return ""
+
+    monkeypatch.setattr(bench.tables, "live_line", line)
+    assert tiny("--out", out) == 130
+    assert capsys.readouterr().err == f"fastprimer bench: stopped: {out}.part holds the 1 finished row\n"
+    assert len(Results.read(tmp_path / "a.json.part").rows) == 1
+    shown.append(None)
+    assert tiny("--out", out) == 130  # before its first row
     assert capsys.readouterr().err == "fastprimer bench: stopped\n"
 
 

@@ -66,6 +66,40 @@ def test_at_a_glance_every_row_counts():
     assert tables.overview([("here", rows[0]), ("there", rows[1])]).splitlines()[2].endswith(" | 1.00x | 50% | 1 | here |")
 
 
+def glance(folder: Path, *runs: Results) -> str:
+    paths = [folder / f"{i}.json" for i in range(len(runs))]
+    for path, run in zip(paths, runs, strict=True):
+        run.write(path)
+    where = ["--out", folder / "page.html", "--folder", folder]
+    assert cli.main(["report", *map(str, ["--results", *paths, *where])]) == 0
+    text = (folder / "page.html").read_text()
+    assert "counts once, as the newest of them has it" in text
+    return re.sub(r"<[^>]+>\s*", "|", re.search(r"At a glance</h2>.*?</table>", text, re.S)[0])
+
+
+def test_at_a_glance_a_row_of_several_runs_counts_once(tmp_path):
+    """As the newest has it, wherever it is given; of another machine it is another row."""
+
+    def run(ratio: float, date: str, *more, **machine) -> Results:
+        return results(row(1.0, vs_best_peer=ratio, of_roof=0.5), *more, date=date, **machine)
+
+    other = row(1.0, case="bench-b", vs_best_peer=3.0, of_roof=0.5)
+    told = glance(tmp_path, run(3.0, "2026-01-02T00:00:00"), run(9.0, "2026-01-01T00:00:00", other))
+    assert re.search(r"\|3\.00x\|+3\.00x\|", told) and re.search(r"\|50%\|+2\|", told)
+    assert re.search(r"\|9\.00x\|+9\.00x\|", glance(tmp_path, run(3.0, "2026-01-01T00:00:00"), run(9.0, "2026-01-01T00:00:00")))
+    told = glance(tmp_path, run(3.0, "2026-01-02T00:00:00"), run(9.0, "2026-01-01T00:00:00", device="another"))
+    assert "|3.00x|" in told and "|9.00x|" in told
+
+
+def test_a_row_without_the_host_s_time_has_an_empty_cell(tmp_path, capsys):
+    timed, other = row(2.0, host_us={"ours": 7.0}), row(2.0, case="bench-b")
+    results(timed, other).write(tmp_path / "r.json")
+    assert cli.main(["bench", "--results", str(tmp_path / "r.json"), "--markdown"]) == 0
+    first, second = capsys.readouterr().out.splitlines()[2:]
+    assert " GB/s | 7 | " in first and " GB/s |  | " in second
+    assert report(tmp_path, of=results(timed, other)) == 0
+
+
 BEGIN, END = MARKERS
 
 
@@ -124,7 +158,8 @@ def spoiled(name: str, value) -> dict:
         ("device", None), ("date", 5), ("ours", None), ("of_roof", None), ("vs_best_peer", -1.0), ("roof_samples", []),
         ("roof_samples", [0.0]), ("size", "1"), ("wrong", "oops"),
         ("samples", []), ("median", "x"), ("median", 0), ("high", float("nan")), ("dtype", "float64"), ("measured", "both"), ("case", 5),
-        ("bytes", 0), ("left_out", []), ("host_us", {"eager": 1.0}), ("peak_mb", {"ours": "x"}), ("best_peer", 5),
+        ("bytes", 0), ("left_out", []), ("host_us", {"eager": 1.0}),
+        ("host_us", {"ours": None}), ("host_us", None), ("host_us", 0), ("host_us", []), ("peak_mb", {"ours": "x"}), ("best_peer", 5),
     ],
 )  # fmt: skip
 def test_a_file_that_no_table_can_show_is_refused(tmp_path, capsys, field, value):

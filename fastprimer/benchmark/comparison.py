@@ -7,30 +7,36 @@ the ratio above 1 + margin, and the fastest measurements (ours and the roof's) s
 slows most measurements down, rarely all of them, and a slower kernel has no fast ones. Faster is the reverse, with 1 / (1 + margin).
 Where two revisions were measured by turns, the ratio has to be beyond the margin in every single turn as well.
 
+Not judged, which is "no difference" with a note, is a row that another roof limits in one run than in the other (a GB copied and a GFLOP
+are no common unit: its ratio is that of milliseconds), and one of fewer than three measurements. WRONG is what is wrong now; it is a
+regression unless it was wrong before.
+
 The margin is the larger of --threshold and the noise between the two runs, which the bootstrap cannot see. The noise is what the
-peers tell: torch is the same in both runs, so what the peers common to both seem to have gained or lost (their own ratios, the 95% quantile
-of their deviations over all rows) is no change. With another version of torch, or without peers in common, the noise is unknown and
-the margin is the threshold.
+peers tell: where their packages are the same in both runs, what the peers common to both seem to have gained or lost (their own ratios,
+the 95% quantile of their deviations over all rows) is no change. Without such peers the noise is unknown and the margin is the threshold.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from rich import box
 from rich.table import Table
 
-from fastprimer.benchmark.rows import Results, Row
+from fastprimer.benchmark.rows import PACKAGES, Results, Row
 from fastprimer.benchmark.tables import SHORT
-from fastprimer.benchmark.timing import CONFIDENCE, Timing
+from fastprimer.benchmark.timing import CONFIDENCE, FEWEST_JUDGED, Timing
 
 RESAMPLES, SEED = 2000, 0
 SLOWER, FASTER, SAME, WRONG, MENDED = "slower", "faster", "no difference", "WRONG", "right now"
-REGRESSIONS = (SLOWER, WRONG)
 NOISE_QUANTILE = 0.95
+THEIR_PACKAGES = {"transformers": ("transformers",), "hf-compiled": ("transformers",), "liger": ("liger-kernel", "transformers")}
+"""What peers need beside torch; Liger-Kernel's layers lie in models of transformers."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,12 @@ class Change:
     ratio: float | None = None
     low: float | None = None
     high: float | None = None
+    not_judged: str = ""
+    """Why the ratio has no verdict."""
+
+    @property
+    def regressed(self) -> bool:
+        return self.verdict == SLOWER or (self.verdict == WRONG and self.old_ms is not None)
 
 
 @dataclass(frozen=True)
@@ -61,7 +73,7 @@ class Comparison:
 
     @property
     def regressed(self) -> bool:
-        return any(change.verdict in REGRESSIONS for change in self.changes)
+        return any(change.regressed for change in self.changes)
 
     def to_record(self) -> dict:
         return asdict(self) | {"regressed": self.regressed}
@@ -77,13 +89,14 @@ def compare_results(old: Results, new: Results, threshold: float) -> Comparison:
     if not pairs:
         raise ValueError("the two runs have no row in common (operation, case, dtype, pass and backend)")
     notes = [
-        f"{what}: {old.machine.get(what)} then, {new.machine.get(what)} now"
-        for what in ("device", "torch", "memory")
-        if _differs(old, new, what)
+        f"{what}: {old.machine[what]} then, {new.machine[what]} now"
+        for what in ("device", "torch", "memory", *PACKAGES)
+        if what in old.machine and what in new.machine and old.machine[what] != new.machine[what]
     ]
-    noise = None if _differs(old, new, "torch") else _noise(pairs)
+    noise = _noise(pairs, lambda peer: _unchanged(peer, old, new))
     generator = np.random.default_rng(SEED)
     changes = [_change(a, b, max(threshold, noise or 0.0), generator) for a, b in pairs]
+    notes += [f"{n} of {len(pairs)} rows not judged: {why}" for why, n in Counter(c.not_judged for c in changes if c.not_judged).items()]
     return Comparison(changes, threshold, noise, len(before) - len(pairs), len(new.rows) - len(pairs), notes)
 
 
@@ -101,31 +114,39 @@ def compare_turns(turns: list[tuple[Results, Results]], threshold: float) -> tup
     return replace(found, changes=changes), new
 
 
-def _differs(old: Results, new: Results, what: str) -> bool:
-    return old.machine.get(what) != new.machine.get(what)
+def _unchanged(peer: str, old: Results, new: Results) -> bool:
+    """Whether both runs are known to have had the same versions of what this peer is made of."""
+    packages = ("torch", *THEIR_PACKAGES.get(peer, ()))
+    return all(name in old.machine and old.machine[name] == new.machine.get(name) for name in packages)
 
 
-def _noise(pairs: list[tuple[Row, Row]]) -> float | None:
+def _noise(pairs: list[tuple[Row, Row]], unchanged: Callable[[str], bool]) -> float | None:
     deviations = [
         abs(math.log(_relative(timing, b) / _relative(a.peers[name], a)))
         for a, b in pairs
+        if a.limited_by == b.limited_by
         for name, timing in b.peers.items()
-        if name in a.peers
+        if name in a.peers and unchanged(name)
     ]
     return math.expm1(float(np.quantile(deviations, NOISE_QUANTILE))) if deviations else None
 
 
 def _relative(timing: Timing, row: Row, of=statistics.median) -> float:
-    """A median (or minimum) in units of the limiting roof's."""
+    """A median (or minimum) in units of the limiting roof's, which only rows with the same `limited_by` share."""
     return of(timing.samples) / of(row.roof_samples)
 
 
 def _change(old: Row, new: Row, margin: float, generator: np.random.Generator) -> Change:
     about = new.name, new.backend, new.dtype, new.measured
     if not new.ours or not old.ours:
-        verdict = SAME if bool(new.ours) == bool(old.ours) else MENDED if new.ours else WRONG
-        return Change(*about, verdict, old.ours and old.ours.median, new.ours and new.ours.median)
+        return Change(*about, MENDED if new.ours else WRONG, old.ours and old.ours.median, new.ours and new.ours.median)
+    times = old.ours.median, new.ours.median
+    if old.limited_by != new.limited_by:
+        why = "another roof limits them now than then, and their ratios are of milliseconds"
+        return Change(*about, SAME, *times, new.ours.median / old.ours.median, not_judged=why)
     ratio = _relative(new.ours, new) / _relative(old.ours, old)
+    if min(len(side) for row in (new, old) for side in (row.ours.samples, row.roof_samples)) < FEWEST_JUDGED:
+        return Change(*about, SAME, *times, ratio, not_judged=f"fewer than {FEWEST_JUDGED} measurements do not tell how much they vary")
     medians = [_resampled(side, generator) for row in (new, old) for side in (row.ours.samples, row.roof_samples)]
     ratios = (medians[0] / medians[1]) / (medians[2] / medians[3])
     low, high = (float(q) for q in np.quantile(ratios, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]))
@@ -133,7 +154,7 @@ def _change(old: Row, new: Row, margin: float, generator: np.random.Generator) -
     slower = low > 1 and min(ratio, fastest) > 1 + margin
     faster = high < 1 and max(ratio, fastest) < 1 / (1 + margin)
     verdict = SLOWER if slower else FASTER if faster else SAME
-    return Change(*about, verdict, old.ours.median, new.ours.median, ratio, low, high)
+    return Change(*about, verdict, *times, ratio, low, high)
 
 
 def _resampled(samples: list[float], generator: np.random.Generator) -> np.ndarray:
@@ -142,21 +163,30 @@ def _resampled(samples: list[float], generator: np.random.Generator) -> np.ndarr
 
 
 def pooled(runs: list[Results]) -> Results:
-    """Several runs of the same code as one: the measurements of each row side by side."""
-    first = runs[0]
-    rows = []
-    for row in first.rows:
-        same = [other for run in runs for other in run.rows if other.key == row.key]
-        timed = [other for other in same if other.ours]
-        if len(timed) < len(same):
-            rows.append(next(other for other in same if not other.ours))
-            continue
-        row = replace(row, ours=Timing.of([t for other in timed for t in other.ours.samples]))
-        shared = [name for name in row.peers if all(name in other.peers for other in timed)]
-        row.peers = {name: Timing.of([t for other in timed for t in other.peers[name].samples]) for name in shared}
-        row.roof_samples = [t for other in timed for t in other.roof_samples]
-        rows.append(row)
-    return Results(first.machine, rows)
+    """Several runs of the same code as one: the measurements of each row side by side, and what follows from them."""
+    same: dict[tuple, list[Row]] = {}
+    for row in (row for run in runs for row in run.rows):
+        same.setdefault(row.key, []).append(row)
+    return Results(runs[0].machine, [_side_by_side(rows) for rows in same.values()])
+
+
+def _side_by_side(same: list[Row]) -> Row:
+    """A row of all measurements of one; a roof's rate is the median of the runs'. What is wrong in one run is wrong."""
+    if wrong := [row for row in same if not row.ours]:
+        return wrong[0]
+    first = same[0]
+    shared = [name for name in first.peers if all(name in row.peers for row in same)]
+    found = replace(
+        first,
+        ours=Timing.of([t for row in same for t in row.ours.samples]),
+        peers={name: Timing.of([t for row in same for t in row.peers[name].samples]) for name in shared},
+        copy_gb_per_s=statistics.median(row.copy_gb_per_s for row in same),
+        matrix_gflop_per_s=first.matrix_gflop_per_s and statistics.median(row.matrix_gflop_per_s for row in same),
+    )
+    found.judge()
+    # In no common unit with the samples of another roof. There are some: what limits by the medians does so in one of the runs.
+    found.roof_samples = [t for row in same if row.limited_by == found.limited_by for t in row.roof_samples]
+    return found
 
 
 def table(found: Comparison) -> Table:
@@ -169,8 +199,9 @@ def table(found: Comparison) -> Table:
     for c in found.changes:
         what = f"{SHORT.get(c.dtype, c.dtype)} {SHORT[c.measured]}"
         times = ["-" if t is None else f"{t:.2f}" for t in (c.old_ms, c.new_ms)]
-        ratio = ["", ""] if c.ratio is None else [f"{c.ratio:.2f}", f"{c.low:.2f}-{c.high:.2f}"]
-        shown.add_row(f"{c.name} {c.backend}", what, *times, *ratio, f"[{colours[c.verdict]}]{c.verdict}[/]")
+        ratio = "" if c.ratio is None else f"{c.ratio:.2f}"
+        interval = "" if c.low is None else f"{c.low:.2f}-{c.high:.2f}"
+        shown.add_row(f"{c.name} {c.backend}", what, *times, ratio, interval, f"[{colours[c.verdict]}]{c.verdict}[/]")
     return shown
 
 
@@ -178,6 +209,8 @@ def describe(found: Comparison) -> list[str]:
     """The verdict in words, with what it rests on."""
     counts = {verdict: sum(c.verdict == verdict for c in found.changes) for verdict in (SLOWER, FASTER, SAME, WRONG, MENDED)}
     lines = [", ".join(f"{n} {verdict}" for verdict, n in counts.items() if n)]
+    if before := sum(c.verdict == WRONG and not c.regressed for c in found.changes):
+        lines.append(f"of what is WRONG, {before} was so in the old run, too")
     if found.noise is None:
         lines.append(f"margin {found.threshold:.0%}; the noise between the runs is unknown: no unchanged peer is in both")
     else:

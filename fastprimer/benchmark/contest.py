@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from fastprimer.benchmark import roofs
-from fastprimer.benchmark.rows import MATRIX, OURS, Row
+from fastprimer.benchmark.rows import MATRIX, MEMORY, OURS, Row
 from fastprimer.benchmark.timing import PATIENCE_MS, Timing, after_others, host_microseconds, interleaved, peak_megabytes
 
 SHORT, MANY = 10**9, 32
@@ -57,18 +57,13 @@ def contest(row: Row, ours: Callable, makers: dict[str, Callable[[], Callable]],
 
 
 def judge(row: Row, roof: roofs.Roofs, times: dict[str, list[float]]) -> None:
-    """The limiting roof and the best peer."""
-    row.copy_gb_per_s, row.roof_samples = roof.best(roof.copies, times)
-    row.least_ms = row.bytes / row.copy_gb_per_s / 1e6
+    """The roofs' rates, and what follows from them."""
+    samples = {}
+    row.copy_gb_per_s, samples[MEMORY] = roof.best(roof.copies, times)
     if roof.products:
-        row.matrix_gflop_per_s, samples = roof.best(roof.products, times)
-        arithmetic_ms = row.flops / row.matrix_gflop_per_s / 1e6
-        if arithmetic_ms > row.least_ms:
-            row.limited_by, row.least_ms, row.roof_samples = MATRIX, arithmetic_ms, samples
-    row.of_roof = row.least_ms / row.ours.median
-    if row.peers:
-        row.best_peer = min(row.peers, key=lambda name: row.peers[name].median)
-        row.vs_best_peer = row.peers[row.best_peer].median / row.ours.median
+        row.matrix_gflop_per_s, samples[MATRIX] = roof.best(roof.products, times)
+    row.judge()
+    row.roof_samples = samples[row.limited_by]
 
 
 def checked(make: Callable[[], Callable], expected, dtype: torch.dtype) -> tuple[Callable | None, str]:

@@ -11,11 +11,11 @@ from fastprimer.backends import PREFERENCE, BackendError, declared, unavailable
 from fastprimer.benchmark.contest import Settings
 from fastprimer.benchmark.growth import THREADS, Series, series
 from fastprimer.benchmark.measure import measure
-from fastprimer.benchmark.models import MODEL, MODEL_CASES, measure_model
+from fastprimer.benchmark.models import MODEL, MODEL_CASES, measure_model, model_peers
 from fastprimer.benchmark.rows import ALL_PASSES, DTYPES, Row
 from fastprimer.benchmark.timing import BACKWARD, FORWARD, MODEL_PASSES, PASSES
 from fastprimer.cases import PRODUCTS, benchmarks
-from fastprimer.peers import EAGER
+from fastprimer.peers import EAGER, peers
 
 OPS = (*EAGER, MODEL)
 AUTOMATIC = "auto"
@@ -45,7 +45,19 @@ class Job:
     dtype: str
     backend: str
     rows: int
+    peers: tuple[str, ...]
+    """Names of those that take part in one of the rows at least, if they are chosen."""
     measure: Callable[[Settings], Iterator[Row]]
+
+
+def check_peers(found: list[Job], wanted: list[str]) -> None:
+    """Raises BackendError if none of the peers asked for takes part in any of these jobs."""
+    there = dict.fromkeys(name for job in found for name in job.peers)
+    if wanted and not there.keys() & set(wanted):
+        raise BackendError(
+            f"argument --peers: expected one at least of {', '.join(there) or 'none'}, which is what these rows have here; "
+            f"got {', '.join(wanted)}"
+        )
 
 
 def jobs(device: str, choice: Choice) -> list[Job]:
@@ -85,21 +97,30 @@ def _backends(op: str, device: str, choice: Choice) -> list[str]:
 
 
 def _cases(op: str, device: str, backend: str, dtype: str, choice: Choice) -> list[Job]:
-    cases = benchmarks(device, op)
     passes = _passes(PASSES, choice, [p for p in PASSES if p != BACKWARD])
     if op == "attention_with_kv_cache":  # it has no gradients
         passes = [p for p in passes if p == FORWARD]
-    return _jobs(measure, cases, passes, backend, dtype, choice)
+    return _jobs(measure, benchmarks(device, op), passes, backend, dtype, choice, _peers(op, device, passes))
+
+
+def _peers(op: str, device: str, passes: Sequence[str]) -> tuple[str, ...]:
+    """Names. The usual way goes by "eager" even where it has a name of its own; a model's peers are those of any other."""
+    if op == MODEL:
+        return tuple(name for p in passes for name in model_peers(MODEL_CASES[device][0], device, p))
+    return tuple(name for p in passes for name in (*peers(op, device, p), "eager"))
 
 
 def _models(op: str, device: str, backend: str, dtype: str, choice: Choice) -> list[Job]:
-    return _jobs(measure_model, MODEL_CASES[device], _passes(MODEL_PASSES, choice, list(MODEL_PASSES)), backend, dtype, choice)
+    passes = _passes(MODEL_PASSES, choice, list(MODEL_PASSES))
+    return _jobs(measure_model, MODEL_CASES[device], passes, backend, dtype, choice, _peers(op, device, passes))
 
 
-def _jobs(measure: Callable, cases: Sequence, passes: list[str], backend: str, dtype: str, choice: Choice) -> list[Job]:
+def _jobs(
+    measure: Callable, cases: Sequence, passes: list[str], backend: str, dtype: str, choice: Choice, theirs: tuple[str, ...]
+) -> list[Job]:
     def job(case) -> Job:
         kind = getattr(torch, dtype)
-        return Job(str(case), dtype, backend, len(passes), lambda settings: measure(case, kind, backend, tuple(passes), settings))
+        return Job(str(case), dtype, backend, len(passes), theirs, lambda settings: measure(case, kind, backend, tuple(passes), settings))
 
     named = [case for case in cases if case.name == choice.case]
     chosen = named or [case for case in cases if choice.case in case.name]
@@ -112,7 +133,8 @@ def _growth(op: str, device: str, backend: str, dtype: str, choice: Choice) -> l
 
     def job(one: Series, size: int) -> Job:
         kind = getattr(torch, dtype)
-        return Job(f"{one} {one.letter} {size}", dtype, backend, 1, lambda settings: one.measure(size, kind, backend, settings))
+        theirs = tuple(name for name in _peers(op, device, [one.measured]) if name not in one.but)
+        return Job(f"{one} {one.letter} {size}", dtype, backend, 1, theirs, lambda settings: one.measure(size, kind, backend, settings))
 
     fitting = [one for one in found if device == "cpu" or one.letter != THREADS]
     points = [(one, size) for one in fitting for size in (one.sizes[:3] if choice.quick else one.sizes)]

@@ -155,21 +155,23 @@ def _time(row: Row, case: ModelCase, weights: dict[str, Tensor], settings: Setti
     ours, reason = our_call(case, row.measured, weights, tokens)
     row.left_out |= {"ours in a CUDA graph": reason} if reason else {}
     prepare = _training_call if row.measured == TRAINING else _decoding_call
-    makers = {name: functools.partial(prepare, make, weights, tokens) for name, make in _peers(case, row.measured, settings).items()}
+    theirs = model_peers(case, settings.device, row.measured, settings.peers)
+    makers = {name: functools.partial(prepare, make, weights, tokens) for name, make in theirs.items()}
     contest(row, ours, makers, settings, warm=row.flops < SHORT)
 
 
-def _peers(case: ModelCase, measured: str, settings: Settings) -> dict[str, Callable[[], nn.Module]]:
+def model_peers(case: ModelCase, device: str, measured: str, wanted: list[str] | None = None) -> dict[str, Callable[[], nn.Module]]:
+    """What makes each peer of a model, by name; `wanted`: only these."""
     makers: dict[str, Callable[[], nn.Module]] = {}
     if measured == TRAINING:
         makers |= {"eager": lambda: reference.Model(case.config), "compiled": lambda: _compiled(reference.Model(case.config))}
     if find_spec("transformers"):
         theirs = functools.partial(_Transformers, case.config)
-        mode = "reduce-overhead" if measured == DECODING and settings.device == "cuda" else "default"
+        mode = "reduce-overhead" if measured == DECODING and device == "cuda" else "default"
         makers |= {"transformers": theirs, "hf-compiled": lambda: _compiled(theirs(), mode)}
-        if settings.device == "cuda" and find_spec("liger_kernel") and measured == TRAINING:
+        if device == "cuda" and find_spec("liger_kernel") and measured == TRAINING:
             makers["liger"] = lambda: _Transformers(case.config, liger=True)
-    return {name: make for name, make in makers.items() if settings.peers is None or name in settings.peers}
+    return {name: make for name, make in makers.items() if wanted is None or name in wanted}
 
 
 def _proof(case: ModelCase, weights: dict[str, Tensor], dtype: torch.dtype, backend: str, settings: Settings) -> list[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import platform
 import subprocess
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -22,6 +24,8 @@ ALL_PASSES = (*PASSES, *MODEL_PASSES)
 MEMORY, MATRIX = "memory", "matrix"
 OURS = "ours"
 """The contestant that is no peer."""
+PACKAGES = ("transformers", "liger-kernel", "triton")
+"""Whose versions are written down beside torch's, where they are installed."""
 
 
 class ResultsError(ValueError):
@@ -73,6 +77,16 @@ class Row:
         case = self.case.removeprefix("bench").removeprefix("-")
         return f"{'decoding' if self.op == 'attention_with_kv_cache' else self.op} {case}".strip()
 
+    def judge(self) -> None:
+        """What follows from the medians and from the roofs' rates: the limiting roof, our share of it, the best peer."""
+        self.limited_by, self.least_ms = MEMORY, self.bytes / self.copy_gb_per_s / 1e6
+        arithmetic_ms = self.flops / self.matrix_gflop_per_s / 1e6 if self.matrix_gflop_per_s else 0.0
+        if arithmetic_ms > self.least_ms:
+            self.limited_by, self.least_ms = MATRIX, arithmetic_ms
+        self.of_roof = self.least_ms / self.ours.median
+        self.best_peer = min(self.peers, key=lambda name: self.peers[name].median, default=None)
+        self.vs_best_peer = self.peers[self.best_peer].median / self.ours.median if self.peers else None
+
     @classmethod
     def read(cls, record: dict) -> Row:
         row = cls(**record)
@@ -96,6 +110,7 @@ class Row:
         right["wrong"] = isinstance(self.wrong, list) and all(isinstance(text, str) for text in self.wrong)
         right["best_peer"] = self.best_peer is None or isinstance(self.best_peer, str)
         right["peak_mb"] = isinstance(self.peak_mb, dict) and all(isinstance(mb, (int, float)) for mb in self.peak_mb.values())
+        right["host_us"] = isinstance(self.host_us, dict) and (not self.host_us or isinstance(self.host_us.get(OURS), (int, float)))
         right["size"] = isinstance(self.size, int) and (self.size > 0 or not self.series)
         if self.ours or not self.wrong:
             right |= {name: positive(getattr(self, name)) for name in ("bytes", "copy_gb_per_s", "of_roof")}
@@ -103,7 +118,6 @@ class Row:
             right["ours"] = self.ours is not None and timed(self.ours)
             right["peers"] = all(map(timed, self.peers.values()))
             right["roof_samples"] = bool(self.roof_samples) and all(map(positive, self.roof_samples))
-            right["host_us"] = not self.host_us or (OURS in self.host_us and isinstance(self.host_us[OURS], (int, float)))
         for name, fits in right.items():
             if not fits:
                 raise ValueError(f"{self.op} {self.case}: {name} is {getattr(self, name)!r:.100}")
@@ -187,7 +201,16 @@ def machine(device: str) -> dict:
         "fastprimer": fastprimer.__version__,
         "commit": _commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        **_versions(),
     }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def _processor() -> str:

@@ -9,6 +9,7 @@ import numpy as np
 from rich.text import Text
 
 from fastprimer.benchmark.rows import MATRIX, OURS, Row
+from fastprimer.benchmark.timing import FEWEST_JUDGED
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "forward": "fwd", "backward": "bwd", "forward+backward": "both"}
 SHORT |= {"training": "step", "decoding": "tok"}
@@ -34,11 +35,12 @@ def live_line(row: Row, with_backend: bool) -> Text:
     head = [name, SHORT.get(row.dtype, row.dtype), SHORT[row.measured]]
     if row.wrong:
         return line([*head, "WRONG", "", "not timed", "", ""], "bold red")
-    spread = f"{max(row.ours.high - row.ours.median, row.ours.median - row.ours.low) / row.ours.median:.0%}"
+    spread = max(row.ours.high - row.ours.median, row.ours.median - row.ours.low) / row.ours.median
+    shown = f"{spread:.0%}" if len(row.ours.samples) >= FEWEST_JUDGED else ""
     ratio = "" if row.vs_best_peer is None else f"{row.vs_best_peer:.2f}x"
     style = "red" if row.vs_best_peer is not None and row.vs_best_peer < 0.95 else ""
     roof = f"{row.of_roof:.0%} {'F' if row.limited_by == MATRIX else 'B'}"
-    return line([*head, f"{row.ours.median:.2f}", spread, row.best_peer or "-", ratio, roof], style)
+    return line([*head, f"{row.ours.median:.2f}", shown, row.best_peer or "-", ratio, roof], style)
 
 
 def summary(rows: list[Row]) -> str:
@@ -52,7 +54,7 @@ def summary(rows: list[Row]) -> str:
             parts.append(f"F: for {dtype} a matrix product at {rate:.0f} GFLOP/s")
         found = ratios(rows)
         if found:
-            parts.append(f"ours / best peer: geometric mean {found.mean:.2f}x, least {found.least:.2f}x")
+            parts.append(f"best peer / ours: geometric mean {found.mean:.2f}x, least {found.least:.2f}x")
     return "\n".join(parts)
 
 
@@ -127,7 +129,8 @@ def markdown(rows: list[Row]) -> str:
             others = sorted((timing.median / row.ours.median, name) for name, timing in row.peers.items())
             against = ", ".join(f"{name} {ratio:.2f}x" for ratio, name in others)
             cells = [f"{row.ours.median:.{3 if on_gpu else 2}f}", against, f"{row.of_roof:.0%} of {row.limited_by}"]
-            cells += [*((_rate(row), f"{row.host_us[OURS]:.0f}") if on_gpu else ()), *_memory(row)]
+            issued = f"{row.host_us[OURS]:.0f}" if row.host_us else ""
+            cells += [*((_rate(row), issued) if on_gpu else ()), *_memory(row)]
         lines.append(f"| {' | '.join(head + cells)} |")
     return "\n".join(lines)
 

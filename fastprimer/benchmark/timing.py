@@ -27,6 +27,8 @@ MODEL_PASSES = TRAINING, DECODING = "training", "decoding"
 CONFIDENCE = 0.95
 PATIENCE_MS, FEWEST = 20_000, 3
 """A contestant that has taken this long altogether, in at least so many measurements, is measured no more."""
+FEWEST_JUDGED = 3
+"""With fewer measurements nothing tells how much they vary."""
 WARM_MS = 10
 """Calls of its own for so long go before one that is timed warm: a steady state takes more than one of them."""
 
