@@ -95,8 +95,11 @@ if asked train; then
 fi
 if asked models; then # training steps against the peers that matter, and tokens against the roof
   bench="$python -m fastprimer.cli bench --op model --dtype bfloat16 --rounds 7"
-  part "a dense model's step" $bench --case llama-1b --pass training --peers hf-compiled,liger --out "$results/$device-llama-1b.json"
-  part "a model of experts' step" $bench --case mixtral-8x160m --pass training --peers transformers --out "$results/$device-mixtral.json"
+  theirs() { $python -c "import transformers" 2>/dev/null && echo "$1" || echo none; }
+  part "a dense model's step" $bench --case llama-1b --pass training --peers "$(theirs hf-compiled,liger)" \
+    --out "$results/$device-llama-1b.json"
+  part "a model of experts' step" $bench --case mixtral-8x160m --pass training --peers "$(theirs transformers)" \
+    --out "$results/$device-mixtral.json"
   part "tokens" $bench --case llama-1b --pass decoding --peers none --out "$results/$device-llama-1b-tokens.json"
   part "tokens alone" $bench --case llama-1b-alone --pass decoding --peers none --out "$results/$device-llama-1b-alone-tokens.json"
 fi
