@@ -89,7 +89,7 @@ Inputs inputs_of(const Tensor& q, const Tensor& k, const Tensor& v, const std::o
                 .left = limit_of(left),
                 .right = limit_of(right),
                 .scale = scale,
-                .softcap = softcap.value_or(0.0),
+                .softcap = softcap_of(softcap),
                 .dtype = dtype_of(q)};
   return in;
 }

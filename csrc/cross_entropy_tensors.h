@@ -6,7 +6,7 @@
 namespace fastprimer {
 
 inline LossOptions options_of(int64_t ignore_index, double label_smoothing, double z_loss, std::optional<double> softcap) {
-  return {.ignore_index = ignore_index, .label_smoothing = label_smoothing, .z_loss = z_loss, .softcap = softcap.value_or(0)};
+  return {.ignore_index = ignore_index, .label_smoothing = label_smoothing, .z_loss = z_loss, .softcap = softcap_of(softcap)};
 }
 
 // The targets of N tokens as int64.

@@ -87,7 +87,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q_, const Tensor& k_cache, cons
                    .left = limit_of(left),
                    .right = limit_of(right),
                    .scale = scale,
-                   .softcap = softcap.value_or(0.0),
+                   .softcap = softcap_of(softcap),
                    .dtype = dtype_of(q),
                    .o = o.mutable_data_ptr(),
                    .lse = static_cast<float*>(lse.mutable_data_ptr()),

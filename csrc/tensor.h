@@ -223,6 +223,12 @@ struct On<Cuda> {
 };
 #endif
 
+// 0: none.
+inline double softcap_of(std::optional<double> softcap) {
+  STD_TORCH_CHECK(!softcap || *softcap > 0, "fastprimer: softcap: expected a number > 0 or None");
+  return softcap.value_or(0.0);
+}
+
 }  // namespace fastprimer
 
 // Registers a binding, written once as a template on its device, for every dispatch key that this library serves:

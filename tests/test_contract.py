@@ -123,6 +123,7 @@ def test_operators_check_what_they_are_given():
         lambda: backward(x[:1], None, x, None, rstd, 0.0, True),
         lambda: backward(x, x.half(), x, None, rstd, 0.0, True),
         lambda: backward(x, None, x, None, rstd[:1], 0.0, True),
+        lambda: torch.ops.fastprimer.cross_entropy_forward(x, torch.zeros(2, dtype=torch.int64), -100, 0.0, 0.0, -1.0),
     ):
         with pytest.raises(RuntimeError, match="fastprimer: .*: expected"):
             call()

@@ -56,6 +56,15 @@ def test_attention_with_and_without_the_products_of_torch(limit, library, dtype)
     assert not wrong
 
 
+def test_the_products_of_torch_are_left_where_mkldnn_is_switched_off():
+    """Torch looks at the switch in every call: its bfloat16 product then throws, and that of float32 is another."""
+    device_or_skip("attention", "cpu")
+    with products_of_torch(True):
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert not torch.ops.fastprimer.allow_brgemm(True)
+        assert torch.ops.fastprimer.allow_brgemm(True)
+
+
 def spoil(t, index):
     t = t.detach().clone()
     t[index] = torch.nan

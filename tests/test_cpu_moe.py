@@ -110,6 +110,17 @@ def test_nan_reaches_only_what_it_has_a_part_in(spoiled, N, dtype):
     assert any(t.isnan().any() for t in got)
 
 
+def test_an_infinity_is_one_among_many_tokens_too():
+    """F no multiple of a tile's rows: there are rows of weights that are zero, and 0 times infinity is NaN."""
+    device_or_skip("moe", "cpu")
+    x, gate_up, down = torch.rand(40, 16), torch.rand(3, 10, 16), torch.rand(3, 16, 5)
+    x[0, 0] = torch.inf
+    weights, experts = torch.rand(40, 2), torch.tensor([0, 2]).expand(40, 2)
+    with fp.use_backend("cpu"):
+        many, alone = fp.moe(x, gate_up, down, weights, experts), fp.moe(x[:1], gate_up, down, weights[:1], experts[:1])
+    assert torch.equal(many[:1], alone) and alone.isinf().all() and many[1:].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name)
 def test_weights_of_sigmoids_that_vanish(dtype):
     """Around where a sum of sigmoids stops being a normal number, and far below: then their logarithms must do."""

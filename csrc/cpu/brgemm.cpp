@@ -50,8 +50,17 @@ uint16_t bfloat16_bits(float v) {
   return static_cast<uint16_t>(bits >> 16);
 }
 
+void* libtorch() { return dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD); }
+
+// torch.backends.mkldnn.flags: where they are off, the product of bfloat16 throws, and that of float32 is another one.
+bool mkldnn_enabled() {
+  static const auto context = look_up<const void* (*)()>(libtorch(), "_ZN2at13globalContextEv");
+  static const auto enabled = look_up<bool (*)(const void*)>(libtorch(), "_ZNK2at7Context17userEnabledMkldnnEv");
+  return context == nullptr || enabled == nullptr || enabled(context());
+}
+
 Brgemm look() {
-  void* torch_cpu = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+  void* torch_cpu = libtorch();
   const auto float32 = look_up<SmallProduct>(torch_cpu, "_ZN2at6native7cpublas6brgemmEllllllbPKfS3_Pfb");
   const auto bfloat16 = look_up<SmallProduct>(torch_cpu, "_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb");
   const auto release = look_up<void (*)(bool)>(torch_cpu, "_ZN2at6native7cpublas14brgemm_releaseEb");
@@ -67,8 +76,9 @@ Brgemm look() {
 }  // namespace
 
 Brgemm brgemm() {
+  if (!allowed || !mkldnn_enabled()) return {};
   static const Brgemm found = look();
-  return allowed ? found : Brgemm{};
+  return found;
 }
 
 bool force_bfloat16_tiles(bool force) { return forced = force; }

@@ -16,6 +16,7 @@ Shift* shift_of(const LinearCrossEntropyProblem& p, Shift* shift, int64_t token,
 // An ignored token's.
 inline void keep_nothing(const LinearCrossEntropyForward& args, int64_t token) {
   const LinearCrossEntropyProblem& p = args.problem;
+  if (p.columns == 0) return;  // and there is no memory
   const int64_t bytes = p.columns * kept_bytes(p);
   __builtin_memset(static_cast<char*>(args.kept) + token * bytes, 0, bytes);
   if (p.in_16_bits) __builtin_memset(shift_of(p, args.shift, token, 0), 0, kept_blocks(p.columns) * sizeof(float));

@@ -80,6 +80,8 @@ class ForwardBlock {
       for (int64_t r = 0; r < n; r++) ask_for_hidden<T>(x_.args.hidden, x_.plan.pair(e, i0 + r), p_.F, f, features);
       project(e, f, features, padded, a_.data(), p_.F + f);
       project(e, p_.F + f, features, padded, b_.data(), f + features);
+      clear_rows_of_no_feature(a_.data(), features);
+      clear_rows_of_no_feature(b_.data(), features);
       activate(round_up(features, STEP), padded, x_.u_of(e, i0) + f * padded);
       write_hidden(e, i0, n, f, features);
     }
@@ -90,6 +92,11 @@ class ForwardBlock {
     const auto& w = gate_up_(x_.plan.template gate_up<T>(e, row), p_.stride_gate_up_row, features, p_.C);
     if (next < 2 * p_.F) ask_for_rows(x_.plan.template gate_up<T>(e, next), p_.stride_gate_up_row, features, p_.C);
     x_.multiply(w.M, padded, w.K, w.data, w.ld, x_transposed_.data(), x_.rows, to, x_.rows, false);
+  }
+
+  // Their weights are zero, which times an infinite x is NaN.
+  void clear_rows_of_no_feature(float* half, int64_t features) const {
+    __builtin_memset(half + features * x_.rows, 0, (round_up(features, STEP) - features) * x_.rows * sizeof(float));
   }
 
   // a and b, rounded as they are saved, and u as the right factor of the product with down.
