@@ -77,6 +77,7 @@ def test_the_library_is_built_for_every_target_unless_told_otherwise():
     assert tuple(f"sm_{number}" for number in re.search(r'_ARCHITECTURES "(.*?)"', recipe)[1].split(";")) == TARGETS
 
 
+@pytest.mark.slow
 def test_planted_faults_are_caught(tmp_path):
     source = tmp_path / "planted.cu"
     source.write_text(PLANTED)

@@ -56,6 +56,7 @@ def test_the_table_counts_instructions():
     assert re.fullmatch(r"\| attention_with_kv_cache_kernel \| decoding .* \| \d+ / \S+ / .*HMMA.* \| \d+ / \S+ / .*MFMA.* \|", line)
 
 
+@pytest.mark.slow
 def test_planted_spilling_tile_is_caught(tmp_path):
     planted = mutated(rms_norm, "Limits(4096, 8192)", "Limits(4096, 65536)", tmp_path)
     found = faults(cases.rms_norm_backward(cases.FLOAT32, 4096, 65536, True, kernels=planted))

@@ -151,6 +151,7 @@ def test_backends_lists_every_cell():
         assert table["rms_norm"]["triton"] == "this torch sees no CUDA device"
 
 
+@pytest.mark.slow
 def test_the_variable_chooses_and_is_checked():
     ask = "import torch, fastprimer as fp; print(fp.explain('rms_norm', torch.randn(2, 8)).backend)"
     assert python(ask, FASTPRIMER_BACKEND="reference").stdout.strip() == "reference"

@@ -86,6 +86,7 @@ def test_global_hooks_are_called_of_packed_layers():
 
 
 @pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.slow
 def test_a_plain_head_forms_no_logits(compiled):
     model = fp.Model(SMALL)
     expected = plain_loss(model)
