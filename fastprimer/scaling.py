@@ -45,8 +45,6 @@ RUNS_FILE = "runs.json"
 RECIPE = 2
 """Of a run, raised whenever the same plan would end with another loss: runs of two recipes make no law. 2: the average of the weights is
 shorter at first."""
-
-
 OF_A_SWEEP = ("text", "widths", "ratios", "seed", "out", "resume", "threads", "draws")
 """Options without a meaning for a budget."""
 
@@ -276,8 +274,8 @@ def _sweep(args: argparse.Namespace, console: Console) -> int:
     except OSError as error:
         raise ScalingError(f"argument --text: expected a file, got {args.text}: {error.strerror}") from None
     plans = [Plan(width, ratio, args.seed) for width in args.widths for ratio in args.ratios]
-    about = {"text": str(args.text or "Python's standard library"), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    about["recipe"] = RECIPE
+    text = str(args.text or "Python's standard library")
+    about = {"text": text, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "recipe": RECIPE}
     runs = _read(args.out / RUNS_FILE, about) if args.resume else []
     if not args.resume and (args.out / RUNS_FILE).exists():
         console.print(f"starting anew: {args.out / RUNS_FILE} will be replaced (--resume keeps its runs)", markup=False, soft_wrap=True)

@@ -58,8 +58,7 @@ def show(runs: list, args: argparse.Namespace, console: Console) -> None:
         try:
             rows = [recommended("measured here", law, *law.for_flops(C), args.tflops) for C in budgets]
         except (OverflowError, ZeroDivisionError):
-            reason = "the law that was fitted is beyond the range of floating-point numbers: noise"
-            law = None
+            law, reason = None, "what fits these runs is beyond the range of floating-point numbers: noise"
     if law:
         published = [recommended(name, one, *one.for_flops(budgets[1]), args.tflops) for name, one in PUBLISHED.items()]
         rows += [row | {"loss": None} for row in published]  # theirs is of another text and other tokens

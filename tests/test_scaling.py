@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from fastprimer import cli, scaling
+from fastprimer import cli, scaling, scaling_report
 from fastprimer.model import Model
 from fastprimer.scaling import LENGTH, Plan, Run, ScalingError, Text, shape
 from fastprimer.scaling_law import PUBLISHED, FitError, Law, fit, intervals
@@ -152,6 +152,14 @@ def test_a_sweep_finds_the_law_and_goes_on_where_it_stopped(by_law, command, cap
     assert "no law was fitted: expected at least 6 runs" in capsys.readouterr().out
     assert command("--widths", "16", "--ratios", "5") == 0 and len(by_law) == 18
     assert "starting anew" in capsys.readouterr().out and len(json.loads((tmp_path / "out/runs.json").read_text())["runs"]) == 1
+
+
+def test_a_law_beyond_all_numbers_is_none(by_law, command, capsys, monkeypatch):
+    """And the runs, which took the time, are shown."""
+    monkeypatch.setattr(scaling_report, "fit", lambda *_: Law(E=1.0, A=1e300, B=1e-300, alpha=1e-3, beta=1e-3))
+    assert command() == 0
+    said = capsys.readouterr().out
+    assert "no law was fitted: what fits these runs is beyond the range of floating-point numbers" in said and "held-out loss" in said
 
 
 def test_a_plot_is_drawn_where_there_is_matplotlib(by_law, command, tmp_path):
