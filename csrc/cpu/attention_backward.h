@@ -135,10 +135,9 @@ class Sweep {
 
   void meet(const QueryTile& tile, int64_t sweep, int64_t block, const Patch& patch) const {
     const Range keys = patch.keys, rows = patch.rows;
-    const int64_t n = keys.size(), m = rows.size(), ld = ROWS<Tile>, ld_block = x_.plan.block_width(tile.sequence.batch, block);
-    const int64_t block_at = x_.plan.padded_key(tile.sequence.batch, tile.kv_head, block), at = block_at + keys.begin - block;
-    const int64_t sum_at = x_.padded_key(sweep, tile.sequence.batch, tile.kv_head, keys.begin),
-                  columns = column_of_right_factor<Tile>(rows.begin);
+    const int64_t b = tile.sequence.batch, n = keys.size(), m = rows.size(), ld = ROWS<Tile>, ld_block = x_.plan.block_width(b, block);
+    const int64_t block_at = x_.plan.padded_key(b, tile.kv_head, block), at = block_at + keys.begin - block;
+    const int64_t sum_at = x_.padded_key(sweep, b, tile.kv_head, keys.begin), columns = column_of_right_factor<Tile>(rows.begin);
     const Tile *k = x_.k.data() + at * x_.width.ld, *v = x_.v.data() + at * x_.width_v.ld;
     const Tile* k_transposed = x_.k_transposed.data() + block_at * x_.width.ld + keys.begin - block;
     float *dk = x_.dk.data() + sum_at * x_.width.ld, *dv = x_.dv.data() + sum_at * x_.width_v.ld;

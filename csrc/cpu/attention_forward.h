@@ -111,8 +111,8 @@ class Attend {
  private:
   void meet(const QueryTile& tile, int64_t block, const Patch& patch) const {
     const Range rows = patch.rows, keys = patch.keys;
-    const int64_t n = keys.size(), ld = x_.plan.block_width(tile.sequence.batch, block),
-                  at = x_.plan.padded_key(tile.sequence.batch, tile.kv_head, block);
+    const int64_t b = tile.sequence.batch, n = keys.size();
+    const int64_t ld = x_.plan.block_width(b, block), at = x_.plan.padded_key(b, tile.kv_head, block);
     const Tile* k = x_.k.data() + at * x_.width.ld + column_of_right_factor<Tile>(keys.begin - block);
     const Tile* v = x_.v.data() + (at + keys.begin - block) * x_.width_v.ld;
     const Tile* q = q_.data() + rows.begin * x_.width.ld;
