@@ -42,6 +42,7 @@ ATTENTION = [
     attention_case("no-scale", (1, 140, 2, 32), (1, 140, 1, 32), scale=0.0, causal=True),
     attention_case("short", (3, 13, 6, 40), (3, 16, 2, 40), Dv=24, window=(5, 2), softcap=2.0, sinks=True),
     attention_case("short-causal", (3, 16, 8, 128), (3, 16, 1, 128), causal=True, scale=-0.1),
+    attention_case("short-and-many", (101, 3, 4, 8), (101, 5, 2, 8), causal=True),
     attention_case("no-sequences", (0, 3, 2, 16), (0, 3, 1, 16), sinks=True),
 ]
 """Several blocks of keys and tiles of queries, and what only this kernel takes."""
@@ -267,6 +268,7 @@ CASES_FOR_THREADS = [
     swiglu_case("threads", 37, 20011),
     swiglu_case("threads-packed", 513, 300, layout="packed", activation="gpt_oss"),
     *ATTENTION[:4],
+    *(case for case in ATTENTION if case.name == "short-and-many"),
 ]
 
 

@@ -22,8 +22,11 @@ LARGE = [
     loss_case("linear_cross_entropy", "several-columns", 140, 530, 530, ignored=(139,), memory_budget=0, reduction="none"),
     loss_case("linear_cross_entropy", "x-as-it-lies", 160, 300, 64, memory_budget=160 * 4 * 256, reduction="none"),
     loss_case("linear_cross_entropy", "many-tokens", 2100, 650, 16, memory_budget=2100 * 4 * 256, reduction="none", z_loss=0.01),
+    loss_case("linear_cross_entropy", "few-words", 700, 200, 24, ignored=range(0, 700, 9), bias=True, reduction="none", **EVERY),
+    loss_case("linear_cross_entropy", "one-tile", 1290, 35, 64, reduction="none"),
 ]
-"""Beyond pieces of a row, a range of the vocabulary, the 256 columns of a block, and the numbers that make a range short."""
+"""Beyond pieces of a row, a range of the vocabulary, the 256 columns of a block, the numbers that make a range short, and tokens that are
+one stretch."""
 
 SMALL = [c for c in CASES if c.op in ("cross_entropy", "linear_cross_entropy") and not c.bench]
 FUSED = [c for c in SMALL if c.op == "linear_cross_entropy"]
@@ -84,6 +87,18 @@ def test_nan_in_an_ignored_token_reaches_nothing(budget, dtype):
         loss = fp.cross_entropy(logits, torch.tensor([1, -100, 2]), reduction="none")
     (dlogits,) = torch.autograd.grad(loss.sum(), logits)
     assert loss.isfinite().all() and dlogits.isfinite().all() and not dlogits[1].any()
+
+
+@pytest.mark.parametrize("N, V", [(9, 300), (700, 40)])
+def test_a_gradient_is_the_same_without_the_other(N, V):
+    device_or_skip("linear_cross_entropy", "cpu")
+    x, weight, target = inputs(N, 20, V)
+    _, *both = results(x, weight, target)
+    for i, (one, other) in enumerate([(x, weight), (weight, x)]):
+        leaf = one.clone().requires_grad_()
+        with use_backend("cpu"):
+            loss = fp.linear_cross_entropy(*((leaf, other) if i == 0 else (other, leaf)), target, reduction="sum")
+        assert torch.equal(torch.autograd.grad(loss, leaf)[0], both[i])
 
 
 def test_nan_in_a_token_that_counts_stays_visible():

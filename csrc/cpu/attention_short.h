@@ -229,7 +229,7 @@ class Backward {
 
 template <class Worker, class Args>
 Error run(const Context<Args>& context) {
-  return context.ready() ? run_tasks<Worker>(context.plan.p.B * context.plan.p.Hk, context) : OUT_OF_MEMORY;
+  return context.ready() ? run_short_tasks<Worker>(context.plan.p.B * context.plan.p.Hk, context) : OUT_OF_MEMORY;
 }
 
 template <class T>

@@ -10,13 +10,15 @@ namespace fastprimer {
 inline namespace FASTPRIMER_ISA {
 namespace surprise {
 
-constexpr int64_t PARTS = 32;  // of the vocabulary, at most: 24 bytes of each are kept for each token
+constexpr int64_t PARTS = 32;    // of the vocabulary, at most: 24 bytes of each are kept for each token
+constexpr int64_t WRITTEN = 64;  // numbers that take as long as the logarithm and the exponential of a token's outputs
 
 template <class T, class Tile>
 struct ForwardContext {
   const LinearCrossEntropyForward& args;
   const Tokens<T, Tile> tokens;
   const int64_t tiles, parts;
+  const Stretches stretches;
   const Buffer<Statistics<float>> statistics;  // (parts, tokens)
   const Buffer<float> z_target;                // of each token
 
@@ -25,6 +27,7 @@ struct ForwardContext {
         tokens(a.problem),
         tiles(pieces(a.problem.V, COLUMNS)),
         parts(smaller(PARTS, tiles)),
+        stretches(parts, tokens.count()),
         statistics(parts * tokens.count()),
         z_target(tokens.count()) {}
   bool ready() const { return tokens.ready() && statistics.data() && z_target.data(); }
@@ -36,13 +39,15 @@ class ForwardPart {
   explicit ForwardPart(const ForwardContext<T, Tile>& context) : x_(context), tiles_(context.tokens) {}
   bool ready() const { return tiles_.ready(); }
 
-  void operator()(int64_t part) {
-    const int64_t begin = part * x_.tiles / x_.parts, end = (part + 1) * x_.tiles / x_.parts, count = x_.tokens.count();
+  void operator()(int64_t task) {
+    const int64_t part = task / x_.stretches.size(), stretch = task % x_.stretches.size(), count = x_.tokens.count();
+    const int64_t begin = part * x_.tiles / x_.parts, end = (part + 1) * x_.tiles / x_.parts;
+    const int64_t from = x_.stretches.begin(stretch), to = x_.stretches.end(stretch, count);
     Statistics<float>* statistics = x_.statistics.data() + part * count;
-    for (int64_t i = 0; i < count; i++) statistics[i] = Statistics<float>(begin * COLUMNS);
+    for (int64_t i = from; i < to; i++) statistics[i] = Statistics<float>(begin * COLUMNS);
     for (int64_t tile = begin; tile < end; tile++) {
       tiles_.choose(tile * COLUMNS, true);
-      for (int64_t i = 0; i < count; i += ROWS) see(i, smaller(ROWS, count - i), statistics + i);
+      for (int64_t i = from; i < to; i += ROWS) see(i, smaller(ROWS, to - i), statistics + i);
     }
   }
 
@@ -96,8 +101,8 @@ Error forward(const LinearCrossEntropyForward& args) {
     keep_nothing(args, n);
   }
   if (count == 0) return nullptr;
-  if (const Error error = run_tasks<ForwardPart<T, Tile>>(context.parts, context)) return error;
-  parallel_for(count, GRAIN / context.parts, [&](int64_t i) {
+  if (const Error error = run_tasks<ForwardPart<T, Tile>>(context.parts * context.stretches.size(), context)) return error;
+  parallel_for(count, GRAIN / (context.parts + WRITTEN), [&](int64_t i) {
     Statistics<float> all = context.statistics[i];
     for (int64_t part = 1; part < context.parts; part++) all.add(context.statistics[part * count + i]);
     write(args.outputs, context.tokens[i], all, context.z_target[i], p.V, p.options);

@@ -89,5 +89,39 @@ Error run_tasks(int64_t n, const Context& context) {
   return queue.next < n ? OUT_OF_MEMORY : nullptr;
 }
 
+// The same for many short tasks that take about as long: each thread begins with a stretch of its own, the one whose numbers the operations
+// before and after give to it as well, and goes on with what is left of the others'. They are taken by lots: to ask another core for the
+// number of each task takes as long as some of them.
+template <class Worker, class Context>
+Error run_short_tasks(int64_t n, const Context& context) {
+  struct Lots {
+    const Context& context;
+    const int64_t n, count;
+    uint64_t taken;  // a bit for each
+
+    bool take(int64_t lot) {
+      const uint64_t bit = uint64_t(1) << lot;
+      return !(__atomic_load_n(&taken, __ATOMIC_RELAXED) & bit) && !(__atomic_fetch_or(&taken, bit, __ATOMIC_RELAXED) & bit);
+    }
+  } lots{context, n, smaller(n, 64), 0};
+  parallel_ranges(
+      lots.count, 1,
+      [](void* shared, int64_t begin, int64_t) {
+        Lots& lots = *static_cast<Lots*>(shared);
+        Worker worker(lots.context);
+        if (!worker.ready()) return;
+        for (int64_t turn = 0; turn < lots.count; turn++) {
+          const int64_t lot = (begin + turn) % lots.count;
+          if (!lots.take(lot)) continue;
+          for (int64_t i = lot * lots.n / lots.count; i < (lot + 1) * lots.n / lots.count; i++) worker(i);
+        }
+        finish_stores();
+      },
+      &lots);
+  for (int64_t lot = 0; lot < lots.count; lot++)
+    if (lots.take(lot)) return OUT_OF_MEMORY;
+  return nullptr;
+}
+
 }  // namespace FASTPRIMER_ISA
 }  // namespace fastprimer
