@@ -1,7 +1,9 @@
 """`fastprimer bench` beyond single operations: whole models, cost over size, memory. What it says is tested, not how fast it is."""
 
+import ctypes
 import itertools
 import json
+import platform
 import re
 import subprocess
 import sys
@@ -148,6 +150,26 @@ def test_memory_of_a_call_by_a_thread_that_inherits_a_heap():
     assert json.loads(out) == pytest.approx([1 << 24] * 16, rel=0.05)
 
 
+EMPTIED_HEAP = """
+import ctypes, resource
+import torch
+from fastprimer.memory import keep_freed_memory, populate_kept_memory
+keep_freed_memory()
+ctypes.CDLL(None).malloc_trim(0)
+populate_kept_memory(1 << 27)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(1 << 23), torch.ones(1 << 23)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_kept_memory_is_mapped_before_anything_is_timed():
+    if not hasattr(ctypes.CDLL(None), "malloc_trim") or [int(n) for n in re.findall(r"\d+", platform.release())[:2]] < [5, 14]:
+        pytest.skip("needs glibc and madvise(MADV_POPULATE_WRITE)")
+    out = subprocess.run([sys.executable, "-c", EMPTIED_HEAP], capture_output=True, text=True, check=True).stdout
+    assert int(out) < 1000  # of 16384 pages
+
+
 @pytest.mark.parametrize(
     "flops, moved, warm, staged",
     [(10**8, 10**6, False, True), (10**8, 10**7, False, False), (10**10, 10**6, False, False), (0, 1, True, True)],
@@ -156,7 +178,7 @@ def test_memory_of_a_call_by_a_thread_that_inherits_a_heap():
 def test_short_arithmetic_calls_are_timed_after_10_ms_of_their_own(flops, moved, warm, staged, device, monkeypatch):
     timed = {}
 
-    def record(calls, *_):
+    def record(calls, *_, **__):
         timed.update(calls)
         return {name: [1.0] * 7 for name in calls}
 

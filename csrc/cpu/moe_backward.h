@@ -78,6 +78,10 @@ struct BackwardContext {
 
   // Where an expert's rows begin in the scratch memory of its group.
   int64_t begin(int64_t e) const { return plan.padded_begin(e) - plan.padded_begin(group.e0); }
+  // Padded rows of the chunk that begins with row i0.
+  int64_t chunk(int64_t e, int64_t i0) const { return smaller(CHUNK, plan.padded_rows(e) - i0); }
+  // dy of that chunk, (C, chunk): so few strides that the library, which generates a product for each, does not go on doing so for ever.
+  Tile* transposed(int64_t e, int64_t i0) const { return dy_transposed.data() + (begin(e) + i0) * width.ld; }
 };
 
 // A range of the hidden features, of all experts of a group.
@@ -112,7 +116,8 @@ class SortTokens {
     Tile* dy = x_.dy.data() + (begin + i0) * x_.width.ld;
     gather_tokens<T>(x_.args.dy, x_.args.stride_dy_row, plan, e, i0, n, padded, x_.width, dy);
     if (!x_.dexperts) return;
-    transpose_left(dy, padded, x_.width, x_.dy_transposed.data() + begin * x_.width.ld + i0, plan.padded_rows(e));
+    const int64_t i_chunk = i0 / CHUNK * CHUNK;
+    transpose_left(dy, padded, x_.width, x_.transposed(e, i_chunk) + i0 - i_chunk, x_.chunk(e, i_chunk));
     Tile* x = x_.x.data() + (begin + i0) * x_.width.ld;
     const auto token = [&](int64_t r) { return static_cast<const T*>(plan.p.x) + plan.token(e, i0 + r) * plan.p.stride_x_row; };
     gather_right_factor<T>(token, n, padded, x_.width, is_bfloat16<Tile> ? tokens_.data() : x, x);
@@ -199,16 +204,15 @@ class FeatureSlice {
 
   // The share of a chunk: the rows from i0 on, padded.
   void add_gradients(int64_t e, int64_t f, int64_t i0, int64_t padded, const Width<Tile>& width) const {
-    const int64_t begin = x_.begin(e);
-    const Tile* x = x_.x.data() + (begin + i0) * x_.width.ld;
-    const Tile* dy = x_.dy_transposed.data() + begin * x_.width.ld + i0;
+    const Tile* x = x_.x.data() + (x_.begin(e) + i0) * x_.width.ld;
     for (int64_t half = 0; half < 2; half++) {
       const Place sums = sums_of_gate_up(e, half, f, width);
       x_.multiply(width.ld, x_.width.used, padded, dhidden_transposed_.data() + half * width.ld * chunk_, chunk_, x, x_.width.ld, sums.data,
                   sums.ld, i0 > 0);
     }
     const Place sums = sums_of_down(e, f);
-    x_.multiply(round_up(p_.C, STEP), width.used, padded, dy, x_.plan.padded_rows(e), wu_.data(), width.ld, sums.data, sums.ld, i0 > 0);
+    x_.multiply(round_up(p_.C, STEP), width.used, padded, x_.transposed(e, i0), x_.chunk(e, i0), wu_.data(), width.ld, sums.data, sums.ld,
+                i0 > 0);
   }
 
   // Where products add up a gradient of weights: in the gradient itself if it is of float and they fill it exactly, else in a tile.

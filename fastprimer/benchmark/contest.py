@@ -20,6 +20,9 @@ SHORT, MANY = 10**9, 32
 timed right after others of its own, as in training, where its inputs have just been computed: after a copy of memory, a third of it
 would be cold caches, page tables, and threads that wake up. What is bound by memory is timed as it comes, with cold caches."""
 
+MOST_ROOM = 1 << 30
+"""Bytes that are mapped before anything is timed."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -46,7 +49,7 @@ def contest(row: Row, ours: Callable, makers: dict[str, Callable[[], Callable]],
     roof = roofs.roofs(settings.device, getattr(torch, row.dtype), torch.get_num_threads(), row.flops > 0)
     warm = settings.device == "cpu" and (warm or MANY * row.bytes <= row.flops < SHORT)
     timed = {name: after_others(call) for name, call in calls.items()} if warm else calls
-    times = interleaved(timed | roof.calls, settings.device, settings.rounds, settings.seed)
+    times = interleaved(timed | roof.calls, settings.device, settings.rounds, settings.seed, room=min(2 * row.bytes, MOST_ROOM))
     row.ours = Timing.of(times[OURS])
     row.peers = {name: Timing.of(times[name]) for name in calls if name != OURS}
     judge(row, roof, times)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastprimer.memory import extra_resident_bytes, few_collected
+from fastprimer.memory import extra_resident_bytes, few_collected, populate_kept_memory
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
 PASSES = (FORWARD, BACKWARD, BOTH)
@@ -114,13 +114,18 @@ def _upstream(outputs: list[torch.Tensor], seed: int) -> list[torch.Tensor]:
     return [torch.randn(o.shape, generator=generator, device=o.device, dtype=torch.float32).to(o.dtype) for o in outputs]
 
 
-def interleaved(calls: dict, device: str, rounds: int, seed: int, warm_up: int = 2) -> dict[object, list[float]]:
-    """Milliseconds of each call, one of each in every round in random order; Python's garbage is collected between rounds."""
+def interleaved(calls: dict, device: str, rounds: int, seed: int, warm_up: int = 2, room: int = 0) -> dict[object, list[float]]:
+    """Milliseconds of each call, one of each in every round in random order; Python's garbage is collected between rounds.
+
+    room: bytes that the C library has for them at the least, where it keeps freed memory.
+    """
     clock = _gpu_milliseconds if device == "cuda" else _cpu_milliseconds
     times: dict[object, list[float]] = {name: [] for name in calls}
     order = random.Random(seed)
     with few_collected():
         for i in range(rounds + warm_up):
+            if device == "cpu":
+                populate_kept_memory(room)
             with _no_garbage_collection():
                 for name in order.sample(list(calls), len(calls)):
                     if len(times[name]) >= FEWEST and sum(times[name]) > PATIENCE_MS:
