@@ -131,7 +131,7 @@ PLANTED = {
         "the scale has no gradient": ("routing.cpp", "(dr_[k] = weighting.scale * dweights[k])", "(dr_[k] = dweights[k])"),
         "only the chosen have a gradient": ("routing.cpp", "from_wide<T>(-scores_[e] * mean)", "from_wide<T>(0.0)"),
         "rows past the caches are not written": ("routing.cpp", "if (!past_cache_) return;", "return;"),
-        "a sigmoid without its slope": ("routing.cpp", "slopes[k] = chosen[k] >= 0 ? small : large;", ""),
+        "a sigmoid without its slope": ("routing.cpp", "slopes[i] = chosen[i] >= 0 ? small : large;", ""),
         "the last group never looked at": (
             "routing.cpp",
             "for (int64_t g = 0; g < a_.groups; g++) {\n      choose",

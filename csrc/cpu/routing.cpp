@@ -39,21 +39,28 @@ void choose(const A* values, int64_t n, int64_t k, int64_t* numbers, A* best) {
 // e^x for x <= 0 as long as it is a number above 0: near the smallest normal number the choice is still among different scores.
 template <class A>
 void exponentials(A* values, int64_t n) {
+  constexpr A lowest = sizeof(A) == sizeof(double) ? -708 : -87;
+  const auto above = [=](int64_t begin, int64_t end) {
+    for_columns<A>(begin, end, [=](int64_t c, auto count, int) { store(values + c, exp_of_negative(load(values + c, count)), count); });
+  };
   A least = 0;
   for (int64_t i = 0; i < n; i++) least = values[i] < least ? values[i] : least;
-  if (least > (sizeof(A) == sizeof(double) ? -708 : -87)) {
-    for_columns<A>(0, n, [&](int64_t c, auto count, int) { store(values + c, exp_of_negative(load(values + c, count)), count); });
-  } else {
-    for (int64_t i = 0; i < n; i++) values[i] = A(__builtin_exp(double(values[i])));
-  }
+  if (least > lowest) return above(0, n);
+  for (int64_t i = 0; i < n; i++) values[i] > lowest ? above(i, i + 1) : void(values[i] = A(__builtin_exp(double(values[i]))));
+}
+
+// From n values to their differences from the largest.
+template <class A, class B>
+void subtract_largest(const A* values, int64_t n, B* differences) {
+  A most = values[0];
+  for (int64_t i = 1; i < n; i++) most = before(values[i], most) ? values[i] : most;
+  for (int64_t i = 0; i < n; i++) differences[i] = B(values[i]) - most;
 }
 
 // softmax of n values, in place.
 template <class A>
 void softmax(A* values, int64_t n) {
-  A most = values[0];
-  for (int64_t i = 1; i < n; i++) most = before(values[i], most) ? values[i] : most;
-  for (int64_t i = 0; i < n; i++) values[i] -= most;
+  subtract_largest(values, n, values);
   exponentials(values, n);
   const A total = sum_columns<A>(n, [&](int64_t c, auto count) { return load(values + c, count); });
   for (int64_t i = 0; i < n; i++) values[i] /= total;
@@ -64,37 +71,42 @@ constexpr double LEAST_TOTAL = 1e-280;
 
 double log_sigmoid(double l) { return (l < 0 ? l : 0) - __builtin_log1p(__builtin_exp(-__builtin_fabs(l))); }
 
-// The weights r of K chosen logits, without the scale, and the slopes of their scores' logarithms: `scores` are all experts', which only a
-// softmax over all needs.
+// Numbers in the proportion of the sigmoids of K logits, and their sum.
 template <class A>
-void shares(const Weighting& weighting, const A* chosen, const A* scores, const int64_t* experts, int64_t K, double* r, double* slopes) {
-  const bool sigmoids = weighting.score == Score::sigmoid;
+double by_logarithms(const A* logits, int64_t K, double* r) {
+  for (int64_t k = 0; k < K; k++) r[k] = log_sigmoid(logits[k]);
+  subtract_largest(r, K, r);
+  exponentials(r, K);
   double total = 0;
-  for (int64_t k = 0; k < K; k++) slopes[k] = sigmoids ? -__builtin_fabs(chosen[k]) : 1;
+  for (int64_t k = 0; k < K; k++) total += r[k];
+  return total;
+}
+
+// Of n tokens with K chosen logits each: their weights r, without the scale, and the slopes of their scores' logarithms, but for a softmax
+// over all experts. All exponentials together: a token's few would not fill a register.
+template <class A>
+void shares(const Weighting& weighting, const A* chosen, int64_t n, int64_t K, double* r, double* slopes) {
+  const bool sigmoids = weighting.score == Score::sigmoid;
   if (sigmoids) {
-    exponentials(slopes, K);
-    for (int64_t k = 0; k < K; k++) {
-      const double large = 1 / (1 + slopes[k]), small = slopes[k] * large;  // sigma of |l| and of -|l|
-      total += r[k] = chosen[k] >= 0 ? large : small;
-      slopes[k] = chosen[k] >= 0 ? small : large;
+    for (int64_t i = 0; i < n * K; i++) slopes[i] = -__builtin_fabs(chosen[i]);
+    exponentials(slopes, n * K);
+    for (int64_t i = 0; i < n * K; i++) {
+      const double large = 1 / (1 + slopes[i]), small = slopes[i] * large;  // sigma of |l| and of -|l|
+      r[i] = chosen[i] >= 0 ? large : small;
+      slopes[i] = chosen[i] >= 0 ? small : large;
     }
+    if (!weighting.renormalize) return;
+  } else {
+    for (int64_t t = 0; t < n; t++) subtract_largest(chosen + t * K, K, r + t * K);
+    exponentials(r, n * K);
+    for (int64_t i = 0; i < n * K; i++) slopes[i] = 1;
   }
-  if (!weighting.renormalize && weighting.score != Score::softmax_topk) {
-    for (int64_t k = 0; !sigmoids && k < K; k++) r[k] = scores[experts[k]];
-    return;
-  }
-  if (!(total > LEAST_TOTAL)) {
-    double most = -__builtin_inf();
-    for (int64_t k = 0; k < K; k++) {
-      r[k] = sigmoids ? log_sigmoid(chosen[k]) : chosen[k];
-      most = before(r[k], most) ? r[k] : most;
-    }
-    for (int64_t k = 0; k < K; k++) r[k] -= most;
-    exponentials(r, K);
-    total = 0;
+  for (int64_t t = 0; t < n; t++, chosen += K, r += K) {
+    double total = 0;
     for (int64_t k = 0; k < K; k++) total += r[k];
+    if (sigmoids && !(total > LEAST_TOTAL)) total = by_logarithms(chosen, K, r);
+    for (int64_t k = 0; k < K; k++) r[k] /= total;
   }
-  for (int64_t k = 0; k < K; k++) r[k] /= total;
 }
 
 bool needs_all_scores(const Weighting& weighting) { return weighting.score == Score::softmax && !weighting.renormalize; }
@@ -115,20 +127,27 @@ class Route {
         scores_(args.E),
         choice_(args.E),
         best_(args.E),
+        chosen_(TOKENS * args.K),
         worth_(args.groups),
         numbers_(args.groups),
-        r_(args.K),
-        slopes_(args.K) {}
+        r_(TOKENS * args.K),
+        slopes_(TOKENS * args.K) {}
   bool ready() const {
-    return l_.data() && scores_.data() && choice_.data() && best_.data() && worth_.data() && numbers_.data() && r_.data() && slopes_.data();
+    return l_.data() && scores_.data() && choice_.data() && best_.data() && chosen_.data() && worth_.data() && numbers_.data() &&
+           r_.data() && slopes_.data();
   }
 
   void operator()(int64_t task) const {
-    for (int64_t n = task * TOKENS; n < smaller((task + 1) * TOKENS, a_.N); n++) route(n);
+    const int64_t first = task * TOKENS, n = smaller(TOKENS, a_.N - first), K = a_.K;
+    for (int64_t t = 0; t < n; t++) choose_experts(first + t, chosen_.data() + t * K, r_.data() + t * K);
+    if (!needs_all_scores(a_.weighting)) shares(a_.weighting, chosen_.data(), n, K, r_.data(), slopes_.data());
+    A* weights = static_cast<A*>(a_.weights) + first * K;
+    for (int64_t i = 0; i < n * K; i++) weights[i] = A(a_.weighting.scale * r_[i]);
   }
 
  private:
-  void route(int64_t n) const {
+  // Of one token, whose chosen logits and scores are handed on.
+  void choose_experts(int64_t n, A* chosen, double* scores) const {
     const int64_t E = a_.E, K = a_.K;
     read_row(static_cast<const T*>(a_.logits) + n * a_.stride_logits_row, E, l_.data());
     score();
@@ -137,10 +156,10 @@ class Route {
     if (a_.groups > 1) keep_best_groups();
     int64_t* experts = a_.experts + n * K;
     choose(choice_.data(), E, K, experts, best_.data());
-    A* weights = static_cast<A*>(a_.weights) + n * K;
-    for (int64_t k = 0; k < K; k++) best_[k] = l_[experts[k]];
-    shares(a_.weighting, best_.data(), scores_.data(), experts, K, r_.data(), slopes_.data());
-    for (int64_t k = 0; k < K; k++) weights[k] = A(a_.weighting.scale * r_[k]);
+    for (int64_t k = 0; k < K; k++) {
+      chosen[k] = l_[experts[k]];
+      scores[k] = scores_[experts[k]];
+    }
   }
 
   void score() const {
@@ -169,7 +188,7 @@ class Route {
   }
 
   const RouteForward& a_;
-  Buffer<A> l_, scores_, choice_, best_, worth_;
+  Buffer<A> l_, scores_, choice_, best_, chosen_, worth_;
   Buffer<int64_t> numbers_;
   Buffer<double> r_, slopes_;
 };
@@ -184,38 +203,48 @@ class RouteGradient {
         past_cache_(past_cache(args.dlogits, args.N, args.E * sizeof(T), args.E * sizeof(T))),
         row_(args.E),
         scores_(args.E),
-        chosen_(args.K),
-        r_(args.K),
-        slopes_(args.K),
+        chosen_(TOKENS * args.K),
+        r_(TOKENS * args.K),
+        slopes_(TOKENS * args.K),
         dr_(args.K) {}
   bool ready() const { return row_.data() && scores_.data() && chosen_.data() && r_.data() && slopes_.data() && dr_.data(); }
 
   void operator()(int64_t task) const {
-    for (int64_t n = task * TOKENS; n < smaller((task + 1) * TOKENS, a_.N); n++) differentiate(n);
+    const int64_t first = task * TOKENS, n = smaller(TOKENS, a_.N - first), K = a_.K;
+    const bool all = needs_all_scores(a_.weighting);
+    if (!all) {
+      for (int64_t t = 0, i = 0; t < n; t++)
+        for (int64_t k = 0; k < K; k++, i++) chosen_[i] = A(to_wide(logits_of(first + t)[a_.experts[first * K + i]]));
+      shares(a_.weighting, chosen_.data(), n, K, r_.data(), slopes_.data());
+    }
+    for (int64_t t = 0; t < n; t++) differentiate(first + t, all, r_.data() + t * K, slopes_.data() + t * K);
   }
 
  private:
-  void differentiate(int64_t n) const {
+  const T* logits_of(int64_t n) const { return static_cast<const T*>(a_.logits) + n * a_.stride_logits_row; }
+
+  // Of one token; `all`: r and slopes are not known yet.
+  void differentiate(int64_t n, bool all, double* r, double* slopes) const {
     const int64_t E = a_.E, K = a_.K;
     const Weighting& weighting = a_.weighting;
-    const bool sigmoids = weighting.score == Score::sigmoid, all = needs_all_scores(weighting);
     const int64_t* experts = a_.experts + n * K;
     T* dlogits = past_cache_ ? row_.data() : static_cast<T*>(a_.dlogits) + n * E;
-    const T* logits = static_cast<const T*>(a_.logits) + n * a_.stride_logits_row;
     if (all) {
-      read_row(logits, E, scores_.data());
+      read_row(logits_of(n), E, scores_.data());
       softmax(scores_.data(), E);
+      for (int64_t k = 0; k < K; k++) {
+        r[k] = scores_[experts[k]];
+        slopes[k] = 1;
+      }
     }
-    for (int64_t k = 0; k < K; k++) chosen_[k] = A(to_wide(logits[experts[k]]));
-    shares(weighting, chosen_.data(), scores_.data(), experts, K, r_.data(), slopes_.data());
     const A* dweights = static_cast<const A*>(a_.dweights) + n * K;
     double mean = 0;  // sum r dr
-    for (int64_t k = 0; k < K; k++) mean += r_[k] * (dr_[k] = weighting.scale * dweights[k]);
+    for (int64_t k = 0; k < K; k++) mean += r[k] * (dr_[k] = weighting.scale * dweights[k]);
     for (int64_t e = 0; all && e < E; e++) dlogits[e] = from_wide<T>(-scores_[e] * mean);
     if (!all) __builtin_memset(dlogits, 0, E * sizeof(T));
     for (int64_t k = 0; k < K; k++) {
-      const bool alone = sigmoids && !weighting.renormalize;
-      dlogits[experts[k]] = from_wide<T>(r_[k] * (alone ? dr_[k] : dr_[k] - mean) * slopes_[k]);
+      const bool alone = weighting.score == Score::sigmoid && !weighting.renormalize;
+      dlogits[experts[k]] = from_wide<T>(r[k] * (alone ? dr_[k] : dr_[k] - mean) * slopes[k]);
     }
     if (!past_cache_) return;
     T* row = static_cast<T*>(a_.dlogits) + n * E;
