@@ -75,11 +75,11 @@ class Model(nn.Module):
     def logits(self, x: Tensor) -> Tensor:  # (B, S, C) -> (B, S, V)
         return F.linear(x, self.model.embed_tokens.weight) if self.config.tie_word_embeddings else self.lm_head(x)
 
-    def loss(self, x: Tensor, labels: Tensor) -> Tensor:
+    def loss(self, x: Tensor, labels: Tensor, memory_budget: int | None = None) -> Tensor:
         """x (B, S, C), labels (B, S) -> the mean; without logits, where the head is no more than a product with its weight."""
         head = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         if head is self.model.embed_tokens or is_plain(head):
-            return ops.linear_cross_entropy(x, head.weight, labels)
+            return ops.linear_cross_entropy(x, head.weight, labels, memory_budget=memory_budget)
         return ops.cross_entropy(head(x), labels)
 
     def forward(
@@ -90,6 +90,7 @@ class Model(nn.Module):
         cache: Cache | None = None,
         longest: int | Tensor | None = None,
         logits_to_keep: int = 0,
+        memory_budget: int | None = None,
     ) -> Tensor:
         """tokens (B, S) -> logits (B, S, V), or with labels (B, S) the mean loss of predicting each from the tokens before it.
 
@@ -102,6 +103,8 @@ class Model(nn.Module):
             longest: the number of positions that the frequencies of a rope_type "dynamic" or "longrope" are for; by default the
                 room of the cache, and without one the greatest position + 1. See fastprimer/rotary.py.
             logits_to_keep: without labels, compute the logits of the last so many tokens alone; 0: of all.
+            memory_budget: with labels, bytes of logits that are kept for the backward pass, which computes the others again: see
+                fastprimer.linear_cross_entropy. Where another layer than a plain head forms them, all are.
 
         Raises:
             TypeError, ValueError: an argument's dtype or shape does not fit, there are more tokens than max_position_embeddings (but
@@ -130,7 +133,7 @@ class Model(nn.Module):
         if labels is not None and cache is None:  # the last has no successor
             tokens, positions = tokens[:, :-1], None if positions is None else positions[:, :-1]
         x = self.model(tokens, positions, cache, longest)
-        result = self.logits(x[:, -logits_to_keep:]) if labels is None else self.loss(x[:, : S - 1], labels[:, 1:])
+        result = self.logits(x[:, -logits_to_keep:]) if labels is None else self.loss(x[:, : S - 1], labels[:, 1:], memory_budget)
         if cache is not None:
             cache.end(S)
         return result
