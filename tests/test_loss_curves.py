@@ -1,4 +1,4 @@
-"""The loss curves of the fast model and of the plain-torch reference coincide to rounding, for a small vocabulary and a large one."""
+"""The loss curves of the fast model and of the plain-torch reference coincide to rounding, for a small vocabulary and a large one; its budget."""
 
 import dataclasses
 
@@ -7,6 +7,7 @@ import torch
 
 from fastprimer import layers, ops, reference, train
 from fastprimer.calculator import Calculator, MixtureCalculator
+from fastprimer.model import Model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -62,3 +63,19 @@ def test_the_loss_curves_of_reference_and_fast_model_coincide(name, monkeypatch)
 
     monkeypatch.setattr(layers.RMSNorm, "forward", lambda self, x, residual=None: ops.rms_norm(x, self.weight, 1e-4, residual=residual))
     assert (losses("fast", 50, task, batch_size=size) - slow).abs().max() > budget
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_loss_keeps_as_many_logits_as_it_is_allowed(tied):
+    model = Model(dataclasses.replace(Calculator.config, vocab_size=1000, tie_word_embeddings=tied))
+    tokens = torch.randint(1000, (2, 9))
+
+    def kept_bytes(budget):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+            model(tokens, tokens, memory_budget=budget)
+        return sum(kept)
+
+    assert kept_bytes(1 << 20) - kept_bytes(0) == 2 * 8 * 1000 * 4
+    with pytest.raises(ValueError, match="memory_budget"):
+        model(tokens, tokens, memory_budget=-1)
