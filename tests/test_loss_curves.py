@@ -1,4 +1,4 @@
-"""The loss curves of the fast model and of the plain-torch reference coincide to rounding, for a small vocabulary and a large one; its budget."""
+"""The loss curves of the fast model and of the reference coincide to rounding, for a small vocabulary and a large one; the budget of the loss."""
 
 import dataclasses
 
