@@ -49,7 +49,6 @@ def populate_kept_memory(room: int = 0) -> None:
     libc = _glibc()
     if libc is None or not _kept:
         return
-    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
     libc.free(libc.malloc(room))
     for line in Path("/proc/self/maps").read_text().splitlines():
         if line.endswith("[heap]"):
@@ -122,7 +121,6 @@ def _no_holes(libc: ctypes.CDLL) -> Iterator[None]:
     A thread inherits the heap of one that has ended, holes included, and malloc fills those before it maps anything: what the call frees
     there would stay resident. So they are filled here, the large ones first, without touching more than their headers.
     """
-    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
     fillers = []
     try:
         for bits in range(MOST_OF_A_HOLE.bit_length() - 1, OWN_MAPPING.bit_length() - 2, -1):
@@ -167,6 +165,7 @@ def _glibc() -> ctypes.CDLL | None:
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.gnu_get_libc_version  # noqa: B018  # musl has a libc.so.6 on some systems, but no such function
+        libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
         return libc
     except (OSError, AttributeError):
         return None

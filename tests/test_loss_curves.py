@@ -1,4 +1,4 @@
-"""The loss curves of the fast model and of the reference coincide to rounding, for a small vocabulary and a large one; the budget of the loss."""
+"""The loss curves of the fast model and of the reference coincide to rounding, for a small vocabulary and a large one; a loss's budget."""
 
 import dataclasses
 
