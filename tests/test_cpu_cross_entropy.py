@@ -89,10 +89,10 @@ def test_nan_in_an_ignored_token_reaches_nothing(budget, dtype):
     assert loss.isfinite().all() and dlogits.isfinite().all() and not dlogits[1].any()
 
 
-@pytest.mark.parametrize("N, V", [(9, 300), (700, 40)])
-def test_a_gradient_is_the_same_without_the_other(N, V):
+def test_a_gradient_is_the_same_without_the_other():
+    """Where tokens are in stretches; small cases are the contract's."""
     device_or_skip("linear_cross_entropy", "cpu")
-    x, weight, target = inputs(N, 20, V)
+    x, weight, target = inputs(700, 20, 40)
     _, *both = results(x, weight, target)
     for i, (one, other) in enumerate([(x, weight), (weight, x)]):
         leaf = one.clone().requires_grad_()

@@ -121,6 +121,16 @@ def test_an_infinity_is_one_among_many_tokens_too():
     assert torch.equal(many[:1], alone) and alone.isinf().all() and many[1:].isfinite().all()
 
 
+def test_a_token_is_routed_alike_beside_any_other():
+    """Exponentials of 64 tokens are computed together, but one by one where a number is extreme."""
+    device_or_skip("route", "cpu")
+    logits = torch.randn(50, 8, dtype=torch.float64)
+    extreme = torch.cat([logits, torch.tensor([[0.0, -900.0] + [-1000.0] * 6], dtype=torch.float64)])
+    with fp.use_backend("cpu"):
+        alone, beside = fp.route(logits, 2)[0], fp.route(extreme, 2)[0]
+    assert torch.equal(beside[:-1], alone) and beside[-1].tolist() == [1, 0]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=name)
 def test_weights_of_sigmoids_that_vanish(dtype):
     """Around where a sum of sigmoids stops being a normal number, and far below: then their logarithms must do."""

@@ -88,7 +88,7 @@ class Slice {
 
   void operator()(int64_t task) {
     const int64_t tile = task / x_.stretches.size(), stretch = task % x_.stretches.size();
-    const int64_t begin = x_.stretches.begin(stretch), end = x_.stretches.end(stretch, x_.tokens.count());
+    const int64_t begin = x_.stretches.begin(stretch), end = x_.stretches.end(stretch);
     const int64_t first = (x_.range + tile) * COLUMNS, of_a_task = COLUMNS * x_.tokens.width.ld;
     const bool kept = smaller(first + COLUMNS, p_.V) <= p_.columns;
     tiles_.choose(first, !kept);

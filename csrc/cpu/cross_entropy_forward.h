@@ -11,7 +11,7 @@ inline namespace FASTPRIMER_ISA {
 namespace surprise {
 
 constexpr int64_t PARTS = 32;    // of the vocabulary, at most: 24 bytes of each are kept for each token
-constexpr int64_t WRITTEN = 64;  // numbers that take as long as the logarithm and the exponential of a token's outputs
+constexpr int64_t WRITTEN = 64;  // the logarithm and the exponential of a token's outputs count as so many numbers
 
 template <class T, class Tile>
 struct ForwardContext {
@@ -42,7 +42,7 @@ class ForwardPart {
   void operator()(int64_t task) {
     const int64_t part = task / x_.stretches.size(), stretch = task % x_.stretches.size(), count = x_.tokens.count();
     const int64_t begin = part * x_.tiles / x_.parts, end = (part + 1) * x_.tiles / x_.parts;
-    const int64_t from = x_.stretches.begin(stretch), to = x_.stretches.end(stretch, count);
+    const int64_t from = x_.stretches.begin(stretch), to = x_.stretches.end(stretch);
     Statistics<float>* statistics = x_.statistics.data() + part * count;
     for (int64_t i = from; i < to; i++) statistics[i] = Statistics<float>(begin * COLUMNS);
     for (int64_t tile = begin; tile < end; tile++) {

@@ -21,15 +21,15 @@ inline int64_t pieces(int64_t n, int64_t size) { return (n + size - 1) / size; }
 class Stretches {
  public:
   Stretches(int64_t tasks, int64_t count)
-      : blocks_(pieces(count, ROWS)), size_(larger(smaller(FEW / tasks, smaller(blocks_, count / (tasks * COLUMNS))), 1)) {}
+      : count_(count), blocks_(pieces(count, ROWS)), size_(larger(smaller(FEW / tasks, smaller(blocks_, count / (tasks * COLUMNS))), 1)) {}
   int64_t size() const { return size_; }
   int64_t begin(int64_t stretch) const { return stretch * blocks_ / size_ * ROWS; }
-  int64_t end(int64_t stretch, int64_t count) const { return smaller(begin(stretch + 1), count); }
+  int64_t end(int64_t stretch) const { return smaller(begin(stretch + 1), count_); }
 
  private:
   static constexpr int64_t FEW = 8;
 
-  int64_t blocks_, size_;
+  int64_t count_, blocks_, size_;
 };
 
 // The tokens that are not ignored, in their order, and their x as the left factor of products: a copy, unless x is one as it lies.

@@ -37,6 +37,7 @@ void choose(const A* values, int64_t n, int64_t k, int64_t* numbers, A* best) {
 }
 
 // e^x for x <= 0 as long as it is a number above 0: near the smallest normal number the choice is still among different scores.
+// Of each number by itself, whatever the others are.
 template <class A>
 void exponentials(A* values, int64_t n) {
   constexpr A lowest = sizeof(A) == sizeof(double) ? -708 : -87;
